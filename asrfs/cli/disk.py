@@ -1,0 +1,90 @@
+"""`asrfs disk`: the disks of a machine."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import click
+
+from asrfs.cli.invocation import Invocation, pairs, pass_invocation, table
+from asrfs.daemon import disks
+from asrfs.daemon.loop_devices import loop_devices_below
+from asrfs.daemon.state import StateDirectory
+from asrfs.errors import BadInputError, RefusedError
+from asrfs.model.machine import DiskConfig
+from asrfs.model.quantities import format_size, parse_size
+
+
+@click.group()
+def disk() -> None:
+    """Virtual disks of the machine."""
+
+
+@disk.command()
+@click.argument("name", metavar="DISK")
+@click.option("--size", metavar="SIZE", help="A new sparse disk of this size, such as 10G.")
+@click.option("--image", metavar="FILE", help="Adopt this raw image or block device in place.")
+@pass_invocation
+def add(invocation: Invocation, name: str, size: str | None, image: str | None) -> None:
+    """Add DISK to the machine, also while it is being served."""
+    state = invocation.open_state()
+    if (size is None) == (image is None):
+        raise BadInputError("give either --size SIZE for a new disk or --image FILE to adopt one")
+    if size is not None:
+        added = disks.add_sized(state, name, parse_size(size))
+    else:
+        added = disks.add_adopted(state, name, str(image))
+    document = describe(state, added)
+    invocation.answer(document, lambda out: out.print(pairs(document)))
+
+
+@disk.command("list")
+@pass_invocation
+def list_disks(invocation: Invocation) -> None:
+    """List the machine's disks."""
+    state = invocation.open_state()
+    described = [describe(state, each) for each in state.load_machine().live_disks()]
+    rows = [[each["name"], format_size(each["size_bytes"]), each["image"], each["id"]] for each in described]
+    invocation.answer(described, lambda out: out.print(table(("DISK", "SIZE", "IMAGE", "ID"), rows)))
+
+
+@disk.command()
+@click.argument("name", metavar="DISK")
+@click.option("--yes", is_flag=True, help="Do it; without this only the plan is printed.")
+@pass_invocation
+def remove(invocation: Invocation, name: str, yes: bool) -> None:
+    """Take DISK off the machine. Its image file stays; so do its points at the store."""
+    state = invocation.open_state()
+    machine = state.load_machine()
+    found = machine.disk(name)
+    _check_not_attached(state, name)
+    if not yes:
+        raise BadInputError(
+            f"this would take disk {name} ({format_size(found.size_bytes)}) off machine {machine.name} and keep its "
+            f"image at {state.image_path(found)}: repeat with --yes"
+        )
+    document = describe(state, disks.remove(state, name)) | {"removed": True}
+    invocation.answer(
+        document, lambda out: out.print(f"disk {name} is removed; its image stays at {document['image']}")
+    )
+
+
+def describe(state: StateDirectory, each: DiskConfig) -> dict[str, Any]:
+    return {
+        "name": each.name,
+        "id": each.id,
+        "slot": each.slot,
+        "size_bytes": each.size_bytes,
+        "image": state.image_path(each),
+        "adopted": each.adopted is not None,
+    }
+
+
+def _check_not_attached(state: StateDirectory, name: str) -> None:
+    served = state.load_served()
+    if served is None:
+        return
+    for loop in loop_devices_below(served.mount):
+        if os.path.basename(loop.backing_file) == f"{name}.img":
+            raise RefusedError(f"disk {name} is attached as {loop.device}: `asrfs detach {name}` first")

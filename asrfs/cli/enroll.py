@@ -1,0 +1,25 @@
+"""`asrfs enroll`: become a machine of a store, with a one-time token."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from asrfs.cli.agent import tell_agent_to_reload
+from asrfs.cli.invocation import Invocation, pairs, pass_invocation
+from asrfs.daemon.enroll import enroll as enroll_with
+
+
+@click.command()
+@click.option("--store", metavar="HOST:PORT", required=True, help="Management address of the store.")
+@click.option("--token", metavar="TOKEN", required=True, help="From `replica-store token MACHINE`; '-' reads stdin.")
+@pass_invocation
+def enroll(invocation: Invocation, store: str, token: str) -> None:
+    """Register this machine with a store: keys and a certificate for a one-time token."""
+    if token == "-":
+        token = sys.stdin.readline().strip()
+    state = invocation.open_state()
+    document = enroll_with(state, store, token)
+    tell_agent_to_reload(state)
+    invocation.answer(document, lambda out: out.print(pairs(document)))

@@ -1,0 +1,139 @@
+"""`asrfs inspect`: what is in a journal segment or a log object, without any daemon."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console
+
+from asrfs.cli.invocation import Invocation, pairs, pass_invocation, table
+from asrfs.errors import BadInputError, FormatError, IntegrityError, NotFoundError
+from asrfs.format.log_object import OBJECT_BYTES_MAX, OBJECT_MAGIC, check_digest, decode_object_header
+from asrfs.format.record import RECORD_HEADER_BYTES, Kind, check_payload, decode_record_header, segment_seed
+from asrfs.format.segment import SEGMENT_BYTES, SEGMENT_HEADER_BYTES, SEGMENT_MAGIC, decode_segment_header
+from asrfs.model.quantities import format_time
+from asrfs.storage.directory import open_path
+
+
+@click.command()
+@click.argument("path", metavar="PATH")
+@pass_invocation
+def inspect(invocation: Invocation, path: str) -> int:
+    """Print the journal segment or log object at PATH. Exit code 5 if it is damaged."""
+    content = read(path)
+    if content[: len(OBJECT_MAGIC)] == OBJECT_MAGIC:
+        document = describe_object(content, path)
+        invocation.answer(document, lambda out: out.print(pairs(document)))
+        return 0
+    if content[: len(SEGMENT_MAGIC)] != SEGMENT_MAGIC:
+        raise FormatError(f"{path}: neither a journal segment nor a log object")
+    document = describe_segment(content, path)
+    invocation.answer(document, lambda out: draw(document, out))
+    if document["damaged"]:
+        raise IntegrityError(f"{path}: {document['damaged']}")
+    return 0
+
+
+def draw(document: dict[str, Any], out: Console) -> None:
+    columns = ("lsn", "time", "kind", "slot", "offset", "length", "at", "detail")
+    rows = [[record.get(column) for column in columns] for record in document["records"]]
+    head = {key: value for key, value in document.items() if key != "records"}
+    out.print(pairs(head))
+    out.print(table([column.upper() for column in columns], rows))
+
+
+def read(path: str) -> bytes:
+    if os.path.isdir(path):
+        raise BadInputError(f"{path} is a directory: name a file")
+    try:
+        file = open_path(path)
+    except FileNotFoundError:
+        raise NotFoundError(f"{path} does not exist") from None
+    try:
+        return file.read_at(max(SEGMENT_BYTES, OBJECT_BYTES_MAX) + 1, 0)
+    finally:
+        file.close()
+
+
+def describe_object(content: bytes, path: str) -> dict[str, Any]:
+    digest = check_digest(content, path)
+    header = decode_object_header(content, path)
+    return {
+        "type": "log object",
+        "machine_id": header.machine_id.hex(),
+        "epoch": header.epoch,
+        "first_lsn": header.first_lsn,
+        "last_lsn": header.last_lsn,
+        "first_time": format_time(header.first_time_ns),
+        "last_time": format_time(header.last_time_ns),
+        "records": header.record_count,
+        "bytes": len(content),
+        "payload_raw_bytes": header.payload_raw_length,
+        "frames": header.frame_count,
+        "digest": digest.hex(),
+        "previous_digest": header.previous_digest.hex(),
+    }
+
+
+def describe_segment(content: bytes, path: str) -> dict[str, Any]:
+    """`damaged` says where a record's payload does not match; a torn end is not damage."""
+    header = decode_segment_header(content, path)
+    records: list[dict[str, Any]] = []
+    damaged = None
+    for record in segment_records(content, header.number, header.first_lsn):
+        at = record["at"]
+        try:
+            check_payload(record.pop("header"), record.pop("payload"), f"byte {at}")
+        except FormatError as error:
+            damaged = str(error)
+            break
+        records.append(record)
+    return {
+        "type": "journal segment",
+        "machine_id": header.machine_id.hex(),
+        "number": header.number,
+        "epoch": header.epoch,
+        "first_lsn": header.first_lsn,
+        "last_lsn": records[-1]["lsn"] if records else header.first_lsn - 1,
+        "created": format_time(header.created_ns),
+        "damaged": damaged,
+        "records": records,
+    }
+
+
+def segment_records(content: bytes, number: int, first_lsn: int) -> Iterator[dict[str, Any]]:
+    view = memoryview(content)
+    seed = segment_seed(number)
+    at = SEGMENT_HEADER_BYTES
+    lsn = first_lsn
+    while (header := decode_record_header(view, at, seed)) is not None and header.lsn == lsn:
+        start = at + RECORD_HEADER_BYTES
+        payload = view[start : start + header.payload_length]
+        yield {
+            "lsn": header.lsn,
+            "time": format_time(header.time_ns),
+            "kind": Kind(header.kind).name,
+            "slot": None if header.kind == Kind.MARKER else header.slot,
+            "offset": header.offset,
+            "length": header.length,
+            "at": at,
+            "detail": detail(header.kind, bytes(payload)),
+            "header": header,
+            "payload": payload,
+        }
+        at = start + header.payload_length
+        lsn += 1
+
+
+def detail(kind: int, payload: bytes) -> str | None:
+    if kind not in (Kind.MARKER, Kind.DISK):
+        return None
+    try:
+        fields = msgspec.msgpack.decode(payload)
+    except msgspec.MsgspecError:
+        return "unreadable"
+    return " ".join(f"{key}={value}" for key, value in fields.items() if value is not None)

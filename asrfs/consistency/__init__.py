@@ -1,0 +1,1 @@
+"""How an instant is chosen and marked: points, and what is quiesced for them."""

@@ -1,0 +1,172 @@
+"""The status document of a machine: a pure function of facts, so that it says the same with and without an agent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from asrfs.daemon.control import call
+from asrfs.daemon.disk_server_client import host_positions
+from asrfs.daemon.enrolment import is_enrolled
+from asrfs.daemon.state import ROLES, StateDirectory
+from asrfs.errors import AsrfsError
+from asrfs.journal.reader import JournalReader
+from asrfs.journal.segments import list_journal
+from asrfs.model.machine import MachineConfig
+from asrfs.model.names import id_bytes
+from asrfs.model.positions import Cursor, Positions
+from asrfs.replication.alarms import Alarm
+from asrfs.replication.progress import bytes_between
+from asrfs.storage.directory import DirectoryStorage
+from asrfs.storage.system_clock import SystemClock
+
+_ANSWER_S_MAX = 5.0
+NS_PER_S = 1_000_000_000
+AGENT_NOT_RUNNING = "agent not running"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What status is made of. `first_unacknowledged_ns`: time of the first durable record the store does not have."""
+
+    machine: MachineConfig
+    images: Mapping[int, str]
+    is_enrolled: bool
+    positions: Positions
+    appended_lsn: int
+    durable: Cursor
+    epoch: int
+    now_ns: int
+    first_unacknowledged_ns: int | None
+    oldest_segment: int
+    quota_bytes: int
+    link: str
+    link_reason: str = ""
+    processes: Mapping[str, int | None] = field(default_factory=dict)
+    alarms: Sequence[Alarm] = ()
+
+
+def status(facts: Facts) -> dict[str, Any]:
+    """The document of `asrfs status --json`. The achieved RPO is None when it cannot be known."""
+    applied, acknowledged = facts.positions.applied, facts.positions.acknowledged
+    durable = facts.durable
+    state, reason = protection(facts)
+    is_behind = durable.lsn > acknowledged.lsn
+    since_ns = facts.first_unacknowledged_ns or acknowledged.time_ns
+    rpo_s: float | None = 0.0
+    if is_behind:
+        rpo_s = max(0, facts.now_ns - since_ns) / NS_PER_S if since_ns else None
+    fills = {fill.slot: fill.offset for fill in facts.positions.fills}
+    return {
+        "machine": facts.machine.name,
+        "state": state,
+        "reason": reason,
+        "epoch": facts.epoch,
+        "lsn": {
+            "appended": facts.appended_lsn,
+            "durable": durable.lsn,
+            "applied": applied.lsn,
+            "acknowledged": acknowledged.lsn,
+        },
+        "lag": {
+            "records": durable.lsn - acknowledged.lsn,
+            "bytes": bytes_between(acknowledged, durable),
+            "seconds": max(0, durable.time_ns - since_ns) / NS_PER_S if is_behind and since_ns else 0.0,
+        },
+        "achieved_rpo_seconds": rpo_s,
+        "journal": {"bytes": journal_bytes(facts.oldest_segment, durable), "quota_bytes": facts.quota_bytes},
+        "link": facts.link,
+        "link_reason": facts.link_reason,
+        "processes": dict(facts.processes),
+        "disks": [
+            {
+                "name": disk.name,
+                "size_bytes": disk.size_bytes,
+                "image": facts.images[disk.slot],
+                "dirty_bytes": max(0, disk.size_bytes - fills.get(disk.slot, 0)) if disk.gap else 0,
+            }
+            for disk in facts.machine.live_disks()
+        ],
+        "alarms": [alarm._asdict() for alarm in facts.alarms],
+    }
+
+
+def protection(facts: Facts) -> tuple[str, str]:
+    """`(state, reason)` of the machine's protection."""
+    if not facts.is_enrolled:
+        return "unprotected", "not enrolled with a store"
+    filling = {fill.slot for fill in facts.positions.fills}
+    for disk in facts.machine.live_disks():
+        if disk.gap or disk.slot in filling:
+            return "initial-replication", f"the content disk {disk.name} was adopted with is being sent"
+    if facts.positions.acknowledged.lsn == 0:
+        return "initial-replication", "the store has nothing of this machine yet"
+    return "protected", ""
+
+
+def journal_bytes(oldest_segment: int, tail: Cursor) -> int:
+    """Bytes of the journal from its oldest segment to its tail."""
+    return bytes_between(Cursor(lsn=-1, segment=oldest_segment), tail) if oldest_segment and tail.segment else 0
+
+
+def offline_status(state: StateDirectory) -> dict[str, Any]:
+    """Status when no agent answers: from the files, and from the disk server if it runs. Blocks; raises AsrfsError."""
+    return status(_facts_without_agent(state))
+
+
+def _facts_without_agent(state: StateDirectory) -> Facts:
+    machine = state.load_machine()
+    positions = state.load_positions()
+    durable = max(positions.applied, positions.acknowledged, key=lambda cursor: cursor.lsn)
+    appended_lsn, epoch = durable.lsn, positions.epoch
+    if state.lock_holder("disk_server") is not None:
+        try:
+            host = host_positions(call(state.socket_path("disk_server"), "positions", seconds_max=_ANSWER_S_MAX))
+            durable, appended_lsn, epoch = host.durable, host.appended_lsn, host.epoch
+        except AsrfsError:
+            pass  # it is just starting or ending
+    journal = DirectoryStorage(state.journal)
+    segments = list_journal(journal).segments
+    reader = JournalReader(journal, id_bytes(machine.id))
+    first_unacknowledged_ns = oldest_unacknowledged_ns(reader, positions.acknowledged, durable)
+    reader.close()
+    return Facts(
+        machine=machine,
+        images=images_of(state, machine),
+        is_enrolled=is_enrolled(state),
+        positions=positions,
+        appended_lsn=appended_lsn,
+        durable=durable,
+        epoch=epoch,
+        now_ns=SystemClock().time_ns(),
+        first_unacknowledged_ns=first_unacknowledged_ns,
+        oldest_segment=segments[0] if segments else 0,
+        quota_bytes=state.load_settings().quota_bytes(provisioned_bytes(machine)),
+        link=AGENT_NOT_RUNNING,
+        processes=processes_of(state),
+    )
+
+
+def oldest_unacknowledged_ns(reader: JournalReader, acknowledged: Cursor, durable: Cursor) -> int | None:
+    """Time of the first durable record the store does not have; None when there is none or it cannot be read."""
+    if durable.lsn <= acknowledged.lsn:
+        return None
+    try:
+        batch = reader.read(acknowledged, acknowledged.lsn + 1, 1)
+    except (AsrfsError, OSError):
+        return None
+    return batch.records[0][0].time_ns
+
+
+def images_of(state: StateDirectory, machine: MachineConfig) -> dict[int, str]:
+    return {disk.slot: state.image_path(disk) for disk in machine.live_disks()}
+
+
+def provisioned_bytes(machine: MachineConfig) -> int:
+    return sum(disk.size_bytes for disk in machine.live_disks())
+
+
+def processes_of(state: StateDirectory) -> dict[str, int | None]:
+    """Process ids by role, None for one that is not there."""
+    return {role: state.lock_holder(role) for role in ROLES}

@@ -1,0 +1,147 @@
+"""What the agent's control socket answers. Each verb takes a request and returns the fields of its reply."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from asrfs.consistency.points import Point, PointLog, crash_marker
+from asrfs.daemon.control import Fields
+from asrfs.daemon.control_trio import AsyncHandler
+from asrfs.errors import BadInputError, RefusedError, TemporaryError
+from asrfs.model.machine import encode_marker
+from asrfs.replication.disk_server import DiskServer
+from asrfs.replication.link import Link
+from asrfs.replication.progress import Progress
+from asrfs.replication.shipper import Shipper
+from asrfs.replication.ticker import Ticker
+
+
+@dataclass(slots=True)
+class AgentVerbs:
+    """`status`, `set_paused`, `reload` and `stop` belong to the composition."""
+
+    machine_name: str
+    server: DiskServer
+    progress: Progress
+    ticker: Ticker
+    shipper: Shipper
+    link: Link
+    points: PointLog
+    threads: trio.CapacityLimiter
+    status: Callable[[], Awaitable[dict[str, Any]]]
+    set_paused: Callable[[bool], Awaitable[None]]
+    reload: Callable[[], Awaitable[None]]
+    stop: Callable[[], None]
+
+    def table(self) -> dict[str, AsyncHandler]:
+        return {
+            "status": self.on_status,
+            "point_create": self.on_point_create,
+            "point_list": self.on_point_list,
+            "drain": self.on_drain,
+            "wait_acknowledged": self.on_wait_acknowledged,
+            "pause": self.on_pause,
+            "resume": self.on_resume,
+            "reload": self.on_reload,
+            "stop": self.on_stop,
+        }
+
+    async def on_status(self, _request: Fields) -> dict[str, Any]:
+        return await self.status()
+
+    async def on_point_create(self, request: Fields) -> dict[str, Any]:
+        """A marker at the present LSN; with `wait`, returns when the store has it."""
+        consistency, name = request.get("consistency", "crash"), request.get("name")
+        if consistency != "crash":
+            raise RefusedError(f"this version makes crash-consistent points only, not {str(consistency)[:20]!r} ones")
+        if name is not None and not isinstance(name, str):
+            raise BadInputError("the name of a point is a text")
+        wait = bool(request.get("wait"))
+        if wait:
+            self._check_enrolled()
+        marker = crash_marker(name)
+        lsn, time_ns = await self.server.marker(encode_marker(marker))
+        point = Point.of(marker, lsn=lsn, epoch=self.progress.epoch, time_ns=time_ns)
+        await trio.to_thread.run_sync(self.points.add, point, limiter=self.threads)
+        self.hurry(lsn)
+        if wait:
+            await self.wait_acknowledged(lsn, _timeout(request))
+        return self._describe(point)
+
+    async def on_point_list(self, _request: Fields) -> dict[str, Any]:
+        return {"points": [self._describe(point) for point in self.points.points()]}
+
+    async def on_drain(self, request: Fields) -> dict[str, Any]:
+        """Wait until the store has what was appended at the call."""
+        self._check_enrolled()
+        started = trio.current_time()
+        target = (await self.server.positions()).appended_lsn
+        self.hurry(target)
+        await self.wait_acknowledged(target, _timeout(request))
+        return {
+            "lsn": target,
+            "acknowledged": self.progress.acknowledged.lsn,
+            "seconds": round(trio.current_time() - started, 3),
+        }
+
+    async def on_wait_acknowledged(self, request: Fields) -> dict[str, Any]:
+        lsn = request.get("lsn")
+        if not isinstance(lsn, int) or lsn < 0:
+            raise BadInputError("wait_acknowledged needs an LSN")
+        self.hurry(lsn)
+        await self.wait_acknowledged(lsn, _timeout(request))
+        return {"acknowledged": self.progress.acknowledged.lsn}
+
+    async def on_pause(self, _request: Fields) -> dict[str, Any]:
+        await self.set_paused(True)
+        return {}
+
+    async def on_resume(self, _request: Fields) -> dict[str, Any]:
+        await self.set_paused(False)
+        return {}
+
+    async def on_reload(self, _request: Fields) -> dict[str, Any]:
+        await self.reload()
+        return {}
+
+    async def on_stop(self, _request: Fields) -> dict[str, Any]:
+        self.stop()
+        return {}
+
+    def hurry(self, lsn: int) -> None:
+        """Somebody waits for this LSN."""
+        self.shipper.hurry(lsn)
+        self.ticker.poke()
+
+    async def wait_acknowledged(self, lsn: int, seconds_max: float) -> None:
+        """Raises TemporaryError, with the link's own words, when time runs out."""
+        with trio.move_on_after(seconds_max):
+            await self.progress.wait_until(lambda: self.progress.acknowledged.lsn >= lsn)
+            return
+        why = f"{self.link.state}: {self.link.reason}" if self.link.reason else self.link.state
+        raise TemporaryError(
+            f"the store has acknowledged LSN {self.progress.acknowledged.lsn} of {lsn} after {seconds_max:g} s; "
+            f"the link is {why}"
+        )
+
+    def _check_enrolled(self) -> None:
+        if not self.shipper.is_enrolled:
+            raise RefusedError("this machine is not enrolled with a store: use `asrfs enroll` first")
+
+    def _describe(self, point: Point) -> dict[str, Any]:
+        document = point.document(self.machine_name)
+        return document | {"acknowledged": point.lsn <= self.progress.acknowledged.lsn}
+
+
+def _timeout(request: Fields) -> float:
+    seconds = request.get("timeout")
+    if seconds is None:
+        return math.inf
+    if not isinstance(seconds, int | float) or not seconds >= 0:
+        raise BadInputError("a timeout is a number of seconds")
+    return float(seconds)

@@ -1,0 +1,137 @@
+"""Adding and removing disks of a machine, whether it is being served or not.
+
+    make or claim the image  →  machine.json  →  tell the disk server, which appends the DISK record
+
+What fails before `machine.json` is replaced leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import uuid
+
+import msgspec
+
+from asrfs.daemon import control
+from asrfs.daemon.state import StateDirectory, next_slot
+from asrfs.errors import AsrfsError, BadInputError, NotFoundError, RefusedError
+from asrfs.model.machine import DiskConfig, MachineConfig
+from asrfs.model.names import check_name
+from asrfs.model.quantities import SECTOR_BYTES, check_disk_size
+from asrfs.storage.claim import claim, release
+from asrfs.storage.directory import DirectoryStorage, open_path
+
+
+def add_sized(state: StateDirectory, name: str, size_bytes: int) -> DiskConfig:
+    """A new sparse disk. Raises BadInputError, RefusedError, NoSpaceError."""
+    check_name(name, "disk")
+    check_disk_size(size_bytes, f"disk {name}")
+    with state.machine_lock():
+        machine = state.load_machine()
+        _check_name_is_free(machine, name)
+        disk = DiskConfig(slot=next_slot(machine), id=uuid.uuid4().hex, name=name, size_bytes=size_bytes)
+        try:
+            state.make_image(disk)
+        except AsrfsError:
+            _remove_image(state, disk)
+            raise
+        _enter(state, machine, disk)
+    _tell_disk_server(state)
+    return disk
+
+
+def add_adopted(state: StateDirectory, name: str, image: str) -> DiskConfig:
+    """Adopt a raw image or block device in place; its content is read into the history later.
+
+    Raises BadInputError, NotFoundError, RefusedError if another machine or disk uses it.
+    """
+    check_name(name, "disk")
+    path = os.path.realpath(image)
+    size_bytes, is_block_device = _measure(image, path)
+    with state.machine_lock():
+        machine = state.load_machine()
+        _check_name_is_free(machine, name)
+        for other in machine.live_disks():
+            if other.adopted and os.path.exists(other.adopted) and os.path.samefile(other.adopted, path):
+                raise RefusedError(f"{image} is already disk {other.name} of machine {machine.name}")
+        _check_not_in_use(path, is_block_device)
+        owner = f"{machine.id} {state.root}"
+        holder = claim(path, owner)
+        if holder is not None:
+            raise RefusedError(
+                f"{image} is in use by the machine of {holder.partition(' ')[2]}: remove the disk there first"
+            )
+        disk = DiskConfig(
+            slot=next_slot(machine), id=uuid.uuid4().hex, name=name, size_bytes=size_bytes, adopted=path, gap=True
+        )
+        try:
+            _enter(state, machine, disk)
+        except AsrfsError:
+            release(path, owner)
+            raise
+    _tell_disk_server(state)
+    return disk
+
+
+def remove(state: StateDirectory, name: str) -> DiskConfig:
+    """Take a disk off the machine. Its image stays as a file; its points stay at the store."""
+    with state.machine_lock():
+        machine = state.load_machine()
+        disk = machine.disk(name)
+        gone = msgspec.structs.replace(disk, removed=True)
+        disks = tuple(gone if each.slot == disk.slot else each for each in machine.disks)
+        state.save_machine(msgspec.structs.replace(machine, disks=disks))
+    _tell_disk_server(state)
+    if disk.adopted:
+        release(disk.adopted, f"{machine.id} {state.root}")
+    return gone
+
+
+def _enter(state: StateDirectory, machine: MachineConfig, disk: DiskConfig) -> None:
+    state.save_machine(msgspec.structs.replace(machine, disks=(*machine.disks, disk)))
+
+
+def _check_name_is_free(machine: MachineConfig, name: str) -> None:
+    if any(disk.name == name for disk in machine.live_disks()):
+        raise RefusedError(f"machine {machine.name} already has a disk {name}: choose another name")
+
+
+def _measure(image: str, path: str) -> tuple[int, bool]:
+    """`(size in bytes, is a block device)` of an image that could be adopted."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise NotFoundError(f"image {image} does not exist") from None
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise BadInputError(f"{image} is neither a regular file nor a block device")
+    file = open_path(path, write=True)
+    try:
+        size_bytes = file.size()
+    finally:
+        file.close()
+    if size_bytes % SECTOR_BYTES:
+        raise BadInputError(f"{image} has {size_bytes} bytes: a raw image is a multiple of {SECTOR_BYTES}")
+    return check_disk_size(size_bytes, image), stat.S_ISBLK(mode)
+
+
+def _check_not_in_use(path: str, is_block_device: bool) -> None:
+    """RefusedError if the kernel knows the device as mounted, held or otherwise taken."""
+    if not is_block_device:
+        return
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        raise RefusedError(f"{path} is in use ({error.strerror}): unmount it first") from None
+
+
+def _remove_image(state: StateDirectory, disk: DiskConfig) -> None:
+    storage = DirectoryStorage(state.path("images"))
+    if storage.exists(f"{disk.id}.img"):
+        storage.unlink(f"{disk.id}.img")
+
+
+def _tell_disk_server(state: StateDirectory) -> None:
+    """A disk server that runs takes the change over now; one that is away will when it starts."""
+    if state.lock_holder("disk_server") is not None:
+        control.call(state.socket_path("disk_server"), "disks")

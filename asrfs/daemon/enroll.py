@@ -1,0 +1,120 @@
+"""Enrolment, the host's side: a one-time token becomes keys and a certificate.
+
+    check the token ─▶ look at the store's certificate, compare fingerprints ─▶ key and request ─▶
+    say the secret over a connection that trusts exactly that certificate ─▶ write keys/
+
+The secret is said to nobody whose certificate is not the token's. Nothing is written before the store agreed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx2
+import msgspec
+from cryptography import x509
+
+from asrfs.daemon.control import error_class
+from asrfs.daemon.enrolment import Enrolment, decode_key, load_enrolment, save_enrolment
+from asrfs.daemon.state import StateDirectory
+from asrfs.errors import BadInputError, IntegrityError, RefusedError, TemporaryError
+from asrfs.transport.enrolment import (
+    ENROL_PATH,
+    ApiFailure,
+    EnrolReply,
+    EnrolRequest,
+    Token,
+    check_fingerprint,
+    decode_token,
+    encode_base64url,
+    fetch_certificate,
+)
+from asrfs.transport.stream import format_address, parse_address
+from asrfs.transport.tls import make_key_and_request, pinned_context
+
+MANAGE_PORT_DEFAULT = 443
+REPLY_S_MAX = 30.0
+
+
+def enroll(state: StateDirectory, store: str, token_text: str) -> dict[str, Any]:
+    """Enrol the machine of `state` with the store whose management address is `store`; a document that says with whom.
+
+    Raises BadInputError (token, address), AuthenticationError (fingerprint, used or expired token), RefusedError
+    (enrolled with another store), TemporaryError (no answer).
+    """
+    token = decode_token(token_text)
+    machine = state.load_machine()
+    host, port = parse_address(store, MANAGE_PORT_DEFAULT)
+    if token.machine != machine.name:
+        raise BadInputError(f"the token is for machine {token.machine}, and this is {machine.name}: ask for another")
+    known = load_enrolment(state)
+    where = format_address(host, port)
+    certificate = fetch_certificate(host, port)
+    check_fingerprint(certificate, token, where)
+    _check_same_store(known, _server_names(certificate))
+    key, request = make_key_and_request(machine.name, machine.id)
+    reply = _ask(where, certificate, token, machine.id, request)
+    enrolment = Enrolment(
+        store_id=reply.store_id,
+        server_name=reply.server_name,
+        host=host,
+        data_port=reply.data_port,
+        manage_port=port,
+        payload_key=reply.payload_key,
+        index_key=reply.index_key,
+    )
+    decode_key(enrolment.payload_key, "payload key")
+    decode_key(enrolment.index_key, "index key")
+    _check_same_store(known, [reply.server_name])
+    save_enrolment(state, enrolment, key=key, certificate=reply.certificate.encode(), authority=reply.ca.encode())
+    return {"machine": machine.name, "store": reply.store_id, "data": enrolment.data_address, "manage": where}
+
+
+def _ask(where: str, certificate: bytes, token: Token, machine_id: str, request: bytes) -> EnrolReply:
+    """Say the secret, get the certificate."""
+    body = EnrolRequest(
+        secret=encode_base64url(token.secret),
+        machine=token.machine,
+        machine_id=machine_id,
+        csr=request.decode(),
+    )
+    url = f"https://{where}{ENROL_PATH}"
+    try:
+        with httpx2.Client(verify=pinned_context(certificate), timeout=REPLY_S_MAX, trust_env=False) as client:
+            response = client.post(url, content=msgspec.json.encode(body), headers={"content-type": "application/json"})
+    except httpx2.HTTPError as error:
+        raise TemporaryError(f"the store at {where} did not answer: {error}") from None
+    if response.status_code != 200:
+        _raise_failure(where, response.status_code, response.content)
+    try:
+        return msgspec.json.decode(response.content, type=EnrolReply)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise IntegrityError(f"the reply of the store at {where} cannot be read: {error}") from None
+
+
+def _raise_failure(where: str, status_code: int, content: bytes) -> None:
+    """Raise what the store's refusal means here."""
+    try:
+        failure = msgspec.json.decode(content, type=ApiFailure)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        raise TemporaryError(f"{where} answered with HTTP status {status_code}: is it a store?") from None
+    raise error_class(failure.exit_code)(f"the store refused: {failure.error}")
+
+
+def _check_same_store(known: Enrolment | None, server_names: list[str]) -> None:
+    """A history goes to one store; another one would begin in the middle of it. Asked before the token is used up."""
+    if known is not None and known.server_name not in server_names:
+        raise RefusedError(
+            f"this machine is enrolled with store {known.store_id} at {known.data_address}, and this is another one: "
+            "a machine replicates to one store"
+        )
+
+
+def _server_names(certificate: bytes) -> list[str]:
+    """The DNS names in a certificate (DER)."""
+    try:
+        parsed = x509.load_der_x509_certificate(certificate)
+        alternative = parsed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        return alternative.get_values_for_type(x509.DNSName)
+    except (ValueError, x509.ExtensionNotFound):
+        return []

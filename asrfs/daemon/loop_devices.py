@@ -1,0 +1,96 @@
+"""Loop devices over the disks of a mount, and the filesystems on them.
+
+Always with direct I/O: a buffered loop device splits every request into 4 KiB writes and caches twice. The tools of
+util-linux do the work; each call is bounded, because a device over a dead mount can block for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from asrfs.errors import NotFoundError, RefusedError, TemporaryError
+
+_TOOL_SECONDS_MAX = 120.0
+
+
+class LoopDevice(NamedTuple):
+    """A loop device and the file behind it; `mounted_on` lists where its filesystem is mounted."""
+
+    device: str
+    backing_file: str
+    mounted_on: tuple[str, ...]
+
+
+def loop_devices_below(mount: str) -> list[LoopDevice]:
+    """Loop devices whose file lies in `mount`."""
+    found = []
+    prefix = os.path.realpath(mount) + "/"
+    for entry in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
+        try:
+            backing_file = entry.read_text().removesuffix("\n")
+            number = (entry.parent.parent / "dev").read_text().strip()
+        except OSError:
+            continue  # detached meanwhile
+        if backing_file.startswith(prefix):
+            device = f"/dev/{entry.parent.parent.name}"
+            found.append(LoopDevice(device, backing_file, _mounts_of(number)))
+    return found
+
+
+def attach(path: str) -> str:
+    """Attach a file; the device's path. Raises NotFoundError, RefusedError if it is attached already."""
+    if not os.path.exists(path):
+        raise NotFoundError(f"{path} does not exist: is the machine being served?")
+    for loop in loop_devices_below(os.path.dirname(path)):
+        if loop.backing_file == os.path.realpath(path):
+            raise RefusedError(f"{path} is already attached as {loop.device}")
+    return run_tool("losetup", "--find", "--show", "--direct-io=on", path).strip()
+
+
+def detach(device: str) -> None:
+    """Detach a loop device; it must not be mounted."""
+    run_tool("losetup", "--detach", device)
+
+
+def make_filesystem(device: str, kind: str) -> None:
+    """Format a device as ext4 or xfs. Discards go through, so that the image stays sparse."""
+    arguments = {"ext4": ["mkfs.ext4", "-q", "-F", device], "xfs": ["mkfs.xfs", "-q", "-f", device]}[kind]
+    run_tool(*arguments)
+
+
+def mount(device: str, directory: str) -> None:
+    run_tool("mount", device, directory)
+
+
+def unmount(directory: str) -> None:
+    """Unmount a filesystem; everything it holds back is written first. RefusedError while it is busy."""
+    run_tool("umount", directory)
+
+
+def run_tool(*arguments: str) -> str:
+    """Run a tool of the system; its output. RefusedError with its own words if it fails."""
+    try:
+        done = subprocess.run(
+            arguments, capture_output=True, text=True, timeout=_TOOL_SECONDS_MAX, stdin=subprocess.DEVNULL, check=False
+        )
+    except FileNotFoundError:
+        raise NotFoundError(f"the program {arguments[0]} is not installed") from None
+    except subprocess.TimeoutExpired:
+        raise TemporaryError(f"{' '.join(arguments)} did not end within {_TOOL_SECONDS_MAX:.0f} s") from None
+    if done.returncode:
+        words = " ".join((done.stderr or done.stdout).split())
+        raise RefusedError(f"{' '.join(arguments)} failed: {words or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def _mounts_of(device_number: str) -> tuple[str, ...]:
+    """Where the filesystem on a device (major:minor) is mounted in our namespace, innermost last mount first."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split(" ")
+        if fields[2] == device_number:
+            found.append(fields[4].encode().decode("unicode_escape").encode("latin-1").decode(errors="surrogateescape"))
+    return tuple(reversed(found))

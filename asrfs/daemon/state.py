@@ -1,0 +1,290 @@
+"""The state directory of a machine: its paths, its locks, and the small files that describe it.
+
+Nothing here is on the write path. Every file is replaced atomically and is durable when the call returns;
+whoever edits `machine.json` holds `machine.lock` from reading it to replacing it. A process holds the lock of
+its role in `run/` for its whole life; the kernel frees it however the process ends, so a lock file that merely
+lies there means nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from asrfs.daemon.settings import Settings, parse_overrides
+from asrfs.errors import IntegrityError, NoSpaceError, NotFoundError, RefusedError
+from asrfs.model.machine import SLOT_MAX, DiskConfig, MachineConfig
+from asrfs.model.names import check_name
+from asrfs.model.positions import Positions
+from asrfs.storage.directory import DirectoryStorage
+from asrfs.storage.interface import read_whole, write_atomically
+
+Role = Literal["supervisor", "disk_server", "agent"]
+ROLES: tuple[Role, ...] = ("supervisor", "disk_server", "agent")
+
+MACHINE_FILE = "machine.json"
+SETTINGS_FILE = "settings.json"
+POSITIONS_FILE = "positions.json"
+POINTS_FILE = "points.jsonl"
+SERVED_FILE = "run/served.json"
+_DIRECTORIES = ("journal", "images", "keys", "run", "log")
+_LOCK_TRIES = 25
+_LOCK_TRY_INTERVAL_S = 0.01
+
+T = TypeVar("T")
+
+
+class Served(msgspec.Struct, frozen=True, kw_only=True):
+    """What the supervisor wrote down about the mount it made. `kernel_flags`: what INIT agreed on."""
+
+    mount: str
+    kernel_flags: int = 0
+    has_resend: bool = False
+
+
+class RunLock:
+    """A lock held by this process until `close` or its death."""
+
+    def __init__(self, fd: int, path: str) -> None:
+        self.fd = fd
+        self.path = path
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class StateDirectory:
+    """One machine's state directory. Opening it reads nothing; `open` and `create` check that it is one."""
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.abspath(root)
+
+    @classmethod
+    def open(cls, root: str) -> StateDirectory:
+        """The state directory at `root`. Raises NotFoundError if there is none."""
+        state = cls(root)
+        if not os.path.isfile(state.path(MACHINE_FILE)):
+            raise NotFoundError(f"{state.root} is not a state directory: make one with `asrfs init MACHINE`")
+        return state
+
+    @classmethod
+    def create(cls, root: str, machine_name: str) -> StateDirectory:
+        """Make the state directory of a new machine; the machine exists once `machine.json` does.
+
+        Raises BadInputError for a bad name, RefusedError if `root` has content or is not a directory.
+        """
+        check_name(machine_name, "machine")
+        state = cls(root)
+        if os.path.lexists(state.path(MACHINE_FILE)):
+            raise RefusedError(f"{state.root} is already the state directory of a machine")
+        if os.path.lexists(state.root) and not os.path.isdir(state.root):
+            raise RefusedError(f"{state.root} is not a directory")
+        if os.path.isdir(state.root) and set(os.listdir(state.root)) - {*_DIRECTORIES, "machine.lock"}:
+            raise RefusedError(f"{state.root} is not empty: choose another directory for the state")
+        os.makedirs(state.root, mode=0o700, exist_ok=True)
+        os.chmod(state.root, 0o700)
+        for name in _DIRECTORIES:
+            os.makedirs(state.path(name), mode=0o700, exist_ok=True)
+        with state._exclusive("machine.lock"):
+            if os.path.lexists(state.path(MACHINE_FILE)):
+                raise RefusedError(f"{state.root} is already the state directory of a machine")
+            state.save_machine(MachineConfig(id=uuid.uuid4().hex, name=machine_name))
+        return state
+
+    # ---- paths --------------------------------------------------------------------------------------------
+
+    def path(self, *parts: str) -> str:
+        """The path of something inside."""
+        return os.path.join(self.root, *parts)
+
+    @property
+    def journal(self) -> str:
+        return self.path("journal")
+
+    @property
+    def keys(self) -> str:
+        return self.path("keys")
+
+    def is_enrolled(self) -> bool:
+        """Whether a store has let this machine in; `keys/store.json` is the last file that enrolment writes."""
+        return os.path.exists(os.path.join(self.keys, "store.json"))
+
+    @property
+    def points_file(self) -> str:
+        return self.path(POINTS_FILE)
+
+    def image_path(self, disk: DiskConfig) -> str:
+        """Where the disk's raw image lies: our own sparse file, or the adopted one."""
+        return disk.adopted or self.path("images", f"{disk.id}.img")
+
+    def socket_path(self, role: Role) -> str:
+        return self.path("run", f"{role}.sock")
+
+    def log_path(self, role: Role) -> str:
+        return self.path("log", f"{role}.log")
+
+    # ---- machine.json -------------------------------------------------------------------------------------
+
+    def load_machine(self) -> MachineConfig:
+        """Raises NotFoundError or IntegrityError."""
+        return self._load(MACHINE_FILE, MachineConfig)
+
+    def save_machine(self, machine: MachineConfig) -> None:
+        """Replace `machine.json`. Only under `edit_machine` or `machine_lock`."""
+        self._save(MACHINE_FILE, machine)
+
+    def edit_machine(self, change: Callable[[MachineConfig], MachineConfig]) -> MachineConfig:
+        """Replace the machine by `change` of it, under the lock. What `change` raises changes nothing."""
+        with self.machine_lock():
+            machine = change(self.load_machine())
+            self.save_machine(machine)
+        return machine
+
+    @contextmanager
+    def machine_lock(self) -> Iterator[None]:
+        """Wait for and hold the right to edit `machine.json`."""
+        with self._exclusive("machine.lock"):
+            yield
+
+    def make_image(self, disk: DiskConfig) -> None:
+        """Make the sparse image of a new disk of ours, durable, before `machine.json` names the disk."""
+        storage = DirectoryStorage(self.path("images"))
+        try:
+            file = storage.create(f"{disk.id}.img")
+            try:
+                file.truncate(disk.size_bytes)
+                file.datasync()
+            finally:
+                file.close()
+            storage.sync_directory("")
+        except OSError as error:
+            raise NoSpaceError(
+                f"cannot make an image of {disk.size_bytes} bytes for disk {disk.name} in {storage.root}: "
+                f"{error.strerror}"
+            ) from None
+
+    # ---- settings.json and positions.json -----------------------------------------------------------------
+
+    def load_overrides(self) -> dict[str, str]:
+        """What `asrfs set` changed, as it was written."""
+        if not os.path.exists(self.path(SETTINGS_FILE)):
+            return {}
+        return self._load(SETTINGS_FILE, dict[str, str])
+
+    def load_settings(self) -> Settings:
+        """Defaults with the overrides of this machine."""
+        return parse_overrides(self.load_overrides())
+
+    def change_settings(self, given: dict[str, str]) -> Settings:
+        """Add overrides, all or none; an empty text takes one back. Raises BadInputError."""
+        with self._exclusive("machine.lock"):
+            merged = {key: text for key, text in (self.load_overrides() | given).items() if text}
+            settings = parse_overrides(merged)
+            self._save(SETTINGS_FILE, merged)
+        return settings
+
+    def load_positions(self) -> Positions:
+        """What the agent wrote down last; the beginning of the history if it never did."""
+        if not os.path.exists(self.path(POSITIONS_FILE)):
+            return Positions()
+        return self._load(POSITIONS_FILE, Positions)
+
+    def save_positions(self, positions: Positions) -> None:
+        """Only the agent calls this."""
+        self._save(POSITIONS_FILE, positions)
+
+    # ---- run/ ---------------------------------------------------------------------------------------------
+
+    def load_served(self) -> Served | None:
+        """What was served last, or None when nothing ever was."""
+        try:
+            return self._load(SERVED_FILE, Served)
+        except (NotFoundError, IntegrityError):
+            return None
+
+    def save_served(self, served: Served) -> None:
+        self._save(SERVED_FILE, served)
+
+    def take_lock(self, role: Role) -> RunLock | None:
+        """Become this role: hold its lock for the life of this process. None if another process is it."""
+        path = self.path("run", f"{role}.lock")
+        os.makedirs(self.path("run"), mode=0o700, exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        for _ in range(_LOCK_TRIES):  # `lock_holder` of another process may have it for an instant
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_LOCK_TRY_INTERVAL_S)
+                continue
+            os.pwrite(fd, f"{os.getpid():<20}\n".encode(), 0)  # in place: needs no space on a full disk
+            return RunLock(fd, path)
+        os.close(fd)
+        return None
+
+    def lock_holder(self, role: Role) -> int | None:
+        """The process id of who is this role now, None if nobody is. It may end at any time after."""
+        try:
+            fd = os.open(self.path("run", f"{role}.lock"), os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = os.pread(fd, 32, 0).strip()
+            return int(text) if text.isdigit() else 0
+        else:
+            return None
+        finally:
+            os.close(fd)
+
+    def wait_lock_free(self, role: Role, seconds_max: float) -> bool:
+        """Wait until nobody is this role; False if somebody still is after `seconds_max`."""
+        deadline = time.monotonic() + seconds_max
+        while self.lock_holder(role) is not None:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_LOCK_TRY_INTERVAL_S)
+        return True
+
+    # ---- inside -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _exclusive(self, name: str) -> Iterator[None]:
+        fd = os.open(self.path(name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def _load(self, name: str, type: type[T]) -> T:
+        try:
+            content = read_whole(DirectoryStorage(self.root), name)
+        except FileNotFoundError:
+            raise NotFoundError(f"{self.path(name)} does not exist") from None
+        try:
+            return msgspec.json.decode(content, type=type)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise IntegrityError(f"{self.path(name)} cannot be read: {error}") from None
+
+    def _save(self, name: str, value: Any) -> None:
+        content = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+        try:
+            write_atomically(DirectoryStorage(self.root), name, content)
+        except OSError as error:
+            raise NoSpaceError(f"cannot write {self.path(name)}: {error.strerror}") from None
+
+
+def next_slot(machine: MachineConfig) -> int:
+    """The slot of a new disk: never one that was used before. Raises RefusedError when all are used up."""
+    slot = max((disk.slot for disk in machine.disks), default=-1) + 1
+    if slot > SLOT_MAX:
+        raise RefusedError(f"machine {machine.name} has used up its {SLOT_MAX + 1} disk numbers: make a new machine")
+    return slot

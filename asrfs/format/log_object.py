@@ -1,0 +1,387 @@
+"""A log object: consecutive records of one epoch as they travel and as the vault keeps them.
+
+    clear header | frame table | sealed index | sealed frames | BLAKE3 of all before
+
+The index holds one column for each field of a record and the small payloads of MARKER and DISK records ("notes"); the
+frames hold the payloads of WRITE and FILL records, end to end, cut every `frame_raw_bytes`. Each is compressed by
+itself, then sealed with AES-256-GCM; the whole clear header is authenticated with every seal. Index and payload have
+different keys, both derived from the machine's keys and the session's salt, so a pair of key and nonce never repeats:
+a session ships an LSN once, and a new session has a new salt.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+from blake3 import blake3
+from crc32c import crc32c
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from asrfs.errors import FormatError
+from asrfs.format.record import CARRIES_EXTENT_BYTES, READS_AS_ZEROS, Kind
+
+OBJECT_MAGIC = b"ASROBJ1\n"
+OBJECT_VERSION = 1
+OBJECT_HEADER_BYTES = 256
+OBJECT_BYTES_MAX = 64 << 20
+DIGEST_BYTES = 32
+SALT_BYTES = 32
+KEY_BYTES = 32
+FRAME_RAW_BYTES = 128 << 10
+FRAME_RAW_BYTES_MAX = 1 << 20
+INDEX_RAW_BYTES_MAX = 64 << 20
+RECORDS_MAX = 1 << 20
+FRAME_IS_COMPRESSED = 1
+NO_DIGEST = bytes(DIGEST_BYTES)
+
+_SEAL_BYTES = 16
+_INDEX_FRAME = 0xFFFFFFFF
+_HEADER = struct.Struct("<16sII32sQQQQ32sQIIIIQ")
+_PREFIX = struct.Struct("<8sI")
+_FRAME = struct.Struct("<II")
+_NONCE = struct.Struct("<QI")
+_COUNTS = struct.Struct("<II")
+_ZSTD_LEVEL = 1
+
+Bytes = bytes | bytearray | memoryview
+
+
+class ObjectHeader(NamedTuple):
+    """Clear header. LSN and time ranges are inclusive; `session_salt` also names the session that shipped it."""
+
+    machine_id: bytes
+    version: int
+    epoch: int
+    session_salt: bytes
+    first_lsn: int
+    last_lsn: int
+    first_time_ns: int
+    last_time_ns: int
+    previous_digest: bytes
+    payload_raw_length: int
+    index_length: int
+    index_raw_length: int
+    frame_count: int
+    frame_raw_bytes: int
+    frames_length: int
+
+    @property
+    def record_count(self) -> int:
+        return self.last_lsn - self.first_lsn + 1
+
+    @property
+    def index_offset(self) -> int:
+        return OBJECT_HEADER_BYTES + self.frame_count * _FRAME.size
+
+    @property
+    def frames_offset(self) -> int:
+        return self.index_offset + self.index_length
+
+    @property
+    def object_length(self) -> int:
+        return self.frames_offset + self.frames_length + DIGEST_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectKeys:
+    """Keys of one session, derived; see `derive_keys`."""
+
+    index: bytes
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """Columns of the records, in LSN order: record i has LSN `first_lsn + i`. All arrays have the same length.
+
+    `payload_position` is the byte at which the record's payload begins: in the concatenated raw payload for WRITE and
+    FILL, in `notes` for MARKER and DISK (whose payload length is then `note_length`, else 0).
+    """
+
+    first_lsn: int
+    time_ns: npt.NDArray[np.uint64]
+    offset: npt.NDArray[np.uint64]
+    length: npt.NDArray[np.uint64]
+    payload_position: npt.NDArray[np.uint64]
+    note_length: npt.NDArray[np.uint32]
+    kind: npt.NDArray[np.uint16]
+    slot: npt.NDArray[np.uint16]
+    notes: bytes
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    def note(self, i: int) -> bytes:
+        """Payload of MARKER or DISK record i."""
+        start = int(self.payload_position[i])
+        return self.notes[start : start + int(self.note_length[i])]
+
+
+_COLUMNS: tuple[tuple[str, type[np.generic]], ...] = (
+    ("time_ns", np.uint64),
+    ("offset", np.uint64),
+    ("length", np.uint64),
+    ("payload_position", np.uint64),
+    ("note_length", np.uint32),
+    ("kind", np.uint16),
+    ("slot", np.uint16),
+)
+_RECORD_BYTES = sum(np.dtype(dtype).itemsize for _, dtype in _COLUMNS)
+
+
+def derive_keys(index_key: bytes, payload_key: bytes, machine_id: bytes, epoch: int, session_salt: bytes) -> ObjectKeys:
+    """Keys of a session from the machine's two keys (32 bytes each): HKDF-SHA256 (RFC 5869)."""
+    info = b"asrfs log object 1" + machine_id + epoch.to_bytes(4, "little")
+
+    def derive(key: bytes, use: bytes) -> bytes:
+        return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=session_salt, info=info + use).derive(key)
+
+    return ObjectKeys(derive(index_key, b"index"), derive(payload_key, b"payload"))
+
+
+def encode_object(
+    *,
+    machine_id: bytes,
+    epoch: int,
+    session_salt: bytes,
+    previous_digest: bytes,
+    index: Index,
+    payloads: Sequence[Bytes],
+    keys: ObjectKeys,
+    compress: bool = True,
+) -> tuple[bytes, list[bytes]]:
+    """Build one log object: `(digest, pieces)`, the pieces concatenated being the whole object, trailer included.
+
+    `payloads` are the WRITE and FILL payloads in LSN order. Releases the interpreter in its large steps, so it may run
+    beside an event loop in a thread.
+    """
+    raw_index = _encode_index(index)
+    compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
+    packed_index = compressor.compress(raw_index)
+    raw_frames = list(_cut(payloads, FRAME_RAW_BYTES))
+    packed = [_pack(frame, compressor) if compress else (frame, 0) for frame in raw_frames]
+    table = b"".join(_FRAME.pack(len(frame) + _SEAL_BYTES, flags) for frame, flags in packed)
+    header = ObjectHeader(
+        machine_id=machine_id,
+        version=OBJECT_VERSION,
+        epoch=epoch,
+        session_salt=session_salt,
+        first_lsn=index.first_lsn,
+        last_lsn=index.first_lsn + len(index) - 1,
+        first_time_ns=int(index.time_ns[0]),
+        last_time_ns=int(index.time_ns[-1]),
+        previous_digest=previous_digest,
+        payload_raw_length=sum(len(frame) for frame in raw_frames),
+        index_length=len(packed_index) + _SEAL_BYTES,
+        index_raw_length=len(raw_index),
+        frame_count=len(packed),
+        frame_raw_bytes=FRAME_RAW_BYTES,
+        frames_length=sum(len(frame) + _SEAL_BYTES for frame, _ in packed),
+    )
+    clear = encode_object_header(header)
+    payload_cipher = AESGCM(keys.payload)
+    pieces = [clear, table, AESGCM(keys.index).encrypt(_nonce(header, _INDEX_FRAME), packed_index, clear + table)]
+    pieces += [payload_cipher.encrypt(_nonce(header, i), frame, clear) for i, (frame, _) in enumerate(packed)]
+    hasher = blake3()
+    for piece in pieces:
+        hasher.update(piece)
+    digest = hasher.digest()
+    pieces.append(digest)
+    return digest, pieces
+
+
+def encode_object_header(header: ObjectHeader) -> bytes:
+    """All 256 bytes."""
+    body = _HEADER.pack(*header).ljust(OBJECT_HEADER_BYTES - _PREFIX.size, b"\0")
+    return _PREFIX.pack(OBJECT_MAGIC, crc32c(body)) + body
+
+
+def decode_object_header(buffer: Bytes, where: str) -> ObjectHeader:
+    """Read and check a clear header; lengths are believed only after its checksum. Raises FormatError."""
+    if len(buffer) < OBJECT_HEADER_BYTES:
+        raise FormatError(f"{where}: {len(buffer)} bytes are too few for a log object")
+    magic, crc = _PREFIX.unpack_from(buffer)
+    body = bytes(buffer[_PREFIX.size : OBJECT_HEADER_BYTES])
+    if magic != OBJECT_MAGIC:
+        raise FormatError(f"{where}: not a log object")
+    if crc32c(body) != crc:
+        raise FormatError(f"{where}: the header of the log object does not match its checksum")
+    header = ObjectHeader._make(_HEADER.unpack_from(body))
+    if header.version != OBJECT_VERSION:
+        raise FormatError(f"{where}: log object format {header.version} is not known to this program: upgrade it")
+    if not 0 < header.first_lsn <= header.last_lsn or header.record_count > RECORDS_MAX:
+        raise FormatError(f"{where}: impossible LSN range {header.first_lsn}..{header.last_lsn}")
+    frames_needed = -(-header.payload_raw_length // header.frame_raw_bytes) if header.frame_raw_bytes else -1
+    if (
+        frames_needed != header.frame_count
+        or header.frame_raw_bytes > FRAME_RAW_BYTES_MAX
+        or header.index_raw_length > INDEX_RAW_BYTES_MAX
+        or header.object_length > OBJECT_BYTES_MAX
+    ):
+        raise FormatError(f"{where}: lengths in the header of LSN {header.first_lsn} do not fit together")
+    return header
+
+
+def check_digest(buffer: Bytes, where: str) -> bytes:
+    """The digest of a whole object, checked against its bytes. Raises FormatError naming `where` and the LSNs."""
+    header = decode_object_header(buffer, where)
+    if len(buffer) != header.object_length:
+        raise FormatError(
+            f"{where}: log object of LSN {header.first_lsn}..{header.last_lsn} has {len(buffer)} bytes "
+            f"instead of {header.object_length}"
+        )
+    view = memoryview(buffer)
+    digest = bytes(view[-DIGEST_BYTES:])
+    if blake3(view[:-DIGEST_BYTES]).digest() != digest:
+        raise FormatError(
+            f"{where}: log object of LSN {header.first_lsn}..{header.last_lsn} does not match its BLAKE3 digest"
+        )
+    return digest
+
+
+def decode_index(header: ObjectHeader, head: Bytes, keys: ObjectKeys, where: str) -> Index:
+    """Open the index. `head` is the object's beginning, at least up to `header.frames_offset`. Raises FormatError."""
+    view = memoryview(head)
+    clear = bytes(view[: header.index_offset])
+    sealed = view[header.index_offset : header.frames_offset]
+    place = f"{where}: index of LSN {header.first_lsn}"
+    packed = _unseal(keys.index, _nonce(header, _INDEX_FRAME), sealed, clear, place)
+    raw = _unpack(packed, header.index_raw_length, place)
+    return _decode_index(header, raw, where)
+
+
+class FrameTable:
+    """Where each sealed frame of an object lies. Read from the object's beginning; holds no payload."""
+
+    def __init__(self, header: ObjectHeader, head: Bytes, where: str) -> None:
+        self.header = header
+        self._where = where
+        self._clear = bytes(memoryview(head)[:OBJECT_HEADER_BYTES])
+        table = memoryview(head)[OBJECT_HEADER_BYTES : header.index_offset]
+        self._entries: list[tuple[int, int, int]] = []
+        at = header.frames_offset
+        for stored_length, flags in _FRAME.iter_unpack(table):
+            self._entries.append((at, stored_length, flags))
+            at += stored_length
+        if at != header.frames_offset + header.frames_length or len(self._entries) != header.frame_count:
+            raise FormatError(f"{where}: the frame table of LSN {header.first_lsn} does not add up")
+
+    def extent(self, i: int) -> tuple[int, int]:
+        """`(offset, length)` of sealed frame i inside the object."""
+        return self._entries[i][0], self._entries[i][1]
+
+    def open_frame(self, i: int, sealed: Bytes, payload_key: bytes) -> bytes:
+        """The raw bytes of frame i, which hold the raw payload from `i * frame_raw_bytes`. Raises FormatError."""
+        header = self.header
+        where = f"{self._where}: frame {i} of LSN {header.first_lsn}..{header.last_lsn}"
+        raw_length = min(header.frame_raw_bytes, header.payload_raw_length - i * header.frame_raw_bytes)
+        packed = _unseal(payload_key, _nonce(header, i), sealed, self._clear, where)
+        if self._entries[i][2] & FRAME_IS_COMPRESSED:
+            return _unpack(packed, raw_length, where)
+        if len(packed) != raw_length:
+            raise FormatError(f"{where}: {len(packed)} bytes instead of {raw_length}")
+        return packed
+
+
+def _encode_index(index: Index) -> bytes:
+    columns = [np.ascontiguousarray(getattr(index, name), dtype=dtype).tobytes() for name, dtype in _COLUMNS]
+    return b"".join([_COUNTS.pack(len(index), len(index.notes)), *columns, index.notes])
+
+
+def _decode_index(header: ObjectHeader, raw: bytes, where: str) -> Index:
+    where = f"{where}: index of LSN {header.first_lsn}..{header.last_lsn}"
+    if len(raw) < _COUNTS.size:
+        raise FormatError(f"{where}: too short")
+    count, notes_length = _COUNTS.unpack_from(raw)
+    if count != header.record_count or len(raw) != _COUNTS.size + count * _RECORD_BYTES + notes_length:
+        raise FormatError(f"{where}: holds {count} records instead of {header.record_count}")
+    at = _COUNTS.size
+    columns: dict[str, Any] = {}
+    for name, dtype in _COLUMNS:
+        columns[name] = np.frombuffer(raw, dtype=dtype, count=count, offset=at)
+        at += columns[name].nbytes
+    index = Index(first_lsn=header.first_lsn, notes=raw[at:], **columns)
+    _check_index(header, index, where)
+    return index
+
+
+def _check_index(header: ObjectHeader, index: Index, where: str) -> None:
+    has_bytes = np.isin(index.kind, [int(kind) for kind in CARRIES_EXTENT_BYTES])
+    has_note = np.isin(index.kind, (int(Kind.MARKER), int(Kind.DISK)))
+    zeros = np.isin(index.kind, [int(kind) for kind in READS_AS_ZEROS])
+    lengths = index.length[has_bytes]
+    limit = np.uint64(1 << 63)
+    sound = (
+        bool(np.all(has_bytes | has_note | zeros))
+        and bool(np.all(index.offset < limit))
+        and bool(np.all(index.length < limit))
+        and bool(np.all(index.length[~has_note] > 0))
+        and bool(np.all(lengths <= header.payload_raw_length))
+        and int(lengths.sum(dtype=np.uint64)) == header.payload_raw_length
+        and bool(np.all(index.payload_position[has_bytes] == np.cumsum(lengths, dtype=np.uint64) - lengths))
+        and bool(np.all(index.time_ns[1:] >= index.time_ns[:-1]))
+        and bool(np.all(index.note_length[~has_note] == 0))
+    )
+    notes = index.note_length[has_note].astype(np.uint64)
+    sound = sound and int(notes.sum()) == len(index.notes)
+    sound = sound and bool(np.all(index.payload_position[has_note] == np.cumsum(notes) - notes))
+    if not sound:
+        raise FormatError(f"{where}: its columns contradict each other")
+    if int(index.time_ns[0]) != header.first_time_ns or int(index.time_ns[-1]) != header.last_time_ns:
+        raise FormatError(f"{where}: times differ from the header's")
+
+
+def _cut(payloads: Sequence[Bytes], frame_bytes: int) -> Iterator[bytes]:
+    """The concatenation of `payloads`, cut every `frame_bytes`."""
+    frame: list[memoryview] = []
+    room = frame_bytes
+    for payload in payloads:
+        rest = memoryview(payload)
+        while len(rest) >= room:
+            frame.append(rest[:room])
+            yield b"".join(frame)
+            rest, frame, room = rest[room:], [], frame_bytes
+        if len(rest):
+            frame.append(rest)
+            room -= len(rest)
+    if frame:
+        yield b"".join(frame)
+
+
+def _pack(frame: bytes, compressor: zstandard.ZstdCompressor) -> tuple[bytes, int]:
+    """Compress a frame unless a probe of its middle says that it does not pay."""
+    probe = frame[len(frame) // 2 : len(frame) // 2 + 4096]
+    if len(frame) > 4 * len(probe) and len(compressor.compress(probe)) > len(probe) * 0.97:
+        return frame, 0
+    packed = compressor.compress(frame)
+    return (packed, FRAME_IS_COMPRESSED) if len(packed) < len(frame) else (frame, 0)
+
+
+def _unpack(packed: Bytes, raw_length: int, where: str) -> bytes:
+    """Decompress to exactly `raw_length` bytes. The cap is ours: a frame's own size field is not believed."""
+    try:
+        if zstandard.frame_content_size(packed) != raw_length:
+            raise FormatError(f"{where}: the compressed size is not what the header says")
+        return zstandard.ZstdDecompressor().decompress(packed, max_output_size=raw_length)
+    except zstandard.ZstdError as error:
+        raise FormatError(f"{where}: cannot be decompressed ({error})") from None
+
+
+def _unseal(key: bytes, nonce: bytes, sealed: Bytes, clear: bytes, where: str) -> bytes:
+    try:
+        return AESGCM(key).decrypt(nonce, bytes(sealed), clear)
+    except (InvalidTag, ValueError):
+        raise FormatError(f"{where}: the seal is broken, or the key is not the one it was sealed with") from None
+
+
+def _nonce(header: ObjectHeader, frame: int) -> bytes:
+    return _NONCE.pack(header.first_lsn, frame)

@@ -1,0 +1,1 @@
+"""The only room that knows the FUSE protocol: the direct session for disks, the tree session for points."""

@@ -1,0 +1,305 @@
+"""What a crash left: finds the end of the history, tells a torn tail from corruption, makes the rest durable.
+
+    list → scan from the applied cursor → first bad place → torn or corrupt → datasync → cut → sync the directory
+
+A history goes on as long as records are valid and consecutive; a segment ends at its first invalid record, and the next
+one continues it iff its header names the expected LSN. The first place where this breaks is a **torn tail** if nothing
+says that the record expected there was durable, and is cut. It is **corruption** if something does: the applied or
+acknowledged position, or the `durable_lsn` in any later valid header of a record or segment. Then nothing is changed
+and IntegrityError names file, offset and LSN.
+
+What was found is synced before it counts as durable, else power could be lost under a history that was already
+shipped (I1). Segments cut as a whole become spares, under their old numbers (`segments.py`). A recovered segment is
+never appended to: the journal goes on in a new one.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from asrfs.errors import IntegrityError
+from asrfs.format.record import (
+    RECORD_HEADER_BYTES,
+    RECORD_MAGIC,
+    RecordHeader,
+    decode_record_header,
+    segment_seed,
+)
+from asrfs.format.segment import POSITION_SHIFT, SEGMENT_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader
+from asrfs.journal.segments import (
+    Stop,
+    list_journal,
+    read_header,
+    scan,
+    segment_name,
+    spare_name,
+)
+from asrfs.model.positions import Positions
+from asrfs.storage.interface import File, Storage
+
+_PIECE_BYTES = 4 << 20
+_MOVES_MAX = 5
+"""How often a scan begins again because the agent freed a segment under it; it has at most one trim in hand."""
+
+
+class RecoveredRecord(NamedTuple):
+    """A record behind the applied LSN, as maps want it. `position`: of its payload."""
+
+    kind: int
+    slot: int
+    offset: int
+    length: int
+    position: int
+
+
+class RecoveredSegment(NamedTuple):
+    """A segment that was scanned. `end`: byte behind its last record; `last_lsn` < `first_lsn`: it has none."""
+
+    number: int
+    first_lsn: int
+    last_lsn: int
+    end: int
+
+
+class Recovered:
+    """The history as it is from here on. `cut`: what was torn off, in words, or None."""
+
+    def __init__(self, positions: Positions) -> None:
+        self.last_lsn = positions.applied.lsn
+        self.last_time_ns = positions.applied.time_ns
+        self.epoch = positions.epoch
+        self.segments: list[RecoveredSegment] = []
+        self.next_segment_number = 1
+        self.cut: str | None = None
+        self._places = array("Q")
+        self._kinds = array("I")
+
+    def records(self) -> Iterator[RecoveredRecord]:
+        """Records behind the applied LSN, in order. Can be asked for more than once."""
+        places = iter(self._places)
+        for kind_and_slot, offset, length, position in zip(self._kinds, places, places, places, strict=True):
+            yield RecoveredRecord(kind_and_slot >> 16, kind_and_slot & 0xFFFF, offset, length, position)
+
+    def add(self, headers: list[RecordHeader], position: int) -> None:
+        """The next records of the history; they lie end to end, the first one's header at `position`."""
+        kinds, places = self._kinds.append, self._places.extend
+        for _, _, _, offset, length, payload_length, _, kind, slot in headers:
+            position += RECORD_HEADER_BYTES
+            kinds(kind << 16 | slot)
+            places((offset, length, position))
+            position += payload_length
+        self.last_lsn = headers[-1].lsn
+        self.last_time_ns = max(self.last_time_ns, headers[-1].time_ns)
+
+
+def recover(
+    storage: Storage, positions: Positions, machine_id: bytes, *, segment_bytes: int = SEGMENT_BYTES
+) -> Recovered:
+    """Find the history behind `positions.applied`, see the module. `storage` is the journal's directory.
+
+    Raises IntegrityError, and OSError where the storage fails.
+    """
+    for attempt in range(_MOVES_MAX):
+        recovery = _Recovery(storage, positions, machine_id, segment_bytes)
+        try:
+            return recovery.run()
+        except FileNotFoundError:
+            if attempt == _MOVES_MAX - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+class _Bad(NamedTuple):
+    """The first place where the history does not go on."""
+
+    number: int
+    offset: int
+    lsn: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{segment_name(self.number)} offset {self.offset}: LSN {self.lsn}: {self.why}"
+
+
+class _Recovery:
+    """One pass over the journal. Changes nothing before `_finish`."""
+
+    def __init__(self, storage: Storage, positions: Positions, machine_id: bytes, segment_bytes: int) -> None:
+        self._storage = storage
+        self._machine_id = machine_id
+        self._segment_bytes = segment_bytes
+        self._applied = positions.applied
+        self._found = Recovered(positions)
+        self._claim = max(positions.applied.lsn, positions.acknowledged.lsn)
+        self._claim_source = "the persisted positions"
+        self._bad: _Bad | None = None
+        self._torn: list[int] = []
+        self._is_torn = False
+        self._last_epoch = 0
+        self._buffer = memoryview(bytearray(min(_PIECE_BYTES, segment_bytes)))
+        known = max(positions.applied.segment, positions.acknowledged.segment)
+        listing = list_journal(storage)
+        self._numbers = [number for number in listing.segments if number >= positions.applied.segment]
+        self._found.next_segment_number = max(listing.largest(), known) + 1
+
+    def run(self) -> Recovered:
+        tail: tuple[int, int] | None = None
+        for number in self._numbers:
+            file = self._storage.open(segment_name(number))
+            try:
+                header = read_header(file, number, self._machine_id, self._last_epoch)
+                if header is not None:
+                    self._last_epoch = header.epoch
+                if self._bad is None and self._continues(number, header, tail):
+                    tail = (number, self._follow(file, number))
+                else:
+                    self._collect_claims(file, number, header)
+                    self._torn.append(number)
+            finally:
+                file.close()
+        if tail is not None:
+            self._look_behind(*tail)
+        if self._claim > self._found.last_lsn:
+            raise IntegrityError(self._describe_corruption(tail))
+        if self._is_torn:
+            self._found.cut = str(self._bad)
+        self._found.epoch = max(self._found.epoch, self._last_epoch)
+        self._finish()
+        return self._found
+
+    # ---- reading ----
+
+    def _continues(self, number: int, header: SegmentHeader | None, tail: tuple[int, int] | None) -> bool:
+        """Whether the history goes on in this segment; if not, notes why."""
+        expected = self._found.last_lsn + 1
+        is_cursor = number == self._applied.segment
+        if header is not None and (header.first_lsn == expected or (is_cursor and header.first_lsn < expected)):
+            return True
+        if header is None and is_cursor and self._applied.offset > SEGMENT_HEADER_BYTES:
+            raise IntegrityError(
+                f"{segment_name(number)} offset 0: its header is damaged, although LSN {expected - 1} was durable in it"
+            )
+        if header is None:
+            self._bad = _Bad(number, 0, expected, "the segment has no valid header")
+        elif header.first_lsn < expected:
+            raise IntegrityError(
+                f"{segment_name(number)} offset 0: begins with LSN {header.first_lsn}, "
+                f"but the segments before it hold LSN {expected - 1}"
+            )
+        else:
+            at = tail or (number, 0)
+            why = f"not valid, and {segment_name(number)} begins with LSN {header.first_lsn}"
+            self._bad = _Bad(*at, expected, why)
+            self._is_torn = True
+        return False
+
+    def _follow(self, file: File, number: int) -> int:
+        """Take the records of a segment; returns the byte behind the last one."""
+        found = self._found
+        at = SEGMENT_HEADER_BYTES
+        if number == self._applied.segment:
+            at = max(at, self._applied.offset)
+        first = found.last_lsn + 1
+        seed = segment_seed(number)
+        base = number << POSITION_SHIFT
+        while True:
+            size = file.read_into(self._buffer, at)
+            piece = scan(self._buffer[:size], 0, seed, found.last_lsn + 1)
+            if piece.records:
+                found.add([header for header, _ in piece.records], base | at)
+                self._believe(piece.records[-1][0].durable_lsn, number)
+            at += piece.end
+            if piece.stop is not Stop.MORE or not piece.records:
+                break
+        found.segments.append(RecoveredSegment(number, first, found.last_lsn, at))
+        return at
+
+    def _look_behind(self, number: int, at: int) -> None:
+        """Look for valid records behind the last one: they show that something was torn, and what was durable."""
+        file = self._storage.open(segment_name(number))
+        try:
+            valid = self._claims_behind(file, number, at)
+        finally:
+            file.close()
+        if self._bad is None:
+            self._bad = _Bad(number, at, self._found.last_lsn + 1, "torn, or not valid")
+        self._is_torn = self._is_torn or valid > 0
+
+    def _collect_claims(self, file: File, number: int, header: SegmentHeader | None) -> None:
+        """A segment behind the bad place: only what it says of durability counts, even when its own header is bad."""
+        if header is not None:
+            self._believe(header.durable_lsn, number)
+        if self._claims_behind(file, number, SEGMENT_HEADER_BYTES):
+            self._is_torn = True
+
+    def _claims_behind(self, file: File, number: int, at: int) -> int:
+        """Believe what valid record headers from byte `at` on say; returns how many there are.
+
+        A header counts only with an LSN that the journal's bytes can hold and a durable LSN below its own.
+        """
+        seed = segment_seed(number)
+        expected = self._found.last_lsn + 1
+        lsn_end = expected + len(self._numbers) * (SEGMENT_BYTES // RECORD_HEADER_BYTES)
+        valid = 0
+        while (size := file.read_into(self._buffer, at)) >= RECORD_HEADER_BYTES:
+            piece = bytes(self._buffer[:size])
+            after = size - RECORD_HEADER_BYTES + 1
+            place = piece.find(RECORD_MAGIC)
+            while 0 <= place <= size - RECORD_HEADER_BYTES:
+                header = decode_record_header(piece, place, seed)
+                if header is None:
+                    place = piece.find(RECORD_MAGIC, place + 1)
+                    continue
+                if expected <= header.lsn < lsn_end and header.durable_lsn < header.lsn:
+                    valid += 1
+                    self._believe(header.durable_lsn, number)
+                # Its payload is the guest's: what looks like a header in there is not one.
+                after = max(after, place + RECORD_HEADER_BYTES + header.payload_length)
+                place = piece.find(RECORD_MAGIC, place + RECORD_HEADER_BYTES + header.payload_length)
+            at += after
+        return valid
+
+    def _believe(self, durable_lsn: int, number: int) -> None:
+        if durable_lsn > self._claim:
+            self._claim = durable_lsn
+            self._claim_source = segment_name(number)
+
+    def _describe_corruption(self, tail: tuple[int, int] | None) -> str:
+        expected = self._found.last_lsn + 1
+        number, offset = tail or (self._bad[:2] if self._bad else (self._applied.segment, self._applied.offset))
+        return (
+            f"{segment_name(number)} offset {offset}: LSN {expected} is missing or damaged, although "
+            f"{self._claim_source} shows that LSN {self._claim} was durable: the journal is corrupt, left as it is"
+        )
+
+    # ---- changing ----
+
+    def _finish(self) -> None:
+        """Make what was found durable, then cut what follows it, then make the names durable."""
+        for segment in self._found.segments:
+            file = self._storage.open(segment_name(segment.number), write=True)
+            try:
+                file.datasync()
+            finally:
+                file.close()
+        empty = [segment.number for segment in self._found.segments[-1:] if segment.last_lsn < segment.first_lsn]
+        for number in [*empty, *self._torn]:
+            if number != self._applied.segment:
+                self._set_free(number)
+        self._found.segments = [
+            s for s in self._found.segments if s.number not in empty or s.number == self._applied.segment
+        ]
+        self._storage.sync_directory("")
+
+    def _set_free(self, number: int) -> None:
+        file = self._storage.open(segment_name(number))
+        try:
+            is_whole = file.size() >= self._segment_bytes
+        finally:
+            file.close()
+        if is_whole:
+            self._storage.rename(segment_name(number), spare_name(number))
+        else:
+            self._storage.unlink(segment_name(number))

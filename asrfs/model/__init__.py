@@ -1,0 +1,1 @@
+"""PURE: names, sizes, extents, the machine and its disks, positions, the clock's interface. No I/O, no time."""

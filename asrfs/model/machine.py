@@ -1,0 +1,130 @@
+"""A machine, its disks, and what its history says of them.
+
+`MachineConfig` is the host's file (`machine.json`); `DiskRecord` and `MarkerRecord` travel inside the history as the
+payload of DISK and MARKER records, so the store learns of disks and points in the same order as of writes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from asrfs.errors import BadInputError, FormatError, NotFoundError
+from asrfs.model.names import check_name, is_id
+from asrfs.model.quantities import check_disk_size
+
+Consistency = Literal["crash", "filesystem", "application"]
+
+NO_SLOT = 0xFFFF
+"""Slot of records that belong to no disk (markers)."""
+SLOT_MAX = 0xFFFE
+
+
+class DiskConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One disk as the host knows it.
+
+    `slot` numbers it in records and is never reused; `id` names this incarnation (a disk made again under the same
+    name is another one); `adopted` is the path of a raw image or block device in use in place, None for our own
+    sparse image; `gap` is true until content from before the history has been read into it.
+    """
+
+    slot: int
+    id: str
+    name: str
+    size_bytes: int
+    adopted: str | None = None
+    removed: bool = False
+    gap: bool = False
+
+
+class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The host's description of its machine. Removed disks stay, so that slots are never reused."""
+
+    format: Literal[1] = 1
+    id: str
+    name: str
+    disks: tuple[DiskConfig, ...] = ()
+
+    def live_disks(self) -> tuple[DiskConfig, ...]:
+        """Disks that exist now, by slot."""
+        return tuple(disk for disk in self.disks if not disk.removed)
+
+    def disk(self, name: str) -> DiskConfig:
+        """The live disk of that name. Raises NotFoundError."""
+        for disk in self.live_disks():
+            if disk.name == name:
+                return disk
+        raise NotFoundError(f"machine {self.name} has no disk {name!r}: see `asrfs disk list`")
+
+
+class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Payload of a DISK record: what holds for a slot from this LSN on. Writing it again changes nothing."""
+
+    slot: int
+    id: str
+    name: str
+    size_bytes: int
+    removed: bool = False
+    gap: bool = False
+
+    @classmethod
+    def of(cls, disk: DiskConfig) -> DiskRecord:
+        return cls(
+            slot=disk.slot,
+            id=disk.id,
+            name=disk.name,
+            size_bytes=disk.size_bytes,
+            removed=disk.removed,
+            gap=disk.gap,
+        )
+
+
+class MarkerRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Payload of a MARKER record: a recovery point, real once its LSN is durable at the store."""
+
+    id: str
+    consistency: Consistency = "crash"
+    group: str | None = None
+    name: str | None = None
+    hold_ms: float | None = None
+    note: str | None = None
+
+
+def encode_disk(record: DiskRecord) -> bytes:
+    return msgspec.msgpack.encode(record)
+
+
+def encode_marker(record: MarkerRecord) -> bytes:
+    return msgspec.msgpack.encode(record)
+
+
+def decode_disk(payload: bytes) -> DiskRecord:
+    """Decode and check a DISK payload, which may come from a hostile peer. Raises FormatError."""
+    try:
+        record = msgspec.msgpack.decode(payload, type=DiskRecord)
+        check_name(record.name, "disk")
+        check_disk_size(record.size_bytes, "disk")
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise FormatError(f"a DISK record cannot be read: {error}") from None
+    except BadInputError as error:
+        raise FormatError(f"a DISK record is not acceptable: {error}") from None
+    if not is_id(record.id) or not 0 <= record.slot <= SLOT_MAX:
+        raise FormatError(f"a DISK record names slot {record.slot} and id {record.id[:40]!r}")
+    return record
+
+
+def decode_marker(payload: bytes) -> MarkerRecord:
+    """Decode and check a MARKER payload, which may come from a hostile peer. Raises FormatError."""
+    try:
+        record = msgspec.msgpack.decode(payload, type=MarkerRecord)
+        for text, what in ((record.name, "point"), (record.group, "group")):
+            if text is not None:
+                check_name(text, what)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise FormatError(f"a MARKER record cannot be read: {error}") from None
+    except BadInputError as error:
+        raise FormatError(f"a MARKER record is not acceptable: {error}") from None
+    if not is_id(record.id) or len(record.note or "") > 1000:
+        raise FormatError(f"a MARKER record has id {record.id[:40]!r}")
+    return record

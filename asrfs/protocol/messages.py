@@ -1,0 +1,104 @@
+"""What host and store say to each other. Fields are checked for type by the decoder, for sense by the receiver."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from asrfs.protocol.frames import FrameType, ProtocolError
+
+PROTOCOL_VERSION = 1
+OBJECT_CHUNK_BYTES = 1 << 20
+
+RefusalCode = Literal["authentication", "fenced", "diverged", "state", "corrupt", "space", "busy"]
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True):
+    """Host's first word. `acknowledged_lsn`, `last_digest`: what it holds for acknowledged; the digest may be empty."""
+
+    protocol: int
+    machine_id: str
+    machine_name: str
+    epoch: int
+    appended_lsn: int
+    durable_lsn: int
+    acknowledged_lsn: int
+    last_digest: str
+
+
+class Welcome(msgspec.Struct, frozen=True, kw_only=True):
+    """Store's answer. The host goes on at `acknowledged_lsn + 1`, sealing with keys derived from `session_salt`."""
+
+    protocol: int
+    store_id: str
+    session_salt: bytes
+    epoch: int
+    acknowledged_lsn: int
+    last_digest: str
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True):
+    """Store ends the session. `text` is one line for people."""
+
+    code: RefusalCode
+    text: str
+
+
+class ObjectBegin(msgspec.Struct, frozen=True, kw_only=True):
+    """A log object of `length` bytes follows in OBJECT_BYTES frames."""
+
+    first_lsn: int
+    last_lsn: int
+    length: int
+
+
+class Acknowledge(msgspec.Struct, frozen=True, kw_only=True):
+    """Every record up to `lsn` is durable at the store (I3)."""
+
+    lsn: int
+    digest: str
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
+    """Sent by both sides when nothing else is. The host's positions tell the store how far behind it is."""
+
+    appended_lsn: int = 0
+    durable_lsn: int = 0
+    durable_time_ns: int = 0
+
+
+class Goodbye(msgspec.Struct, frozen=True, kw_only=True):
+    """The host ends the session on purpose."""
+
+    reason: str
+
+
+Message = Hello | Welcome | Refused | ObjectBegin | Acknowledge | Heartbeat | Goodbye
+
+TYPE_OF: dict[type[msgspec.Struct], FrameType] = {
+    Hello: FrameType.HELLO,
+    Welcome: FrameType.WELCOME,
+    Refused: FrameType.REFUSED,
+    ObjectBegin: FrameType.OBJECT_BEGIN,
+    Acknowledge: FrameType.ACKNOWLEDGE,
+    Heartbeat: FrameType.HEARTBEAT,
+    Goodbye: FrameType.GOODBYE,
+}
+_DECODERS: dict[FrameType, msgspec.msgpack.Decoder[Any]] = {
+    frame_type: msgspec.msgpack.Decoder(cls) for cls, frame_type in TYPE_OF.items()
+}
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode_message(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_message(frame_type: FrameType, payload: bytes) -> Message:
+    """Raises ProtocolError for bytes that are not a message of that type."""
+    try:
+        message: Message = _DECODERS[frame_type].decode(payload)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise ProtocolError(f"a {frame_type.name} message cannot be read: {error}") from None
+    return message

@@ -1,0 +1,135 @@
+"""Folds durable records into the disk images. Blocks; runs in a thread, one call at a time.
+
+Order of a span, which is what keeps I1 and I4:
+
+    read durable records ─▶ write images ─▶ … ─▶ datasync each image touched ─▶ persist positions.applied
+                                                      ─▶ (caller) tell the disk server ─▶ (caller) free segments
+
+A crash anywhere repeats the span from the persisted position: the same bytes reach the same blocks again, and
+until then the disk server reads those blocks from the journal. A failed write or datasync drops the open image, so
+that the repetition rewrites every byte since the last good datasync through a fresh descriptor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from asrfs.errors import IntegrityError
+from asrfs.format.record import Kind, RecordHeader
+from asrfs.journal.reader import JournalReader
+from asrfs.model.machine import NO_SLOT
+from asrfs.model.positions import Cursor
+from asrfs.replication.applier_round import DiskRound
+from asrfs.replication.positions_file import PositionsFile
+from asrfs.storage.interface import File
+
+ROUND_BYTES_MAX = 32 << 20
+ROUND_RECORDS_MAX = 64 * 1024
+ROUNDS_PER_SPAN_MAX = 4
+"""Rounds that share one datasync and one save of the positions."""
+
+OnMarker = Callable[[RecordHeader, bytes], None]
+
+
+class Image(NamedTuple):
+    """A disk's raw image, open for writing."""
+
+    file: File
+    size_bytes: int
+
+
+class Images(Protocol):
+    """Where the applier finds images. Opening may raise OSError."""
+
+    def image(self, slot: int) -> Image | None:
+        """The image of a live disk, None for a removed one. Raises IntegrityError for a slot that never was."""
+
+    def drop(self, slot: int) -> None:
+        """Close the image, if it is open, because what it holds is uncertain; `image` opens it again."""
+
+
+class Applier:
+    """`on_marker` sees every MARKER record applied, in order, and may see one twice after a crash."""
+
+    def __init__(
+        self,
+        reader: JournalReader,
+        positions: PositionsFile,
+        images: Images,
+        on_marker: OnMarker | None = None,
+        *,
+        round_bytes_max: int = ROUND_BYTES_MAX,
+        rounds_max: int = ROUNDS_PER_SPAN_MAX,
+    ) -> None:
+        self._reader = reader
+        self._positions = positions
+        self._images = images
+        self._on_marker = on_marker
+        self._round_bytes_max = round_bytes_max
+        self._rounds_max = rounds_max
+
+    def apply_span(self, durable_lsn: int) -> Cursor:
+        """Apply records above the persisted position, none above `durable_lsn` (I1); returns the new position.
+
+        Covers at most a few rounds, so call again while the result is below `durable_lsn`. Raises OSError or
+        TemporaryError (nothing lost, call again), IntegrityError for a corrupt journal or a record that fits no disk.
+        """
+        cursor = self._positions.saved.applied
+        touched: set[int] = set()
+        try:
+            for _ in range(self._rounds_max):
+                if cursor.lsn >= durable_lsn:
+                    break
+                following = self._apply_round(cursor, durable_lsn, touched)
+                if following.lsn == cursor.lsn:
+                    break
+                cursor = following
+            for slot in sorted(touched):
+                image = self._images.image(slot)
+                if image is not None:
+                    image.file.datasync()
+        except BaseException:
+            for slot in touched:
+                self._images.drop(slot)
+            raise
+        if cursor.lsn > self._positions.saved.applied.lsn:
+            self._positions.change(applied=cursor)
+            self._positions.save()
+        return cursor
+
+    def _apply_round(self, cursor: Cursor, durable_lsn: int, touched: set[int]) -> Cursor:
+        until_lsn = min(durable_lsn, cursor.lsn + ROUND_RECORDS_MAX)
+        batch = self._reader.read(cursor, until_lsn, self._round_bytes_max)
+        disks: dict[int, DiskRound] = {}
+        for header, payload in batch.records:
+            slot = header.slot
+            disk = disks.get(slot)
+            if disk is None:
+                if slot == NO_SLOT or header.kind == Kind.DISK:
+                    self._note_marker(header, payload)
+                    continue
+                disk = disks[slot] = DiskRound()
+            disk.note(header, payload)
+        assert batch.cursor.lsn <= durable_lsn, "I1: only durable records reach an image"
+        for slot, disk in sorted(disks.items()):
+            self._write(slot, disk, touched)
+        return batch.cursor
+
+    def _note_marker(self, header: RecordHeader, payload: memoryview) -> None:
+        if header.kind == Kind.MARKER and self._on_marker is not None:
+            self._on_marker(header, bytes(payload))
+
+    def _write(self, slot: int, disk: DiskRound, touched: set[int]) -> None:
+        image = self._images.image(slot)
+        if image is None:
+            return
+        if disk.end > image.size_bytes:
+            raise IntegrityError(
+                f"a record reaches to byte {disk.end} of the disk in slot {slot}, which has {image.size_bytes}"
+            )
+        touched.add(slot)
+        for offset, length in disk.punches():
+            image.file.punch(offset, length)
+        for offset, buffers in disk.writes():
+            image.file.write_at(buffers, offset)

@@ -1,0 +1,37 @@
+"""What the agent asks of the disk server of its machine. The composition implements it with the control socket."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from asrfs.model.positions import Cursor
+
+
+class HostPositions(NamedTuple):
+    """Where the disk server's history stands. `durable` has the segment and offset of the journal's tail."""
+
+    appended_lsn: int
+    durable: Cursor
+    epoch: int
+    failed: str | None
+
+
+class DiskServer(Protocol):
+    """Every call raises TemporaryError while the disk server is away, and what it refused otherwise."""
+
+    async def positions(self) -> HostPositions: ...
+
+    async def sync(self) -> HostPositions:
+        """After this, everything appended before the call is durable."""
+
+    async def marker(self, payload: bytes) -> tuple[int, int]:
+        """Append a MARKER record and make it durable: `(lsn, time_ns)`."""
+
+    async def applied(self, lsn: int, segment: int) -> None:
+        """Records up to `lsn`, and whole segments up to `segment`, are in the images: their maps may go."""
+
+    async def fill(self, slot: int, offset: int, length: int) -> int:
+        """Append the extent's present content as a FILL record: its LSN."""
+
+    async def reread_disks(self) -> None:
+        """Take up changes of the machine's disks and append their DISK records."""

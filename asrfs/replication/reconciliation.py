@@ -1,0 +1,76 @@
+"""The decision at the handshake: where shipping goes on, or why it must not. Pure.
+
+The store's word decides what is durable there (I3). It may know more than we do: an acknowledgement was lost. It may
+know less: it was rolled back or replaced, and only what the journal still has can be sent again (I4). It must never
+know more than we ever made durable, or something else under the same LSN.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from asrfs.errors import (
+    AsrfsError,
+    AuthenticationError,
+    FencedError,
+    IntegrityError,
+    NoSpaceError,
+    TemporaryError,
+)
+
+
+class Side(NamedTuple):
+    """What one end holds for acknowledged. `last_digest` is hex or empty when it is not known."""
+
+    epoch: int
+    acknowledged_lsn: int
+    last_digest: str
+
+
+class DivergedError(IntegrityError):
+    """Host and store hold different histories of one machine."""
+
+
+class StoreLostError(IntegrityError):
+    """The store misses records that it had acknowledged and that the host has freed."""
+
+
+def check_same_history(host: Side, durable_lsn: int, store: Side) -> None:
+    """Raise FencedError or DivergedError if this host may not add to the store's history at all."""
+    if store.epoch > host.epoch:
+        raise FencedError(
+            f"the store is at epoch {store.epoch} of this machine and this host at {host.epoch}: "
+            "the machine was failed over, and this side can add nothing any more"
+        )
+    if store.acknowledged_lsn > durable_lsn:
+        raise DivergedError(
+            f"the store holds this machine up to LSN {store.acknowledged_lsn}, but this host made nothing durable "
+            f"beyond LSN {durable_lsn}: the host was set back or cloned"
+        )
+    same_lsn = store.acknowledged_lsn == host.acknowledged_lsn
+    if same_lsn and host.last_digest and store.last_digest and host.last_digest != store.last_digest:
+        raise DivergedError(
+            f"host and store hold different log objects up to LSN {host.acknowledged_lsn}: "
+            f"{host.last_digest[:16]}… here, {store.last_digest[:16]}… there"
+        )
+
+
+def check_can_resend(store_lsn: int, first_kept_lsn: int) -> None:
+    """Raise StoreLostError unless the journal, which begins at `first_kept_lsn`, reaches down to the store."""
+    if store_lsn + 1 < first_kept_lsn:
+        raise StoreLostError(
+            f"the store holds this machine up to LSN {store_lsn} only, and the journal begins at LSN "
+            f"{first_kept_lsn}: LSN {store_lsn + 1} to {first_kept_lsn - 1} are lost to the replica"
+        )
+
+
+def refusal(code: str, text: str) -> AsrfsError:
+    """The error a REFUSED message means."""
+    text = f"the store refused: {text}"
+    if code == "authentication":
+        return AuthenticationError(text)
+    if code == "fenced":
+        return FencedError(text)
+    if code == "diverged":
+        return DivergedError(text)
+    return NoSpaceError(text) if code == "space" else TemporaryError(text)

@@ -1,0 +1,357 @@
+"""One connection to the store, from HELLO to its end: four tasks around one `protocol.Session`.
+
+    build ──(channel)──▶ send ──▶ stream        at most OBJECTS_UNACKNOWLEDGED_MAX objects built and not acknowledged
+    receive ◀── stream: ACKNOWLEDGE moves positions.acknowledged, and nothing else does (I3)
+
+`build` reads the journal and seals in a thread while `send` writes the object before it. Only `send` writes to the
+stream. An LSN is sealed once in a session: a session that fails is over, and the next one has another salt.
+What may change at an await: `progress` and `positions.acknowledged`; the session's own cursor belongs to `build`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import trio
+
+from asrfs.errors import AsrfsError, IntegrityError, TemporaryError
+from asrfs.format.log_object import DIGEST_BYTES, NO_DIGEST, SALT_BYTES
+from asrfs.journal.reader import JournalReader
+from asrfs.model.positions import Cursor
+from asrfs.protocol.frames import ProtocolError
+from asrfs.protocol.messages import (
+    PROTOCOL_VERSION,
+    Acknowledge,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    ObjectBegin,
+    Refused,
+    Welcome,
+)
+from asrfs.protocol.session import Bytes, Event, Session, State
+from asrfs.replication.object_builder import BuiltObject, MachineKeys, ObjectBuilder
+from asrfs.replication.positions_file import PositionsFile
+from asrfs.replication.progress import Progress, bytes_between
+from asrfs.replication.reconciliation import Side, StoreLostError, check_same_history, refusal
+from asrfs.replication.rewind import cursor_at
+from asrfs.storage.interface import Storage
+from asrfs.transport.stream import ByteStream
+
+HEARTBEAT_S = 5.0
+SILENCE_S_MAX = 15.0
+"""Three heartbeats: a peer that says nothing for so long is gone."""
+GREETING_S_MAX = 20.0
+OBJECTS_UNACKNOWLEDGED_MAX = 4
+_TOGETHER_BYTES = 64 << 10
+_PACE_S = 0.25
+
+T = TypeVar("T")
+
+
+class ShippingSettings(NamedTuple):
+    """Bytes of records in an object, seconds they may wait, zstd or not, bytes per second (0: no limit)."""
+
+    object_size: int = 4 << 20
+    object_age: float = 0.25
+    compression: bool = True
+    bandwidth_limit: int = 0
+
+
+class CorruptJournalError(IntegrityError):
+    """Records that were durable cannot be read back. Their bytes are not shipped."""
+
+
+@dataclass(slots=True)
+class Source:
+    """What sessions ship from; outlives them. `journal_turn` is held while segments are freed or gone back to."""
+
+    machine_id: bytes
+    machine_name: str
+    journal: Storage
+    reader: JournalReader
+    builder: ObjectBuilder
+    positions: PositionsFile
+    progress: Progress
+    settings: ShippingSettings
+    threads: trio.CapacityLimiter
+    journal_turn: trio.Lock
+    hurry_lsn: int = 0
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await trio.to_thread.run_sync(function, *arguments, limiter=self.threads)
+
+
+class ShippingSession:
+    """`run` returns never: it raises why the session ended. `welcomed`, `objects_acknowledged` say how far it came."""
+
+    def __init__(self, stream: ByteStream, source: Source, keys: MachineKeys, on_welcome: Callable[[], None]) -> None:
+        self._stream = stream
+        self._source = source
+        self._keys = keys
+        self._on_welcome = on_welcome
+        self._session = Session("host")
+        self._salt = b""
+        self._digest = NO_DIGEST
+        self._cursor = source.positions.current.acknowledged
+        self._slots = trio.Semaphore(OBJECTS_UNACKNOWLEDGED_MAX)
+        self._in_flight: deque[BuiltObject] = deque()
+        self._failure: Exception | None = None
+        self._pending_events: deque[Event] = deque()
+        self._heartbeat_at = 0.0
+        self._cut_at = -math.inf
+        self._is_sending = False
+        self.welcomed = False
+        self.objects_acknowledged = 0
+
+    async def run(self) -> None:
+        """Greet, reconcile, ship until something ends it. Raises AsrfsError or OSError; cancelled, it says goodbye."""
+        try:
+            welcome = await self._greet()
+            await self._reconcile(welcome)
+            self._on_welcome()
+            await self._stream_objects()
+        except CorruptJournalError:
+            await self._say_goodbye("the journal cannot be read")
+            raise
+        except (AsrfsError, OSError):
+            raise
+        except BaseException:  # cancelled, by itself or as a group
+            await self._say_goodbye("paused or stopped")
+            raise
+
+    # ---- greeting -----------------------------------------------------------------------------------------
+
+    async def _greet(self) -> Welcome:
+        progress, positions = self._source.progress, self._source.positions.current
+        hello = Hello(
+            protocol=PROTOCOL_VERSION,
+            machine_id=self._source.machine_id.hex(),
+            machine_name=self._source.machine_name,
+            epoch=progress.epoch,
+            appended_lsn=progress.appended_lsn,
+            durable_lsn=progress.durable.lsn,
+            acknowledged_lsn=positions.acknowledged.lsn,
+            last_digest=positions.last_digest,
+        )
+        try:
+            with trio.fail_after(GREETING_S_MAX):
+                await self._send(self._session.send(hello))
+                event = await self._next_event()
+        except trio.TooSlowError:
+            raise TemporaryError(f"the store did not greet within {GREETING_S_MAX:g} s") from None
+        if isinstance(event, Refused):
+            raise refusal(event.code, event.text)
+        assert isinstance(event, Welcome), "the protocol's table allows nothing else here"
+        _check_welcome(event)
+        self.welcomed = True
+        return event
+
+    async def _reconcile(self, welcome: Welcome) -> None:
+        """Take the store's acknowledged LSN for ours and find its place in the journal."""
+        source = self._source
+        async with source.journal_turn:
+            ours = source.positions.current
+            check_same_history(
+                Side(source.progress.epoch, ours.acknowledged.lsn, ours.last_digest),
+                source.progress.durable.lsn,
+                Side(welcome.epoch, welcome.acknowledged_lsn, welcome.last_digest),
+            )
+            cursor = ours.acknowledged
+            if welcome.acknowledged_lsn != cursor.lsn:
+                cursor = await self._locate(welcome.acknowledged_lsn)
+            source.positions.change(acknowledged=cursor, last_digest=welcome.last_digest)
+            if cursor.lsn < ours.acknowledged.lsn:
+                await source.in_thread(source.positions.save)
+        source.progress.note_acknowledged(cursor)
+        self._cursor = cursor
+        self._salt = welcome.session_salt
+        self._digest = bytes.fromhex(welcome.last_digest) or NO_DIGEST
+
+    async def _locate(self, lsn: int) -> Cursor:
+        source = self._source
+        start = source.positions.current.acknowledged
+        try:
+            return await source.in_thread(cursor_at, source.journal, source.machine_id, source.reader, start, lsn)
+        except StoreLostError:
+            raise
+        except IntegrityError as error:
+            raise CorruptJournalError(str(error)) from None
+
+    # ---- streaming ----------------------------------------------------------------------------------------
+
+    async def _stream_objects(self) -> None:
+        sending, receiving = trio.open_memory_channel[BuiltObject](0)
+        tasks: list[Callable[[], Awaitable[None]]] = [
+            self._receive,
+            partial(self._build, sending),
+            partial(self._send_objects, receiving),
+        ]
+        async with trio.open_nursery() as nursery:
+            for task in tasks:
+                nursery.start_soon(self._until_failure, task, nursery.cancel_scope)
+        if self._failure is not None:
+            raise self._failure
+
+    async def _until_failure(self, task: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+        """The first task to fail says why the session ended and ends the others."""
+        try:
+            await task()
+        except (AsrfsError, OSError) as error:
+            self._failure = self._failure or error
+            scope.cancel()
+
+    async def _build(self, channel: trio.MemorySendChannel[BuiltObject]) -> None:
+        source = self._source
+        while True:
+            await self._slots.acquire()
+            await self._wait_until_due()
+            try:
+                built = await source.in_thread(self._build_next)
+            except IntegrityError as error:
+                raise CorruptJournalError(str(error)) from None
+            if built is None:
+                raise TemporaryError("the journal has no records where durable ones are due")
+            assert built.first_lsn == self._cursor.lsn + 1, "I4: no gap"
+            self._cursor, self._digest = built.cursor, built.digest
+            await channel.send(built)
+
+    def _build_next(self) -> BuiltObject | None:
+        source = self._source
+        return source.builder.build(
+            self._cursor,
+            source.progress.durable.lsn,
+            keys=self._keys,
+            session_salt=self._salt,
+            previous_digest=self._digest,
+            bytes_max=source.settings.object_size,
+            compress=source.settings.compression,
+        )
+
+    async def _wait_until_due(self) -> None:
+        """Until there is enough for an object, or what there is has waited for its age, or somebody waits for it."""
+        source, progress = self._source, self._source.progress
+        await progress.wait_until(lambda: progress.durable.lsn > self._cursor.lsn)
+
+        def is_due() -> bool:
+            enough = bytes_between(self._cursor, progress.durable) >= source.settings.object_size
+            return enough or source.hurry_lsn > self._cursor.lsn
+
+        with trio.move_on_at(self._cut_at + source.settings.object_age):
+            await progress.wait_until(is_due)
+        self._cut_at = trio.current_time()
+
+    async def _send_objects(self, channel: trio.MemoryReceiveChannel[BuiltObject]) -> None:
+        self._heartbeat_at = trio.current_time() + HEARTBEAT_S
+        while True:
+            built = None
+            with trio.move_on_at(self._heartbeat_at):
+                built = await channel.receive()
+            if trio.current_time() >= self._heartbeat_at:
+                await self._send_heartbeat()
+            if built is None:
+                continue
+            self._in_flight.append(built)
+            begin = ObjectBegin(first_lsn=built.first_lsn, last_lsn=built.last_lsn, length=built.length)
+            header: Bytes = b""
+            for buffer in self._session.send_object(begin, built.pieces):
+                if len(buffer) < _TOGETHER_BYTES:
+                    header = b"".join((header, buffer))
+                    continue
+                await self._send(b"".join((header, buffer)))
+                header = b""
+            if header:
+                await self._send(header)
+
+    async def _send_heartbeat(self) -> None:
+        progress = self._source.progress
+        beat = Heartbeat(
+            appended_lsn=progress.appended_lsn,
+            durable_lsn=progress.durable.lsn,
+            durable_time_ns=progress.durable.time_ns,
+        )
+        self._heartbeat_at = trio.current_time() + HEARTBEAT_S
+        await self._send(self._session.send(beat))
+
+    async def _receive(self) -> None:
+        while True:
+            event = await self._next_event()
+            if isinstance(event, Acknowledge):
+                self._on_acknowledge(event)
+            elif isinstance(event, Refused):
+                raise refusal(event.code, event.text)
+
+    def _on_acknowledge(self, acknowledge: Acknowledge) -> None:
+        """The store has everything up to this LSN on disk. It may answer several objects at once."""
+        acknowledged = next((built for built in self._in_flight if built.last_lsn == acknowledge.lsn), None)
+        if acknowledged is None:
+            raise ProtocolError(f"the store acknowledged LSN {acknowledge.lsn}, where no log object in flight ends")
+        if acknowledge.digest != acknowledged.digest.hex():
+            raise ProtocolError(f"the store acknowledged LSN {acknowledge.lsn} with another digest than was sent")
+        while self._in_flight.popleft() is not acknowledged:
+            self._release()
+        self._release()
+        source = self._source
+        source.positions.change(acknowledged=acknowledged.cursor, last_digest=acknowledge.digest)
+        source.progress.note_acknowledged(acknowledged.cursor)
+
+    def _release(self) -> None:
+        self._slots.release()
+        self.objects_acknowledged += 1
+
+    # ---- stream -------------------------------------------------------------------------------------------
+
+    async def _next_event(self) -> Event:
+        """The store's next word. Raises TemporaryError when the connection is lost or silent."""
+        while not self._pending_events:
+            try:
+                with trio.fail_after(SILENCE_S_MAX):
+                    received = await self._stream.receive_some()
+            except trio.TooSlowError:
+                raise TemporaryError(f"the store was silent for {SILENCE_S_MAX:g} s") from None
+            if not received:
+                self._session.receive_end()
+                raise TemporaryError("the store closed the connection")
+            self._pending_events.extend(self._session.receive(received))
+        return self._pending_events.popleft()
+
+    async def _send(self, buffer: Bytes) -> None:
+        limit = self._source.settings.bandwidth_limit
+        slice_bytes = max(1, int(limit * _PACE_S)) if limit else len(buffer)
+        view = memoryview(buffer)
+        self._is_sending = True
+        for at in range(0, len(view), slice_bytes):
+            piece = view[at : at + slice_bytes]
+            await self._stream.send_all(piece)
+            if limit:
+                await trio.sleep(len(piece) / limit)
+        self._is_sending = False
+
+    async def _say_goodbye(self, reason: str) -> None:
+        """A courtesy: the store need not wait for silence. Not possible inside an object or another message."""
+        if self._session.state is not State.STREAMING or self._is_sending:
+            return
+        with trio.move_on_after(1, shield=True):
+            try:
+                await self._stream.send_all(self._session.send(Goodbye(reason=reason)))
+            except AsrfsError:
+                return
+
+
+def _check_welcome(welcome: Welcome) -> None:
+    """Raise ProtocolError for a WELCOME that makes no sense."""
+    if welcome.protocol != PROTOCOL_VERSION:
+        raise ProtocolError(f"the store speaks protocol {welcome.protocol}, this program {PROTOCOL_VERSION}")
+    if len(welcome.session_salt) != SALT_BYTES or welcome.acknowledged_lsn < 0:
+        raise ProtocolError("the store's WELCOME has a salt or LSN that cannot be")
+    try:
+        digest = bytes.fromhex(welcome.last_digest)
+    except ValueError:
+        digest = b"?"
+    if len(digest) not in (0, DIGEST_BYTES):
+        raise ProtocolError("the store's WELCOME has a digest that cannot be")

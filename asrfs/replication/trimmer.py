@@ -1,0 +1,79 @@
+"""Frees journal segments nobody needs (I4) and keeps spares ahead of the writer. Blocks; one call at a time.
+
+A segment is freed when all of it is applied and acknowledged by the *saved* positions, and only after the disk server
+has dropped its map: the caller asks for that first and passes on what it answered.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+from asrfs.journal.segments import list_journal
+from asrfs.journal.spares import prepare_spare, trim
+from asrfs.model.positions import Positions
+from asrfs.storage.interface import Storage
+
+SPARES_MIN = 2
+SPARES_MAX = 8
+RATE_WINDOW_S = 10.0
+
+
+class Limit(NamedTuple):
+    """Segments up to `segment` that hold nothing behind `lsn` may go."""
+
+    lsn: int
+    segment: int
+
+
+def freeable(saved: Positions, dropped_lsn: int) -> Limit:
+    """What may be freed: applied and acknowledged (I4), and not read through the disk server's maps any more.
+
+    The segment a saved cursor points into stays, so that a restart finds it.
+    """
+    return Limit(
+        min(saved.applied.lsn, saved.acknowledged.lsn, dropped_lsn),
+        min(saved.applied.segment, saved.acknowledged.segment) - 1,
+    )
+
+
+class Trimmer:
+    """For the journal at the root of `storage`. Times are monotonic seconds."""
+
+    def __init__(self, storage: Storage, machine_id: bytes) -> None:
+        self._storage = storage
+        self._machine_id = machine_id
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def trim(self, limit: Limit, now_s: float) -> list[int]:
+        """Free what `limit` allows; returns the numbers of the segments."""
+        return trim(
+            self._storage,
+            self._machine_id,
+            limit.lsn,
+            spares_max=self.spares_wanted(now_s),
+            through_segment=limit.segment,
+        )
+
+    def prepare(self, now_s: float) -> bool:
+        """Make one spare if fewer than wanted are there; whether it did. Raises OSError."""
+        listing = list_journal(self._storage)
+        newest = listing.segments[-1] if listing.segments else 0
+        self._seen.append((now_s, newest))
+        while now_s - self._seen[0][0] > RATE_WINDOW_S:
+            self._seen.popleft()
+        if len(listing.spares) >= self.spares_wanted(now_s):
+            return False
+        prepare_spare(self._storage)
+        return True
+
+    def spares_wanted(self, now_s: float) -> int:
+        """As many as segments were begun in the last few seconds, within bounds."""
+        recent = [number for at, number in self._seen if now_s - at <= RATE_WINDOW_S]
+        consumed = recent[-1] - recent[0] if recent else 0
+        return min(SPARES_MAX, max(SPARES_MIN, consumed))
+
+    def oldest_segment(self) -> int:
+        """Number of the oldest segment kept, 0 when there is none."""
+        segments = list_journal(self._storage).segments
+        return segments[0] if segments else 0

@@ -1,0 +1,328 @@
+"""Streams of bytes between host and store: mutual TLS over TCP, and what goes wrong with it in our own words.
+
+`ByteStream` is what replication and ingest are handed; tests hand them one in memory. Whatever breaks a connection is
+a `LinkError`, to be tried again; a certificate that one side does not accept is an AuthenticationError. In TLS 1.3 a
+client learns of that only when it first reads, so `receive` may raise it too.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+import trio
+
+from asrfs.errors import AsrfsError, AuthenticationError, BadInputError, RefusedError, TemporaryError
+from asrfs.transport.enrolment import describe
+
+Bytes = bytes | bytearray | memoryview
+
+HANDSHAKE_S = 10.0
+CONNECT_S = 10.0
+CONNECTIONS_MAX = 1000
+RECEIVE_BYTES = 256 << 10
+_RECORD_BYTES = 16 << 10
+_SEND_BYTES = 256 << 10
+_BACKLOG = 256
+_CLOSE_S = 1.0
+_TRY_ACCEPT_AGAIN_S = 0.1
+_TRY_ACCEPT_AGAIN = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+_CERTIFICATE_WORDS = ("certificate", "unknown_ca", "unknown ca", "access_denied", "decrypt_error", "handshake_failure")
+
+
+class LinkError(TemporaryError):
+    """The connection broke, was never made, or the peer is silent. The same may work later."""
+
+
+class ByteStream(Protocol):
+    """One connection whose other end is authenticated. One sender and one receiver at a time."""
+
+    async def send_all(self, data: Bytes) -> None:
+        """Raises LinkError or AuthenticationError."""
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        """What has come, at least one byte; empty when the peer has closed. Raises LinkError, AuthenticationError."""
+
+    async def aclose(self) -> None:
+        """Say farewell if that does not take long, and close. Nothing is raised."""
+
+
+class SecureStream:
+    """A ByteStream over TLS 1.3. The handshake is done when one of these exists.
+
+    TLS runs on memory buffers here: one wake-up moves all records that have come, not one of 16 KiB.
+    """
+
+    def __init__(
+        self, connection: trio.SocketStream, tls: ssl.SSLObject, inward: ssl.MemoryBIO, outward: ssl.MemoryBIO
+    ) -> None:
+        self._connection = connection
+        self._tls = tls
+        self._inward = inward
+        self._outward = outward
+        self._ended = False
+
+    @classmethod
+    async def handshake(
+        cls, connection: trio.SocketStream, context: ssl.SSLContext, server_name: str | None
+    ) -> SecureStream:
+        """As a server if `server_name` is None, else as a client that expects that name."""
+        inward, outward = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(inward, outward, server_side=server_name is None, server_hostname=server_name)
+        stream = cls(connection, tls, inward, outward)
+        while True:
+            try:
+                tls.do_handshake()
+            except ssl.SSLWantReadError:
+                await stream._flush()
+                await stream._fill()
+                if stream._ended:
+                    raise LinkError("the peer closed the connection during the handshake") from None
+                continue
+            except ssl.SSLError as error:
+                await stream._flush_quietly()  # tells the peer why
+                raise _refusal(error) from None
+            await stream._flush()
+            return stream
+
+    def peer_certificate(self) -> bytes:
+        """DER of the peer's certificate, which TLS has verified."""
+        certificate = self._tls.getpeercert(binary_form=True)
+        if certificate is None:
+            raise AuthenticationError("the peer shows no certificate")
+        return certificate
+
+    def peer_address(self) -> str:
+        """Where the peer is, for logs."""
+        try:
+            host, port, *_ = self._connection.socket.getpeername()
+        except OSError:
+            return "unknown"
+        return format_address(host, port)
+
+    async def send_all(self, data: Bytes) -> None:
+        view = memoryview(data)
+        at = 0
+        while at < len(view):
+            try:
+                at += self._tls.write(view[at : at + _RECORD_BYTES])
+            except ssl.SSLError as error:
+                raise _refusal(error) from None
+            if self._outward.pending >= _SEND_BYTES:
+                await self._flush()
+        await self._flush()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        while not (content := self._read_all(max_bytes or RECEIVE_BYTES)) and not self._ended:
+            await self._fill()
+        return content
+
+    async def send_end(self) -> None:
+        """Say that nothing more will be sent; receiving goes on."""
+        self._say_farewell()
+        await self._flush()
+
+    async def aclose(self) -> None:
+        with trio.CancelScope(deadline=trio.current_time() + _CLOSE_S, shield=True):
+            self._say_farewell()
+            await self._flush_quietly()
+        await trio.aclose_forcefully(self._connection)
+
+    def _say_farewell(self) -> None:
+        try:
+            self._tls.unwrap()
+        except (ssl.SSLError, ValueError, OSError):
+            pass  # wants the peer's farewell too, or the connection is broken already
+
+    def _read_all(self, room: int) -> bytes:
+        """All records that have come, up to `room` bytes; notes when the peer has said farewell."""
+        pieces: list[bytes] = []
+        try:
+            while room > 0 and not self._ended:
+                piece = self._tls.read(min(room, _RECORD_BYTES))
+                pieces.append(piece)
+                room -= len(piece)
+                self._ended = not piece
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            self._ended = True
+        except ssl.SSLError as error:
+            raise _refusal(error) from None
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def _fill(self) -> None:
+        try:
+            received = await self._connection.receive_some(RECEIVE_BYTES)
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise _broken(error) from None
+        self._inward.write(received)
+        self._ended = not received
+
+    async def _flush(self) -> None:
+        try:
+            await self._connection.send_all(self._outward.read())
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
+            raise _broken(error) from None
+
+    async def _flush_quietly(self) -> None:
+        try:
+            await self._flush()
+        except LinkError:
+            pass
+
+
+async def connect(
+    host: str, port: int, context: ssl.SSLContext, server_name: str, timeout: float = CONNECT_S
+) -> SecureStream:
+    """Dial a store. Raises LinkError, or AuthenticationError when its certificate is not of our authority."""
+    where = format_address(host, port)
+    connection: trio.SocketStream | None = None
+    try:
+        with trio.fail_after(timeout):
+            connection = await trio.open_tcp_stream(host, port)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return await SecureStream.handshake(connection, context, server_name)
+    except BaseException as error:
+        if connection is not None:
+            await trio.aclose_forcefully(connection)
+        if isinstance(error, trio.TooSlowError):
+            raise LinkError(f"{where} does not answer within {timeout:g} s") from None
+        if isinstance(error, OSError):
+            raise LinkError(f"{where} cannot be reached: {describe(error)}") from None
+        if isinstance(error, AsrfsError):
+            raise type(error)(f"{where}: {error}") from None
+        raise
+
+
+Handler = Callable[[SecureStream], Awaitable[None]]
+
+
+async def serve(
+    listeners: Sequence[trio.SocketListener],
+    context: ssl.SSLContext,
+    handler: Handler,
+    *,
+    refused: Callable[[str], None] = lambda text: None,
+    handshake_s: float = HANDSHAKE_S,
+    connections_max: int = CONNECTIONS_MAX,
+) -> None:
+    """Accept for ever; `handler` gets each connection whose handshake succeeded, and it is closed afterwards.
+
+    `refused` is told, in one line, of connections that came to nothing. Handler errors are the handler's: it must not
+    raise. Above `connections_max` new ones are closed at once.
+    """
+    count = 0
+
+    async def one(connection: trio.SocketStream) -> None:
+        nonlocal count
+        count += 1
+        try:
+            if count > connections_max:
+                refused(f"more than {connections_max} connections at once")
+            elif stream := await _secured(connection, context, handshake_s, refused):
+                try:
+                    await handler(stream)
+                finally:
+                    await stream.aclose()
+        finally:
+            count -= 1
+            await trio.aclose_forcefully(connection)
+
+    async with trio.open_nursery() as nursery:
+        for listener in listeners:
+            nursery.start_soon(_accept, listener, one, nursery)
+
+
+async def _secured(
+    connection: trio.SocketStream, context: ssl.SSLContext, handshake_s: float, refused: Callable[[str], None]
+) -> SecureStream | None:
+    try:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with trio.fail_after(handshake_s):
+            return await SecureStream.handshake(connection, context, None)
+    except trio.TooSlowError:
+        refused(f"a handshake took more than {handshake_s:g} s")
+    except (AsrfsError, OSError) as error:
+        refused(str(error))
+    return None
+
+
+async def _accept(
+    listener: trio.SocketListener, one: Callable[[trio.SocketStream], Awaitable[None]], nursery: trio.Nursery
+) -> None:
+    while True:
+        try:
+            connection = await listener.accept()
+        except OSError as error:
+            if error.errno not in _TRY_ACCEPT_AGAIN:
+                raise
+            await trio.sleep(_TRY_ACCEPT_AGAIN_S)
+        else:
+            nursery.start_soon(one, connection)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; port 0 takes a free one. Raises RefusedError when the address cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise RefusedError(f"{format_address(host, port)} cannot be listened on: {describe(error)}") from None
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(_BACKLOG)
+    except (OSError, OverflowError) as error:
+        listening.close()
+        raise RefusedError(f"{format_address(host, port)} cannot be listened on: {describe(error)}") from None
+    listening.setblocking(False)
+    return listening
+
+
+def listener_of(listening: socket.socket) -> trio.SocketListener:
+    """For `serve`."""
+    return trio.SocketListener(trio.socket.from_stdlib_socket(listening))
+
+
+def address_of(listening: socket.socket) -> str:
+    """`HOST:PORT` it listens on."""
+    host, port, *_ = listening.getsockname()
+    return format_address(host, port)
+
+
+def format_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def parse_address(text: str, default_port: int) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`, `HOST` or `[V6]:PORT`. Raises BadInputError."""
+    host, colon, port = text.rpartition(":")
+    if not colon or (host.startswith("[") and not host.endswith("]")) or text.endswith("]"):
+        host, port = text, str(default_port)
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise BadInputError(f"{text[:100]!r} is not an address: write HOST:PORT")
+    return host, int(port)
+
+
+def _refusal(error: ssl.SSLError) -> AsrfsError:
+    """What an error of TLS means: a certificate somebody does not accept, or a broken connection."""
+    reason = str(error.reason or error)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return AuthenticationError(f"the peer's certificate was refused: {error.verify_message}")
+    if any(word in reason.lower() for word in _CERTIFICATE_WORDS):
+        return AuthenticationError(f"the peers do not trust each other's certificates ({describe(error)})")
+    return LinkError(f"the connection is not usable: {describe(error)}")
+
+
+def _broken(error: Exception) -> LinkError:
+    cause = error.__cause__
+    return LinkError(
+        f"the connection broke: {describe(cause)}" if isinstance(cause, OSError) else "the connection broke"
+    )

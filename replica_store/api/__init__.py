@@ -1,0 +1,1 @@
+"""The management side of the store: HTTP API and enrolment."""

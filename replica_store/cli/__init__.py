@@ -1,0 +1,1 @@
+"""The program `replica-store`: one file a verb; parsing, rendering, exit codes."""

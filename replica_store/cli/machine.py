@@ -1,0 +1,92 @@
+"""`replica-store machine list` and `machine show`: who is protected here, and how well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.console import Console
+
+from asrfs.model.quantities import format_size, format_time
+from asrfs.storage.system_clock import SystemClock
+from replica_store.cli.output import Invocation, pairs, pass_invocation, table
+from replica_store.vault.standing import Standing, standing_of
+
+
+@click.group()
+def machine() -> None:
+    """Machines that have enrolled with this store."""
+
+
+@machine.command("list")
+@pass_invocation
+def list_machines(invocation: Invocation) -> None:
+    """All machines."""
+    clock = SystemClock()
+    with invocation.open_vault() as vault:
+        standings = [standing_of(vault, row, clock.time_ns()) for row in vault.machines()]
+    documents = [_document(standing) for standing in standings]
+    rows = [
+        (
+            standing.name,
+            standing.state,
+            "up" if standing.connected else "down",
+            standing.epoch,
+            standing.acknowledged_lsn,
+            _seconds(standing.achieved_rpo_s),
+            len(standing.disks),
+            format_size(standing.bytes),
+        )
+        for standing in standings
+    ]
+    columns = ("MACHINE", "STATE", "LINK", "EPOCH", "ACKNOWLEDGED", "ACHIEVED RPO", "DISKS", "SPACE")
+    invocation.answer(documents, lambda out: out.print(table(columns, rows)))
+
+
+@machine.command("show")
+@click.argument("name", metavar="MACHINE")
+@pass_invocation
+def show_machine(invocation: Invocation, name: str) -> None:
+    """One machine."""
+    with invocation.open_vault() as vault:
+        standing = standing_of(vault, vault.machine(name), SystemClock().time_ns())
+    invocation.answer(_document(standing), lambda out: _render(out, standing))
+
+
+def _document(standing: Standing) -> dict[str, Any]:
+    return {
+        "machine": standing.name,
+        "id": standing.id,
+        "state": standing.state,
+        "reason": standing.reason,
+        "link": "up" if standing.connected else "down",
+        "heard": None if standing.heard_ns is None else format_time(standing.heard_ns),
+        "epoch": standing.epoch,
+        "acknowledged_lsn": standing.acknowledged_lsn,
+        "acknowledged_time": None if standing.time_ns is None else format_time(standing.time_ns),
+        "achieved_rpo_seconds": standing.achieved_rpo_s,
+        "points": standing.points,
+        "objects": standing.objects,
+        "bytes": standing.bytes,
+        "enrolled": format_time(standing.enrolled_ns),
+        "disks": [
+            {"slot": disk.slot, "id": disk.id, "name": disk.name, "size_bytes": disk.size_bytes, "gap": disk.gap}
+            for disk in standing.disks
+        ],
+    }
+
+
+def _render(out: Console, standing: Standing) -> None:
+    shown = _document(standing) | {
+        "achieved_rpo_seconds": _seconds(standing.achieved_rpo_s),
+        "bytes": format_size(standing.bytes),
+    }
+    del shown["disks"]
+    out.print(pairs(shown))
+    out.print()
+    rows = [(disk.name, format_size(disk.size_bytes), disk.slot, disk.id) for disk in standing.disks]
+    out.print(table(("DISK", "SIZE", "SLOT", "ID"), rows))
+
+
+def _seconds(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1f} s"

@@ -1,0 +1,76 @@
+"""`replica-store verify`: read everything back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+from rich.console import Console
+
+from asrfs.errors import IntegrityError
+from asrfs.model.quantities import format_size
+from replica_store.cli.output import Invocation, pairs, pass_invocation, progress_bar
+from replica_store.vault.scrub import Damage, Scrubbed, scrub
+
+
+@click.command()
+@click.argument("machine", required=False)
+@pass_invocation
+def verify(invocation: Invocation, machine: str | None) -> None:
+    """Check every byte of every log object, of MACHINE or of all. Exit code 5 if anything is damaged."""
+    with invocation.open_vault() as vault:
+        machines = vault.machines() if machine is None else [vault.machine(machine)]
+        with progress_bar("verifying") as step:
+            scrubbed = scrub(vault, machines, step)
+    invocation.answer(_document(scrubbed), lambda out: _render(out, scrubbed))
+    if scrubbed.damages:
+        more = f" (and {len(scrubbed.damages) - 1} more)" if len(scrubbed.damages) > 1 else ""
+        raise IntegrityError(f"{_line(scrubbed.damages[0])}{more}")
+
+
+def _document(scrubbed: Scrubbed) -> dict[str, Any]:
+    return {
+        "machines": scrubbed.machines,
+        "objects": scrubbed.objects,
+        "frames": scrubbed.frames,
+        "bytes": scrubbed.bytes,
+        "uncatalogued": scrubbed.uncatalogued,
+        "damages": [
+            {
+                "machine": damage.machine,
+                "file": damage.where,
+                "offset": damage.offset,
+                "first_lsn": damage.first_lsn,
+                "last_lsn": damage.last_lsn,
+                "text": damage.text,
+                "points": list(damage.points),
+            }
+            for damage in scrubbed.damages
+        ],
+    }
+
+
+def _render(out: Console, scrubbed: Scrubbed) -> None:
+    out.print(
+        pairs(
+            {
+                "machines": scrubbed.machines,
+                "log objects": scrubbed.objects,
+                "frames": scrubbed.frames,
+                "read": format_size(scrubbed.bytes),
+                "uncatalogued": len(scrubbed.uncatalogued),
+                "damages": len(scrubbed.damages),
+            }
+        )
+    )
+    for damage in scrubbed.damages:
+        out.print(f"damaged: {_line(damage)}", markup=False)
+        if damage.points:
+            out.print(f"  points that may need it: {', '.join(damage.points)}", markup=False)
+
+
+def _line(damage: Damage) -> str:
+    """File, offset where it is known, LSNs, and what is wrong."""
+    offset = "" if damage.offset is None else f" at byte {damage.offset}"
+    text = damage.text.removeprefix(f"{damage.where}: ")
+    return f"{damage.where}{offset}, LSN {damage.first_lsn}..{damage.last_lsn}: {text}"

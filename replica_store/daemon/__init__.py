@@ -1,0 +1,1 @@
+"""Composition of the store: only this room reads configuration and builds objects."""

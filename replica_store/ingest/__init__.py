@@ -1,0 +1,1 @@
+"""Listener, session and ingester: payload, index, catalog row, acknowledgement, in this order."""

@@ -1,0 +1,76 @@
+"""The decision at a session's beginning: may this host add to this history? Pure."""
+
+from __future__ import annotations
+
+from asrfs.errors import AsrfsError, AuthenticationError, FencedError, NoSpaceError, RefusedError, TemporaryError
+from asrfs.protocol.frames import ProtocolError
+from asrfs.protocol.messages import PROTOCOL_VERSION, Hello, RefusalCode
+from asrfs.transport.tls import MachineIdentity
+from replica_store.ingest.ingester import Position
+from replica_store.vault.rows import MachineRow
+
+
+class DivergedError(RefusedError):
+    """The host's history is not the one that is here: it was set back, cloned, or talks to another store."""
+
+
+def check_identity(identity: MachineIdentity, machine: MachineRow | None) -> MachineRow:
+    """Whether a certificate of the vault's authority is the one that is good now. Raises AuthenticationError."""
+    if machine is None:
+        raise AuthenticationError(
+            f"this store knows no machine {identity.name} with id {identity.machine_id}: enrol it"
+        )
+    if machine.revoked:
+        raise AuthenticationError(f"the certificates of machine {machine.name} are revoked: enrol it again")
+    if machine.serial != identity.serial:
+        raise AuthenticationError(f"machine {machine.name} has enrolled again since: this certificate is good no more")
+    return machine
+
+
+def check_hello(hello: Hello, machine: MachineRow) -> None:
+    """What can be said before the history is looked at. Raises AsrfsError."""
+    if hello.machine_id != machine.id:
+        raise AuthenticationError(
+            f"the certificate is of machine {machine.name} (id {machine.id}), "
+            f"but the host says it is {hello.machine_id[:40]}"
+        )
+    if hello.protocol != PROTOCOL_VERSION:
+        raise RefusedError(f"protocol {hello.protocol} is not known here: this store speaks {PROTOCOL_VERSION}")
+    if hello.epoch < machine.epoch:
+        raise FencedError(
+            f"machine {machine.name} is at epoch {machine.epoch} and this host at {hello.epoch}: "
+            "it was failed over, and this side can add nothing any more"
+        )
+    if hello.epoch > machine.epoch:
+        raise DivergedError(
+            f"the host is at epoch {hello.epoch} of machine {machine.name}, which this store has not given out"
+        )
+
+
+def check_position(hello: Hello, position: Position, digest_at_acknowledged: str | None) -> None:
+    """Whether the host's history continues ours. `digest_at_acknowledged`: of our object that ends where the host's
+    acknowledged ones do, None if none does. A host that has been told more than we hold is told so by WELCOME."""
+    if hello.appended_lsn < position.lsn:
+        raise DivergedError(
+            f"the host's history ends at LSN {hello.appended_lsn}, and LSN {position.lsn} is here: "
+            "the host was set back or cloned, and its records must not go under the same numbers"
+        )
+    if hello.last_digest and digest_at_acknowledged not in (None, hello.last_digest):
+        raise DivergedError(
+            f"up to LSN {hello.acknowledged_lsn} the host holds log object {hello.last_digest[:16]}… for acknowledged, "
+            f"and here is {str(digest_at_acknowledged)[:16]}…"
+        )
+
+
+def refusal_code(error: AsrfsError) -> RefusalCode:
+    """How the protocol calls an error that ends a session."""
+    codes: tuple[tuple[type[AsrfsError], RefusalCode], ...] = (
+        (AuthenticationError, "authentication"),
+        (FencedError, "fenced"),
+        (DivergedError, "diverged"),
+        (NoSpaceError, "space"),
+        (TemporaryError, "space"),
+        (ProtocolError, "corrupt"),
+        (RefusedError, "state"),
+    )
+    return next((code for kind, code in codes if isinstance(error, kind)), "corrupt")

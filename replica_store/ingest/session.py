@@ -1,0 +1,253 @@
+"""One connection of a host, from its first byte to its end: tasks around one `protocol.Session` and one `Ingester`.
+
+    receive ──(channel, at most OBJECTS_WAITING)──▶ store, in a thread ──▶ ACKNOWLEDGE
+    beat: HEARTBEAT every few seconds            watch: is the certificate still good?
+
+What has been received waits for the thread in order; while it waits the host is held back by TCP. The first task that
+ends, ends all; if it was by an error that the host should know, REFUSED is said and what still comes is let run out, so
+that the word is not lost in a reset. A thread that stores is never abandoned: when `run` returns nothing is written
+any more for this session. What may change at an await: the state of `Session`, on sending under `_turn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import structlog
+import trio
+
+from asrfs.errors import AsrfsError
+from asrfs.protocol.frames import ProtocolError
+from asrfs.protocol.messages import PROTOCOL_VERSION, Goodbye, Heartbeat, Hello, Message, Refused, Welcome
+from asrfs.protocol.session import Event, ObjectReceived, Session, State
+from asrfs.transport.stream import ByteStream, LinkError
+from asrfs.transport.tls import MachineIdentity
+from replica_store.ingest.greeting import (
+    check_hello,
+    check_identity,
+    check_position,
+    refusal_code,
+)
+from replica_store.ingest.ingester import Ingester, Position
+from replica_store.ingest.links import Links
+from replica_store.vault.rows import MachineRow
+from replica_store.vault.vault import Vault
+
+HEARTBEAT_S = 5.0
+SILENCE_S_MAX = 3 * HEARTBEAT_S
+GREETING_S_MAX = 10.0
+SEND_S_MAX = 5.0
+OBJECTS_WAITING = 4
+_RECEIVE_BYTES = 256 << 10
+_RUN_OUT_S = 2.0
+
+T = TypeVar("T")
+
+
+class Store(Protocol):
+    """What a session needs of the store it belongs to."""
+
+    vault: Vault
+    links: Links
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run what blocks; never abandoned."""
+
+    def make_salt(self) -> bytes: ...
+
+    async def take_turn(self, machine_id: str, session: StoreSession) -> Ingester:
+        """End the machine's other session, wait until it writes no more, and become its only one."""
+
+
+class StoreSession:
+    """`run` returns when the connection is done with; `scope` ends it from outside, `finished` says that it has."""
+
+    def __init__(self, stream: ByteStream, identity: MachineIdentity, store: Store) -> None:
+        self._stream = stream
+        self._identity = identity
+        self._store = store
+        self._session = Session("store")
+        self._turn = trio.Lock()
+        self._events: list[Event] = []
+        self._failure: AsrfsError | None = None
+        self._is_torn = False
+        self._log = structlog.get_logger("replica_store.session").bind(machine=identity.name)
+        self.scope = trio.CancelScope()
+        self.finished = trio.Event()
+
+    async def run(self) -> None:
+        """Serve the host. Errors of the link and of the host end here."""
+        try:
+            with self.scope:
+                await self._serve()
+        finally:
+            self.finished.set()
+
+    async def _serve(self) -> None:
+        try:
+            ingester, hello = await self._greet()
+            self._log.info("session began", acknowledged_lsn=ingester.position.lsn, host_lsn=hello.appended_lsn)
+            self._store.links.connected(self._identity.machine_id, hello)
+            try:
+                await self._stream_objects(ingester)
+            finally:
+                self._store.links.disconnected(self._identity.machine_id)
+            self._log.info("session ended", acknowledged_lsn=ingester.position.lsn)
+        except LinkError as error:
+            self._log.info("connection lost", reason=str(error))
+        except AsrfsError as error:
+            self._log.warning("session refused", reason=str(error))
+            await self._refuse(error)
+
+    # ---- greeting -----------------------------------------------------------------------------------------
+
+    async def _greet(self) -> tuple[Ingester, Hello]:
+        hello = await self._hear_hello()
+        machine = await self._store.in_thread(self._authorised)
+        check_hello(hello, machine)
+        ingester = await self._store.take_turn(machine.id, self)
+        salt = self._store.make_salt()
+        position, digest = await self._store.in_thread(self._begin, ingester, hello, salt)
+        check_position(hello, position, digest)
+        await self._send(
+            Welcome(
+                protocol=PROTOCOL_VERSION,
+                store_id=self._store.vault.id,
+                session_salt=salt,
+                epoch=position.epoch,
+                acknowledged_lsn=position.lsn,
+                last_digest=position.digest_hex,
+            )
+        )
+        return ingester, hello
+
+    async def _hear_hello(self) -> Hello:
+        with trio.move_on_after(GREETING_S_MAX):
+            while not self._events:
+                received = await self._stream.receive_some(_RECEIVE_BYTES)
+                if not received:
+                    raise LinkError("the host closed the connection before it greeted")
+                self._events = self._session.receive(received)
+            hello = self._events.pop(0)
+            assert isinstance(hello, Hello) and not self._events, "the protocol's table allows nothing else here"
+            return hello
+        raise LinkError(f"the host did not greet within {GREETING_S_MAX:g} s")
+
+    def _authorised(self) -> MachineRow:
+        """Blocks."""
+        return check_identity(self._identity, self._store.vault.catalog.machine_by_id(self._identity.machine_id))
+
+    def _begin(self, ingester: Ingester, hello: Hello, salt: bytes) -> tuple[Position, str | None]:
+        """Blocks. The position, and the digest of our object that ends where the host's acknowledged ones do."""
+        position = ingester.begin_session(self._authorised(), salt)
+        row = self._store.vault.catalog.object_with(self._identity.machine_id, hello.acknowledged_lsn)
+        ends_there = row is not None and row.last_lsn == hello.acknowledged_lsn
+        return position, row.digest.hex() if row is not None and ends_there else None
+
+    # ---- streaming ----------------------------------------------------------------------------------------
+
+    async def _stream_objects(self, ingester: Ingester) -> None:
+        arriving, waiting = trio.open_memory_channel[ObjectReceived](OBJECTS_WAITING - 1)
+        async with trio.open_nursery() as nursery:
+            scope = nursery.cancel_scope
+            for task in (partial(self._receive, arriving), self._beat, self._watch):
+                nursery.start_soon(self._until_failure, scope, task)
+            await self._until_failure(scope, partial(self._store_objects, ingester, waiting))
+            scope.cancel()  # the host has ended, and all that came is stored
+        if self._failure is not None:
+            raise self._failure
+
+    async def _until_failure(self, scope: trio.CancelScope, task: Callable[[], Awaitable[None]]) -> None:
+        """The first task to fail says why the session ends, and ends the others."""
+        try:
+            await task()
+        except AsrfsError as error:
+            self._failure = self._failure or error
+            scope.cancel()
+
+    async def _receive(self, arriving: trio.MemorySendChannel[ObjectReceived]) -> None:
+        """Until the host has closed or said goodbye; then nothing more is waiting to come."""
+        async with arriving:
+            while await self._receive_once(arriving):
+                pass
+
+    async def _receive_once(self, arriving: trio.MemorySendChannel[ObjectReceived]) -> bool:
+        received = None
+        with trio.move_on_after(SILENCE_S_MAX):
+            received = await self._stream.receive_some(_RECEIVE_BYTES)
+        if received is None:
+            raise LinkError(f"the host was silent for {SILENCE_S_MAX:g} s")
+        if not received:
+            self._end_of_stream()
+            return False
+        for event in self._session.receive(received):
+            if isinstance(event, ObjectReceived):
+                await arriving.send(event)
+            elif isinstance(event, Heartbeat):
+                self._store.links.heard(self._identity.machine_id, event)
+            elif isinstance(event, Goodbye):
+                self._log.info("host said goodbye", reason=event.reason[:200])
+                return False
+        return True
+
+    def _end_of_stream(self) -> None:
+        try:
+            self._session.receive_end()
+        except ProtocolError as error:
+            raise LinkError(str(error)) from None
+
+    async def _store_objects(self, ingester: Ingester, waiting: trio.MemoryReceiveChannel[ObjectReceived]) -> None:
+        """Store what waits, in order and as a batch, then acknowledge it (I3)."""
+        async for first in waiting:
+            batch = [first]
+            try:
+                while True:
+                    batch.append(waiting.receive_nowait())
+            except (trio.WouldBlock, trio.EndOfChannel):
+                pass
+            taken = await self._store.in_thread(ingester.take, batch)
+            if taken.acknowledged:
+                position = ingester.position
+                self._store.links.received(self._identity.machine_id, position.lsn, position.time_ns)
+                await self._send(*taken.acknowledged)
+            if taken.error is not None:
+                raise taken.error
+
+    async def _beat(self) -> None:
+        while True:
+            await trio.sleep(HEARTBEAT_S)
+            await self._send(Heartbeat())
+
+    async def _watch(self) -> None:
+        """Cut a certificate that is not good any more."""
+        while True:
+            await trio.sleep(HEARTBEAT_S)
+            await self._store.in_thread(self._authorised)
+
+    # ---- stream -------------------------------------------------------------------------------------------
+
+    async def _send(self, *messages: Message) -> None:
+        """In one piece and in order: a frame that has got its number is sent whole, even when the session is ending."""
+        async with self._turn:
+            if self._session.state is State.CLOSED:
+                return
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + SEND_S_MAX) as scope:
+                await self._stream.send_all(b"".join(self._session.send(message) for message in messages))
+            if scope.cancelled_caught:
+                self._is_torn = True
+                raise LinkError(f"the host took nothing for {SEND_S_MAX:g} s")
+
+    async def _refuse(self, error: AsrfsError) -> None:
+        """Tell the host why, if it can still be told, and read on for a moment until it has hung up."""
+        if self._is_torn or self._session.state in (State.START, State.CLOSED):
+            return
+        code = refusal_code(error)
+        with trio.move_on_after(_RUN_OUT_S):
+            try:
+                await self._send(Refused(code=code, text=" ".join(str(error).split())[:500]))
+                while await self._stream.receive_some(_RECEIVE_BYTES):
+                    pass
+            except AsrfsError:
+                return

@@ -1,0 +1,1 @@
+"""Immutable log objects, the catalog (the only SQL), keys, scrub and rebuild."""

@@ -1,0 +1,288 @@
+"""The catalog: what the vault holds, in SQLite (WAL, synchronous=FULL). The only SQL of the project is in this room.
+
+It is an index of the objects, durable before anything in it is acknowledged (I3) or listed (I5). `serve` writes; the
+other commands open their own connections beside it. One connection may be used by several threads: a lock keeps their
+statements apart, and no statement is left open when a method returns.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from asrfs.errors import AsrfsError, IntegrityError, NoSpaceError, NotFoundError, RefusedError, TemporaryError
+from asrfs.model.machine import DiskRecord
+from replica_store.vault.rows import DiskRow, Entry, LinkRow, MachineRow, ObjectRow, PointRow
+from replica_store.vault.schema import TABLES, VERSION
+
+BUSY_S = 15.0
+
+_MACHINE = "id, name, epoch, serial, revoked, enrolled_ns, generation, sealed_keys"
+_OBJECT = "machine_id, epoch, first_lsn, last_lsn, first_time_ns, last_time_ns, digest, length, nonce"
+_POINT = "machine_id, lsn, id, epoch, time_ns, consistency, group_name, name, hold_ms, note, protected"
+_DISK = "slot, id, name, size_bytes, removed, gap"
+
+
+class Catalog:
+    """An open catalog file. Errors of SQLite leave this class in our own words."""
+
+    def __init__(self, path: str, *, writable: bool) -> None:
+        """Open an existing catalog. Raises IntegrityError if there is none or it is damaged."""
+        self.path = path
+        self._lock = threading.RLock()
+        if not os.path.exists(path):
+            raise IntegrityError(f"{path}: the vault has no catalog: make it again with `replica-store rebuild`")
+        with self._errors():
+            self._connection = _connect(path, "rw" if writable else "ro")
+            if writable:
+                self._connection.execute("PRAGMA synchronous = FULL")
+                self._connection.execute("PRAGMA foreign_keys = ON")
+            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version != VERSION:
+            self.close()
+            raise RefusedError(f"{path}: catalog version {version} is not known to this program: use the one it is of")
+
+    @classmethod
+    def create(cls, path: str) -> Catalog:
+        """A new empty catalog. `path` must not exist."""
+        if os.path.exists(path):
+            raise RefusedError(f"{path}: there is a catalog already")
+        try:
+            connection = _connect(path, "rwc")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.executescript(f"BEGIN; {TABLES}; PRAGMA user_version = {VERSION}; COMMIT;")
+            connection.close()
+            os.chmod(path, 0o600)
+        except sqlite3.Error as error:
+            raise _translated(path, error) from None
+        return cls(path, writable=True)
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """What is written inside is durable when this ends, or, when anything is raised, is not there."""
+        with self._lock, self._errors():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    def select(self, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """All rows. For this room's modules only."""
+        with self._lock, self._errors():
+            return self._connection.execute(statement, parameters).fetchall()
+
+    def change(self, statement: str, parameters: Sequence[Any] = ()) -> int:
+        """Rows changed. For this room's modules only, inside `transaction`."""
+        with self._lock, self._errors():
+            assert self._connection.in_transaction, "changes belong into a transaction"
+            return self._connection.execute(statement, parameters).rowcount
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise _translated(self.path, error) from None
+
+    def check(self) -> list[str]:
+        """What SQLite itself finds wrong with the file; empty if nothing."""
+        found = [str(row[0]) for row in self.select("PRAGMA integrity_check(20)")]
+        return [] if found == ["ok"] else found
+
+    def table(self, name: str) -> list[tuple[Any, ...]]:
+        """A whole table in the order of its key, for comparing catalogs."""
+        assert name.isidentifier()
+        return self.select(f"SELECT * FROM {name} ORDER BY 1, 2, 3")  # noqa: S608 - a name of ours
+
+    # ---- machines -------------------------------------------------------------------------------------------
+
+    def machines(self) -> list[MachineRow]:
+        """By name."""
+        return [_machine(row) for row in self.select(f"SELECT {_MACHINE} FROM machines ORDER BY name")]  # noqa: S608
+
+    def machine(self, name: str) -> MachineRow:
+        """Raises NotFoundError."""
+        for row in self.select(f"SELECT {_MACHINE} FROM machines WHERE name = ?", (name,)):  # noqa: S608
+            return _machine(row)
+        raise NotFoundError(f"the store knows no machine {name!r}: see `replica-store machine list`")
+
+    def machine_by_id(self, machine_id: str) -> MachineRow | None:
+        rows = self.select(f"SELECT {_MACHINE} FROM machines WHERE id = ?", (machine_id,))  # noqa: S608
+        return _machine(rows[0]) if rows else None
+
+    def put_machine(self, row: MachineRow) -> None:
+        """Make it or replace it. Inside a transaction."""
+        values = (row.id, row.name, row.epoch, row.serial, row.revoked, row.enrolled_ns, row.generation)
+        self.change(
+            f"INSERT INTO machines ({_MACHINE}) VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "  # noqa: S608
+            "name = excluded.name, epoch = excluded.epoch, serial = excluded.serial, revoked = excluded.revoked, "
+            "enrolled_ns = excluded.enrolled_ns, generation = excluded.generation, sealed_keys = excluded.sealed_keys",
+            (*values, row.sealed_keys),
+        )
+
+    # ---- history --------------------------------------------------------------------------------------------
+
+    def append(self, entries: Sequence[Entry]) -> None:
+        """Add log objects to histories, each directly after what is there. Inside a transaction."""
+        for entry in entries:
+            row = entry.row
+            last = self.last_object(row.machine_id)
+            assert row.first_lsn == (last.last_lsn if last else 0) + 1, "I3: a history has no gap"
+            self.change(
+                f"INSERT INTO objects ({_OBJECT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+                (
+                    *(row.machine_id, row.epoch, row.first_lsn, row.last_lsn, row.first_time_ns, row.last_time_ns),
+                    *(row.digest, row.length, row.nonce),
+                ),
+            )
+            for disk in entry.disks:
+                self._append_disk(disk)
+            for point in entry.points:
+                self._append_point(point)
+
+    def _append_disk(self, disk: DiskRow) -> None:
+        record = disk.record
+        newest = self.select(
+            f"SELECT {_DISK} FROM disks WHERE machine_id = ? AND slot = ? ORDER BY lsn DESC LIMIT 1",  # noqa: S608
+            (disk.machine_id, record.slot),
+        )
+        if newest and _disk_record(newest[0]) == record:
+            return
+        self.change(
+            f"INSERT INTO disks (machine_id, lsn, {_DISK}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+            (
+                *(disk.machine_id, disk.lsn, record.slot, record.id, record.name),
+                *(record.size_bytes, record.removed, record.gap),
+            ),
+        )
+
+    def _append_point(self, point: PointRow) -> None:
+        self.change(
+            f"INSERT INTO points ({_POINT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+            (
+                *(point.machine_id, point.lsn, point.id, point.epoch, point.time_ns, point.consistency),
+                *(point.group, point.name, point.hold_ms, point.note, point.protected),
+            ),
+        )
+
+    def last_object(self, machine_id: str) -> ObjectRow | None:
+        """The newest log object of a machine."""
+        rows = self.select(
+            f"SELECT {_OBJECT} FROM objects WHERE machine_id = ? ORDER BY first_lsn DESC LIMIT 1",  # noqa: S608
+            (machine_id,),
+        )
+        return ObjectRow(*rows[0]) if rows else None
+
+    def object_with(self, machine_id: str, lsn: int) -> ObjectRow | None:
+        """The log object that holds record `lsn`."""
+        rows = self.select(
+            f"SELECT {_OBJECT} FROM objects WHERE machine_id = ? AND first_lsn <= ? "  # noqa: S608
+            "ORDER BY first_lsn DESC LIMIT 1",
+            (machine_id, _bounded(lsn)),
+        )
+        row = ObjectRow(*rows[0]) if rows else None
+        return row if row is not None and row.last_lsn >= lsn else None
+
+    def objects_of(self, machine_id: str, up_to_lsn: int) -> list[ObjectRow]:
+        """Log objects with a record at or below `up_to_lsn`, in LSN order."""
+        rows = self.select(
+            f"SELECT {_OBJECT} FROM objects WHERE machine_id = ? AND first_lsn <= ? ORDER BY first_lsn",  # noqa: S608
+            (machine_id, _bounded(up_to_lsn)),
+        )
+        return [ObjectRow(*row) for row in rows]
+
+    def space(self, machine_id: str) -> tuple[int, int]:
+        """`(log objects, their bytes)` of a machine."""
+        ((count, length),) = self.select(
+            "SELECT COUNT(*), COALESCE(SUM(length), 0) FROM objects WHERE machine_id = ?", (machine_id,)
+        )
+        return count, length
+
+    def disk_rows(self, machine_id: str) -> list[DiskRow]:
+        """All changes of a machine's disks, in LSN order."""
+        rows = self.select(
+            f"SELECT lsn, {_DISK} FROM disks WHERE machine_id = ? ORDER BY lsn, slot",  # noqa: S608
+            (machine_id,),
+        )
+        return [DiskRow(machine_id, lsn, _disk_record(tuple(disk))) for lsn, *disk in rows]
+
+    def points(self, machine_id: str) -> list[PointRow]:
+        """All points received, listed or not, in LSN order."""
+        rows = self.select(f"SELECT {_POINT} FROM points WHERE machine_id = ? ORDER BY lsn", (machine_id,))  # noqa: S608
+        return [_point(row) for row in rows]
+
+    # ---- links ----------------------------------------------------------------------------------------------
+
+    def put_links(self, links: Sequence[LinkRow]) -> None:
+        """Replace what is known of these hosts, in a transaction of its own."""
+        with self.transaction():
+            for link in links:
+                self.change(
+                    "INSERT OR REPLACE INTO links VALUES (?, ?, ?, ?, ?, ?)",
+                    (
+                        *(link.machine_id, link.heard_ns, link.connected),
+                        *(link.appended_lsn, link.durable_lsn, link.durable_time_ns),
+                    ),
+                )
+
+    def link(self, machine_id: str) -> LinkRow | None:
+        rows = self.select(
+            "SELECT machine_id, heard_ns, connected, appended_lsn, durable_lsn, durable_time_ns "
+            "FROM links WHERE machine_id = ?",
+            (machine_id,),
+        )
+        return LinkRow(rows[0][0], rows[0][1], bool(rows[0][2]), *rows[0][3:]) if rows else None
+
+
+def _connect(path: str, mode: str) -> sqlite3.Connection:
+    quoted = os.path.abspath(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    return sqlite3.connect(
+        f"file:{quoted}?mode={mode}", uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False
+    )
+
+
+def _translated(path: str, error: sqlite3.Error) -> AsrfsError:
+    """An error of SQLite in our words: full, busy, or damaged."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return NoSpaceError(f"{path}: no space left: the catalog takes nothing more until there is")
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return TemporaryError(f"{path}: the catalog was busy for {BUSY_S:g} s")
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return IntegrityError(f"{path}: the catalog is damaged ({error}): make it again with `replica-store rebuild`")
+    if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
+        return TemporaryError(f"{path}: {error}")
+    return IntegrityError(f"{path}: {error}: make the catalog again with `replica-store rebuild`")
+
+
+def _bounded(lsn: int) -> int:
+    return min(lsn, (1 << 63) - 1)
+
+
+def _machine(row: tuple[Any, ...]) -> MachineRow:
+    machine_id, name, epoch, serial, revoked, *rest = row
+    return MachineRow(machine_id, name, epoch, serial, bool(revoked), *rest)
+
+
+def _point(row: tuple[Any, ...]) -> PointRow:
+    values: list[Any] = list(row)
+    values[-1] = bool(values[-1])
+    return PointRow(*values)
+
+
+def _disk_record(row: tuple[Any, ...]) -> DiskRecord:
+    slot, disk_id, name, size_bytes, removed, gap = row
+    return DiskRecord(slot=slot, id=disk_id, name=name, size_bytes=size_bytes, removed=bool(removed), gap=bool(gap))

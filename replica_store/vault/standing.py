@@ -1,0 +1,82 @@
+"""How a machine stands, derived from the catalog: what `machine list` shows. Nothing here is ever stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from asrfs.model.machine import DiskRecord
+from asrfs.model.quantities import NS_PER_SECOND
+from replica_store.vault.rows import LinkRow, MachineRow
+from replica_store.vault.vault import Vault
+
+State = Literal["unprotected", "initial-replication", "protected"]
+
+SILENT_S_MAX = 20.0
+"""A link that has not been heard of for so long is down, whatever was last written of it: the store may be, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """`time_ns`: of the newest acknowledged record, host's clock. `achieved_rpo_s` is None before anything came."""
+
+    id: str
+    name: str
+    state: State
+    reason: str
+    epoch: int
+    connected: bool
+    heard_ns: int | None
+    acknowledged_lsn: int
+    time_ns: int | None
+    achieved_rpo_s: float | None
+    points: int
+    objects: int
+    bytes: int
+    enrolled_ns: int
+    disks: tuple[DiskRecord, ...]
+
+
+def standing_of(vault: Vault, machine: MachineRow, now_ns: int) -> Standing:
+    """Blocks."""
+    last = vault.catalog.last_object(machine.id)
+    link = vault.catalog.link(machine.id)
+    received = last.last_lsn if last else 0
+    gap = vault.gap_at(machine.id, received)
+    objects, size = vault.catalog.space(machine.id)
+    heard_recently = link is not None and now_ns - link.heard_ns < SILENT_S_MAX * NS_PER_SECOND
+    state: State = "unprotected" if last is None else "initial-replication" if gap else "protected"
+    return Standing(
+        id=machine.id,
+        name=machine.name,
+        state=state,
+        reason="nothing has been received yet" if last is None else str(gap) if gap else "",
+        epoch=machine.epoch,
+        connected=link is not None and link.connected and heard_recently,
+        heard_ns=link.heard_ns if link else None,
+        acknowledged_lsn=received,
+        time_ns=last.last_time_ns if last else None,
+        achieved_rpo_s=achieved_rpo_s(received, last.last_time_ns, link, now_ns) if last else None,
+        points=len(vault.points(machine.id)),
+        objects=objects,
+        bytes=size,
+        enrolled_ns=machine.enrolled_ns,
+        disks=tuple(disk for disk in vault.disks_at(machine.id, received) if not disk.removed),
+    )
+
+
+def achieved_rpo_s(received_lsn: int, received_time_ns: int, link: LinkRow | None, now_ns: int) -> float:
+    """Seconds of work that would be lost if the host burned down now, as far as the store can know.
+
+    While the host is heard of and all it made durable is here, nothing: 0. If not all is here, the newest durable
+    record is this much newer than the newest one here, and the time since we heard so comes on top. The two clocks are
+    never compared with each other, except when the host was never heard of since the catalog was made.
+    """
+    if link is None:
+        return max(0.0, (now_ns - received_time_ns) / NS_PER_SECOND)
+    since_heard_ns = max(0, now_ns - link.heard_ns)
+    if link.durable_lsn > received_lsn:
+        return (max(0, link.durable_time_ns - received_time_ns) + since_heard_ns) / NS_PER_SECOND
+    if link.connected and since_heard_ns < SILENT_S_MAX * NS_PER_SECOND:
+        return 0.0
+    return since_heard_ns / NS_PER_SECOND

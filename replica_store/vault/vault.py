@@ -1,0 +1,242 @@
+"""A vault: its directory, its objects, its catalog, its keys, and reading a history from them.
+
+    VAULT/vault.json  keys/  catalog.sqlite3  objects/  lock
+
+`vault.json` is written last, so a vault that is there is whole. Reading needs nobody's leave: objects never change,
+and the catalog is read beside the process that writes it. Writing history is the holder of the lock alone.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from functools import lru_cache
+
+import msgspec
+
+from asrfs.errors import IntegrityError, NotFoundError, RefusedError
+from asrfs.format.log_object import (
+    FrameTable,
+    Index,
+    ObjectHeader,
+    ObjectKeys,
+    decode_index,
+    decode_object_header,
+    derive_keys,
+)
+from asrfs.model.clock import Clock
+from asrfs.model.machine import DiskRecord
+from asrfs.model.names import check_name
+from asrfs.storage.directory import DirectoryStorage
+from asrfs.storage.interface import read_whole, write_atomically
+from asrfs.transport.tls import server_name_of
+from replica_store.vault.catalog import Catalog
+from replica_store.vault.directory_objects import DirectoryObjects
+from replica_store.vault.gaps import Gap, gap_at, gaps_of
+from replica_store.vault.keys import KeyFiles, MachineKeys, Sealer
+from replica_store.vault.lock import VaultLock
+from replica_store.vault.objects import ObjectMissingError, Objects
+from replica_store.vault.rows import DiskRow, MachineRow, ObjectRow, PointRow
+
+VAULT_FILE = "vault.json"
+CATALOG_FILE = "catalog.sqlite3"
+LOCK_FILE = "lock"
+_HEAD_BYTES = 64 << 10
+_SESSION_KEYS_KEPT = 1024
+_ENTRIES = frozenset(
+    (VAULT_FILE, "keys", "objects", LOCK_FILE, CATALOG_FILE, f"{CATALOG_FILE}-wal", f"{CATALOG_FILE}-shm")
+)
+
+
+class VaultFile(msgspec.Struct, frozen=True, kw_only=True):
+    """vault.json."""
+
+    format: int = 1
+    id: str
+    name: str
+
+
+class Vault:
+    """An open vault. Methods block and may be called from several threads."""
+
+    def __init__(self, root: str, description: VaultFile, objects: Objects, catalog: Catalog) -> None:
+        self.root = root
+        self.id = description.id
+        self.name = description.name
+        self.objects = objects
+        self.catalog = catalog
+        self.keys = KeyFiles(os.path.join(root, "keys"))
+        self.sealer: Sealer = self.keys.sealer()
+        self._session_keys = lru_cache(_SESSION_KEYS_KEPT)(self._derive)
+
+    @property
+    def server_name(self) -> str:
+        """The name in the server's certificate."""
+        return server_name_of(self.id)
+
+    # ---- opening ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, root: str, name: str, clock: Clock) -> Vault:
+        """Make a vault in a new or empty directory. Raises BadInputError, RefusedError."""
+        root = os.path.abspath(root)
+        check_name(name, "vault")
+        if os.path.lexists(os.path.join(root, VAULT_FILE)):
+            raise RefusedError(f"{root} is already a vault")
+        if os.path.lexists(root) and not os.path.isdir(root):
+            raise RefusedError(f"{root} is not a directory")
+        if os.path.isdir(root) and set(os.listdir(root)) - _ENTRIES:
+            raise RefusedError(f"{root} is not empty: choose another directory for the vault")
+        storage = DirectoryStorage(root)
+        os.chmod(root, 0o700)
+        for left in _ENTRIES & set(os.listdir(root)):  # by an `init` that died: nothing was ever in it
+            path = storage.path(left)
+            shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+        description = VaultFile(id=secrets.token_hex(16), name=name)
+        KeyFiles.create(storage.path("keys"), name, server_name_of(description.id), clock.time_ns())
+        Catalog.create(storage.path(CATALOG_FILE)).close()
+        storage.make_directory("objects")
+        write_atomically(storage, VAULT_FILE, msgspec.json.encode(description) + b"\n")
+        return cls.open(root, writable=True)
+
+    @classmethod
+    def open(cls, root: str, *, writable: bool = False) -> Vault:
+        """Open beside whoever serves it, for reading or, `writable`, for writing to its catalog.
+
+        Raises NotFoundError, IntegrityError.
+        """
+        root = os.path.abspath(root)
+        description = describe(root)
+        catalog = Catalog(os.path.join(root, CATALOG_FILE), writable=writable)
+        return cls(root, description, open_objects(root), catalog)
+
+    def close(self) -> None:
+        self.catalog.close()
+
+    def __enter__(self) -> Vault:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def lock(self) -> VaultLock:
+        """Become the one process that writes history. Raises RefusedError when another is."""
+        return lock(self.root)
+
+    # ---- machines and their history -------------------------------------------------------------------------
+
+    def machines(self) -> list[MachineRow]:
+        return self.catalog.machines()
+
+    def machine(self, name: str) -> MachineRow:
+        """Raises NotFoundError; BadInputError for what cannot be a name."""
+        return self.catalog.machine(check_name(name, "machine"))
+
+    def received_lsn(self, machine_id: str) -> int:
+        """Up to here everything is durable in this vault; 0 if nothing came yet."""
+        last = self.catalog.last_object(machine_id)
+        return last.last_lsn if last else 0
+
+    def objects_of(self, machine_id: str, up_to_lsn: int) -> list[ObjectRow]:
+        """In LSN order, all log objects with a record at or below the LSN."""
+        return self.catalog.objects_of(machine_id, up_to_lsn)
+
+    def disks_at(self, machine_id: str, lsn: int) -> list[DiskRecord]:
+        """What holds for each slot at this LSN, removed disks too, by slot."""
+        newest: dict[int, DiskRow] = {}
+        for row in self.catalog.disk_rows(machine_id):
+            if row.lsn <= lsn:
+                newest[row.record.slot] = row
+        return [newest[slot].record for slot in sorted(newest)]
+
+    def gap_at(self, machine_id: str, lsn: int) -> Gap | None:
+        """The gap that lies open at this LSN: there is no point there (I5)."""
+        return gap_at(gaps_of(self.catalog.disk_rows(machine_id)), lsn)
+
+    def points(self, machine_id: str) -> list[PointRow]:
+        """Listed points, in LSN order: their whole prefix is here and no gap lies under them (I5)."""
+        gaps = gaps_of(self.catalog.disk_rows(machine_id))
+        return [point for point in self.catalog.points(machine_id) if gap_at(gaps, point.lsn) is None]
+
+    def machine_keys(self, machine: MachineRow) -> MachineKeys:
+        """Raises IntegrityError."""
+        return self.sealer.open_keys(machine.id, machine.sealed_keys)
+
+    def session_keys(self, machine_id: str, epoch: int, session_salt: bytes) -> ObjectKeys:
+        """Keys of the log objects that one session shipped."""
+        return self._session_keys(machine_id, epoch, session_salt)
+
+    def _derive(self, machine_id: str, epoch: int, session_salt: bytes) -> ObjectKeys:
+        machine = self.catalog.machine_by_id(machine_id)
+        if machine is None:
+            raise NotFoundError(f"the store knows no machine with id {machine_id}")
+        keys = self.machine_keys(machine)
+        return derive_keys(keys.index_key, keys.payload_key, bytes.fromhex(machine_id), epoch, session_salt)
+
+    # ---- log objects ----------------------------------------------------------------------------------------
+
+    def where(self, row: ObjectRow) -> str:
+        """The file of a log object, for people."""
+        return self.objects.where(row.name)
+
+    def object_head(self, row: ObjectRow) -> tuple[ObjectHeader, Index, FrameTable]:
+        """Header, index and frame table of a log object. Raises IntegrityError naming file and LSN."""
+        where = self.where(row)
+        head = self._read_range(row, 0, _HEAD_BYTES)
+        header = decode_object_header(head, where)
+        check_header(header, row, where)
+        if header.frames_offset > len(head):
+            head = self._read_range(row, 0, header.frames_offset)
+        if len(head) < header.frames_offset:
+            raise IntegrityError(f"{where}: log object of LSN {row.first_lsn}..{row.last_lsn} is cut short")
+        keys = self.session_keys(row.machine_id, row.epoch, header.session_salt)
+        return header, decode_index(header, head, keys, where), FrameTable(header, head, where)
+
+    def read_frame(self, row: ObjectRow, header: ObjectHeader, table: FrameTable, i: int) -> bytes:
+        """Raw bytes of frame i. Raises IntegrityError naming file and LSN."""
+        keys = self.session_keys(row.machine_id, row.epoch, header.session_salt)
+        return table.open_frame(i, self._read_range(row, *table.extent(i)), keys.payload)
+
+    def _read_range(self, row: ObjectRow, offset: int, length: int) -> bytes:
+        try:
+            return self.objects.read_range(row.name, offset, length)
+        except ObjectMissingError:
+            raise IntegrityError(
+                f"{self.where(row)}: the log object of LSN {row.first_lsn}..{row.last_lsn} is missing"
+            ) from None
+
+
+def describe(root: str) -> VaultFile:
+    """vault.json of the vault at `root`. Raises NotFoundError, IntegrityError, RefusedError."""
+    path = os.path.join(root, VAULT_FILE)
+    if not os.path.isfile(path):
+        raise NotFoundError(f"{root} is not a vault: make one with `replica-store init`")
+    try:
+        description = msgspec.json.decode(read_whole(DirectoryStorage(root), VAULT_FILE), type=VaultFile)
+    except msgspec.MsgspecError as error:
+        raise IntegrityError(f"{path} cannot be read: {error}") from None
+    if description.format != 1:
+        raise RefusedError(f"{path}: vault format {description.format} is not known to this program: upgrade it")
+    return description
+
+
+def open_objects(root: str) -> DirectoryObjects:
+    """The objects of the vault at `root`."""
+    path = os.path.join(root, "objects")
+    return DirectoryObjects(DirectoryStorage(path), path)
+
+
+def lock(root: str) -> VaultLock:
+    """See `Vault.lock`."""
+    return VaultLock(os.path.join(root, LOCK_FILE))
+
+
+def check_header(header: ObjectHeader, row: ObjectRow, where: str) -> None:
+    """Raise IntegrityError unless this is the object the catalog means."""
+    found = (header.machine_id.hex(), header.epoch, header.first_lsn, header.last_lsn, header.object_length)
+    if found != (row.machine_id, row.epoch, row.first_lsn, row.last_lsn, row.length):
+        raise IntegrityError(
+            f"{where}: holds LSN {header.first_lsn}..{header.last_lsn} of machine {header.machine_id.hex()}, "
+            f"but the catalog has LSN {row.first_lsn}..{row.last_lsn} of machine {row.machine_id} there"
+        )

@@ -1,0 +1,1 @@
+"""The tests, in layers: the lowest red layer is the cause. CONTRIBUTING.md says which test belongs where."""

@@ -1,0 +1,411 @@
+"""A storage in memory that can lose power, be killed and fail: the rules of `asrfs/storage/interface.py`, made real.
+
+Every file keeps what programs see, what is durable, and the changes in between in their order; every directory
+likewise keeps its names. `crash` decides the fate of each change that was not synced:
+
+    KEPT    all of it reached the disk          LOST    none of it
+    SUBSET  each change as a whole, or not      TORN    each 512-byte sector of each change, or not
+
+and returns the storage the next start would find. `killed` returns what a killed process leaves: everything visible,
+still not durable. Both are copies, so one run can be looked at after each of its operations (`after_operation`).
+
+Faults are injected by the number of the operation; `assert_fired` fails a test whose fault was never reached.
+Directories themselves are durable at once; only the names in them are not.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from asrfs.storage.interface import Bytes
+from tests.fakes.crash_state import SECTOR_BYTES, Change, Fate, Inode, NameChange, directory_of
+
+__all__ = ["CHANGING", "CrashFile", "CrashStorage", "Fate", "Fault"]
+
+_HOLE_BYTES = 4096
+CHANGING = frozenset(
+    ("write", "datasync", "punch", "allocate", "truncate", "create", "rename", "link", "unlink", "sync_directory")
+)
+"""Operations after which a crash can find something new. Reads are counted on their own."""
+
+
+@dataclass
+class Fault:
+    """Make operations fail: the `at`-th (from 0) of `kinds`, or it and all later ones.
+
+    A failing write first puts down `partial` of its bytes, in whole sectors, as a full disk does.
+    """
+
+    at: int
+    error: int = errno.EIO
+    for_ever: bool = False
+    kinds: frozenset[str] = CHANGING
+    partial: float = 0.0
+    seen: int = 0
+    fired: int = 0
+
+    def strikes(self, kind: str) -> bool:
+        if kind not in self.kinds:
+            return False
+        number, self.seen = self.seen, self.seen + 1
+        strikes = number == self.at or (self.for_ever and number > self.at)
+        self.fired += strikes
+        return strikes
+
+
+class CrashFile:
+    """An open file of `CrashStorage`."""
+
+    def __init__(self, storage: CrashStorage, inode: int, name: str, write: bool) -> None:
+        self._storage = storage
+        self._inode = inode
+        self._name = name
+        self._write = write
+        self._open = True
+
+    def _at(self, kind: str) -> Inode:
+        assert self._open, f"{kind} of {self._name}, which was closed"
+        if not self._write and kind in ("write", "punch", "allocate", "truncate"):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), self._name)
+        if kind != "write":  # a failing write may be partial and asks for its fault itself
+            self._storage.enter(kind, self._name)
+        return self._storage.inode(self._inode)
+
+    def write_at(self, buffers: Sequence[Bytes], offset: int) -> None:
+        with self._storage.lock:
+            inode = self._at("write")
+            content = b"".join(buffers)
+            fault = self._storage.strike("write")
+            if fault is not None:
+                whole = offset + int(len(content) * fault.partial)
+                short = content[: max(0, whole - whole % SECTOR_BYTES - offset)]
+                if short:
+                    inode.change(Change(offset, short))
+                raise OSError(fault.error, os.strerror(fault.error), self._name)
+            room = self._storage.room_for(inode, offset + len(content))
+            if room < offset + len(content):
+                if room > offset:
+                    inode.change(Change(offset, content[: room - offset]))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._name)
+            inode.change(Change(offset, content))
+            self._storage.leave("write", self._name)
+
+    def read_at(self, length: int, offset: int) -> bytes:
+        with self._storage.lock:
+            inode = self._at("read")
+            return bytes(inode.visible[offset : offset + length])
+
+    def read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
+        piece = self.read_at(len(buffer), offset)
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def datasync(self) -> None:
+        with self._storage.lock:
+            assert self._open
+            inode = self._storage.inode(self._inode)
+            assert not inode.datasync_failed, f"datasync of {self._name} tried again after it had failed"
+            try:
+                self._storage.enter("datasync", self._name)
+            except OSError:
+                inode.datasync_failed = True
+                raise
+            if self._storage.honours_datasync:
+                inode.durable = bytes(inode.visible)
+                inode.unsynced.clear()
+            self._storage.leave("datasync", self._name)
+
+    def punch(self, offset: int, length: int) -> None:
+        with self._storage.lock:
+            inode = self._at("punch")
+            end = min(offset + length, len(inode.visible))
+            if end > offset:
+                inode.change(Change(offset, bytes(end - offset)))
+            self._storage.leave("punch", self._name)
+
+    def allocate(self, length: int) -> None:
+        with self._storage.lock:
+            inode = self._at("allocate")
+            if self._storage.room_for(inode, length) < length:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._name)
+            if length > len(inode.visible):
+                inode.change(Change(0, None, length))
+            self._storage.leave("allocate", self._name)
+
+    def truncate(self, size: int) -> None:
+        with self._storage.lock:
+            inode = self._at("truncate")
+            inode.change(Change(0, None, size))
+            self._storage.leave("truncate", self._name)
+
+    def size(self) -> int:
+        with self._storage.lock:
+            return len(self._storage.inode(self._inode).visible)
+
+    def data_extents(self) -> Iterator[tuple[int, int]]:
+        with self._storage.lock:
+            content = bytes(self._storage.inode(self._inode).visible)
+        start = None
+        for at in range(0, len(content), _HOLE_BYTES):
+            is_hole = not any(content[at : at + _HOLE_BYTES])
+            if is_hole and start is not None:
+                yield start, at - start
+                start = None
+            elif not is_hole and start is None:
+                start = at
+        if start is not None:
+            yield start, len(content) - start
+
+    def close(self) -> None:
+        self._open = False
+
+
+class CrashStorage:
+    """See the module. `capacity` bounds the bytes of all files. With `honours_datasync` or `honours_directory_sync`
+    False it acknowledges a sync that it did not do: for negative controls."""
+
+    def __init__(
+        self, *, capacity: int | None = None, honours_datasync: bool = True, honours_directory_sync: bool = True
+    ) -> None:
+        self.capacity = capacity
+        self.honours_datasync = honours_datasync
+        self.honours_directory_sync = honours_directory_sync
+        self.lock = threading.RLock()
+        self.operations = 0
+        self.log: list[tuple[str, str]] = []
+        self.after_operation: Callable[[str, str], None] | None = None
+        self._faults: list[Fault] = []
+        self._inodes: dict[int, Inode] = {}
+        self._names: dict[str, int] = {}
+        self._durable_names: dict[str, int] = {}
+        self._unsynced_names: list[NameChange] = []
+        self._directories = {""}
+
+    # ---- Storage ----
+
+    def create(self, name: str) -> CrashFile:
+        with self.lock:
+            self._check_parent(name)
+            if name in self._names:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+            self.enter("create", name)
+            number = max(self._inodes, default=0) + 1
+            self._inodes[number] = Inode()
+            self._change_names(NameChange(None, name, number))
+            self.leave("create", name)
+            return CrashFile(self, number, name, write=True)
+
+    def open(self, name: str, *, write: bool = False) -> CrashFile:
+        with self.lock:
+            if name in self._directories:
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+            number = self._lookup(name)
+            self.enter("open", name)
+            return CrashFile(self, number, name, write)
+
+    def exists(self, name: str) -> bool:
+        with self.lock:
+            return name in self._names or name in self._directories
+
+    def rename(self, old: str, new: str) -> None:
+        with self.lock:
+            number = self._lookup(old)
+            self._check_parent(new)
+            self.enter("rename", new)
+            if self._names.get(new) != number:
+                self._change_names(NameChange(old, new, number))
+            self.leave("rename", new)
+
+    def link(self, old: str, new: str) -> None:
+        with self.lock:
+            number = self._lookup(old)
+            self._check_parent(new)
+            if new in self._names:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
+            self.enter("link", new)
+            self._change_names(NameChange(None, new, number, is_link=True))
+            self.leave("link", new)
+
+    def unlink(self, name: str) -> None:
+        with self.lock:
+            number = self._lookup(name)
+            self.enter("unlink", name)
+            self._change_names(NameChange(name, None, number, is_link=True))
+            self.leave("unlink", name)
+
+    def names(self, directory: str) -> list[str]:
+        with self.lock:
+            if directory not in self._directories:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory)
+            every = [*self._names, *(d for d in self._directories if d)]
+            return sorted(name.rpartition("/")[2] for name in every if directory_of(name) == directory)
+
+    def make_directory(self, name: str) -> None:
+        with self.lock:
+            parts = name.split("/")
+            for i in range(len(parts)):
+                path = "/".join(parts[: i + 1])
+                if path in self._names:
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+                self._directories.add(path)
+
+    def sync_directory(self, directory: str) -> None:
+        with self.lock:
+            if directory not in self._directories:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), directory)
+            self.enter("sync_directory", directory)
+            if self.honours_directory_sync:
+                for change in self._unsynced_names:
+                    if change.touches(directory):
+                        change.apply(self._durable_names, frozenset(self._names))
+                self._unsynced_names = [c for c in self._unsynced_names if not c.touches(directory)]
+            self.leave("sync_directory", directory)
+
+    def free_bytes(self) -> int:
+        with self.lock:
+            return (1 << 40) if self.capacity is None else max(0, self.capacity - self._used())
+
+    def below(self, directory: str) -> Below:
+        """A storage whose root is a directory of this one, as each room is handed its own."""
+        self.make_directory(directory)
+        return Below(self, directory)
+
+    # ---- crashes ----
+
+    def crash(self, fate: Fate, rng: random.Random) -> CrashStorage:
+        """What the next start finds after a power loss now. This storage stays as it is."""
+        with self.lock:
+            after = self._successor()
+            names = dict(self._names if fate is Fate.KEPT else self._durable_names)
+            if fate in (Fate.TORN, Fate.SUBSET):
+                for change in self._unsynced_names:
+                    if rng.random() < 0.5:
+                        change.apply(names, frozenset(self._names))
+            after._inodes = {number: self._inodes[number].after_power_loss(fate, rng) for number in set(names.values())}
+            after._names, after._durable_names = names, dict(names)
+            return after
+
+    def killed(self) -> CrashStorage:
+        """What the next start finds when the process was killed: all of it, and not more durable than it was."""
+        with self.lock:
+            after = self._successor()
+            after._inodes = {number: inode.copy() for number, inode in self._inodes.items()}
+            after._names, after._durable_names = dict(self._names), dict(self._durable_names)
+            after._unsynced_names = list(self._unsynced_names)
+            return after
+
+    def unsynced_bytes(self, name: str) -> int:
+        """How much of a file a power loss could still take."""
+        with self.lock:
+            return sum(len(change.content or b"") for change in self._inodes[self._lookup(name)].unsynced)
+
+    # ---- faults ----
+
+    def inject(self, fault: Fault) -> Fault:
+        with self.lock:
+            self._faults.append(fault)
+            return fault
+
+    def assert_fired(self) -> None:
+        """Every injected fault struck at least once, else the test has not tested what it says."""
+        silent = [fault for fault in self._faults if not fault.fired]
+        assert not silent, f"never fired: {silent}"
+
+    def enter(self, kind: str, name: str) -> None:
+        """An operation begins. Raises OSError if a fault strikes."""
+        if (fault := self.strike(kind)) is not None:
+            raise OSError(fault.error, os.strerror(fault.error), name)
+
+    def strike(self, kind: str) -> Fault | None:
+        struck = [fault for fault in self._faults if fault.strikes(kind)]
+        return struck[0] if struck else None
+
+    def leave(self, kind: str, name: str) -> None:
+        """An operation that changed something is done."""
+        self.operations += 1
+        self.log.append((kind, name))
+        if self.after_operation is not None:
+            self.after_operation(kind, name)
+
+    # ---- inside ----
+
+    def inode(self, number: int) -> Inode:
+        return self._inodes[number]
+
+    def room_for(self, inode: Inode, size: int) -> int:
+        """The size the file may grow to, at most `size`."""
+        if self.capacity is None or size <= len(inode.visible):
+            return size
+        return min(size, len(inode.visible) + max(0, self.capacity - self._used()))
+
+    def _used(self) -> int:
+        return sum(len(self._inodes[number].visible) for number in set(self._names.values()))
+
+    def _successor(self) -> CrashStorage:
+        after = CrashStorage(
+            capacity=self.capacity,
+            honours_datasync=self.honours_datasync,
+            honours_directory_sync=self.honours_directory_sync,
+        )
+        after._directories = set(self._directories)
+        return after
+
+    def _change_names(self, change: NameChange) -> None:
+        self._unsynced_names.append(change)
+        change.apply(self._names)
+
+    def _lookup(self, name: str) -> int:
+        number = self._names.get(name)
+        if number is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        return number
+
+    def _check_parent(self, name: str) -> None:
+        if directory_of(name) not in self._directories:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+
+
+class Below:
+    """A directory of a storage as a storage."""
+
+    def __init__(self, storage: CrashStorage, directory: str) -> None:
+        self._storage = storage
+        self._directory = directory
+
+    def _path(self, name: str) -> str:
+        return f"{self._directory}/{name}" if name else self._directory
+
+    def create(self, name: str) -> CrashFile:
+        return self._storage.create(self._path(name))
+
+    def open(self, name: str, *, write: bool = False) -> CrashFile:
+        return self._storage.open(self._path(name), write=write)
+
+    def exists(self, name: str) -> bool:
+        return self._storage.exists(self._path(name))
+
+    def rename(self, old: str, new: str) -> None:
+        self._storage.rename(self._path(old), self._path(new))
+
+    def link(self, old: str, new: str) -> None:
+        self._storage.link(self._path(old), self._path(new))
+
+    def unlink(self, name: str) -> None:
+        self._storage.unlink(self._path(name))
+
+    def names(self, directory: str) -> list[str]:
+        return self._storage.names(self._path(directory))
+
+    def make_directory(self, name: str) -> None:
+        self._storage.make_directory(self._path(name))
+
+    def sync_directory(self, directory: str) -> None:
+        self._storage.sync_directory(self._path(directory))
+
+    def free_bytes(self) -> int:
+        return self._storage.free_bytes()

@@ -1,0 +1,302 @@
+"""A machine's disks on a `CrashStorage`, with a model beside them: what every byte must be at every LSN.
+
+The model is the list of records as they were appended; the disks at LSN n are the initial content plus records 1..n,
+computed here with slices and nothing of the code under test. `apply` is the smallest thing that may move records into
+images: durable ones only, image synced, position persisted, maps dropped, segments freed, in this order.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from asrfs.format.record import CARRIES_EXTENT_BYTES, READS_AS_ZEROS, Kind
+from asrfs.journal.block_map import BlockMap
+from asrfs.journal.disk import JournaledDisk, drop_applied, rebuild_maps
+from asrfs.journal.reader import JournalReader
+from asrfs.journal.recovery import Recovered, recover
+from asrfs.journal.spares import prepare_spare, trim
+from asrfs.journal.writer import Journal
+from asrfs.model.positions import Cursor, Positions
+from asrfs.storage.interface import Bytes, write_atomically
+from tests.fakes.crash_storage import CrashStorage
+
+MACHINE_ID = b"machine-of-tests"
+RECORDS_A_SEGMENT = 3
+SEGMENT_BYTES = 4096 + RECORDS_A_SEGMENT * (64 + 4096) + 512
+SECTOR_BYTES = 512
+
+
+class StepClock:
+    """Each look is a millisecond later, and now and then the clock is set back."""
+
+    def __init__(self) -> None:
+        self.now_ns = 1_700_000_000_000_000_000
+        self.looks = 0
+
+    def time_ns(self) -> int:
+        self.looks += 1
+        self.now_ns += -50_000_000 if self.looks % 17 == 0 else 1_000_000
+        return self.now_ns
+
+    def monotonic(self) -> float:
+        return self.now_ns / 1e9
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """A record as the model keeps it. `content` is empty for those that read as zeros."""
+
+    kind: int
+    slot: int
+    offset: int
+    length: int
+    content: bytes
+
+
+class _TellingJournal(Journal):
+    """Tells the model of a record before the first byte of it is written: from then on a crash may find it."""
+
+    told: list[ModelRecord]
+
+    def append_locked(self, kind: int, slot: int, offset: int, length: int, payload: Bytes = b"") -> int:
+        self.told.append(ModelRecord(kind, slot, offset, length, bytes(payload)))
+        try:
+            return super().append_locked(kind, slot, offset, length, payload)
+        except OSError:
+            self.told.pop()
+            raise
+
+
+@dataclass
+class Model:
+    """What was appended, and what someone was promised: a finished sync, or records given to a reader."""
+
+    initial: tuple[bytes, ...]
+    records: list[ModelRecord] = field(default_factory=list)
+    promised_lsn: int = 0
+
+    def copy(self) -> Model:
+        return Model(self.initial, list(self.records), self.promised_lsn)
+
+    def disks_at(self, lsn: int) -> list[bytearray]:
+        """The disks at an LSN, byte for byte (I9)."""
+        disks = [bytearray(content) for content in self.initial]
+        for record in self.records[:lsn]:
+            put_record(disks, record)
+        return disks
+
+    def assert_image_never_ahead(self, images: Sequence[bytes], lsn: int) -> None:
+        """I1: each sector of an image is what it was at some LSN up to `lsn`."""
+        possible = [_sector_sets(content) for content in self.initial]
+        disks = [bytearray(content) for content in self.initial]
+        for record in self.records[:lsn]:
+            put_record(disks, record)
+            if record.length:
+                for at in range(record.offset, record.offset + record.length, SECTOR_BYTES):
+                    sector = bytes(disks[record.slot][at : at + SECTOR_BYTES])
+                    possible[record.slot][at // SECTOR_BYTES].add(sector)
+        for slot, image in enumerate(images):
+            for number, allowed in enumerate(possible[slot]):
+                at = number * SECTOR_BYTES
+                sector = image[at : at + SECTOR_BYTES]
+                assert sector in allowed, f"I1: sector {number} of image {slot} holds bytes of no LSN up to {lsn}"
+
+
+@dataclass(frozen=True)
+class Look:
+    """A storage as it was after one of its operations, and what had been appended and promised by then."""
+
+    kind: str
+    name: str
+    storage: CrashStorage
+    model: Model
+
+
+def put_record(disks: list[bytearray], record: ModelRecord) -> None:
+    """One record onto the model's disks."""
+    end = record.offset + record.length
+    if record.kind in READS_AS_ZEROS:
+        disks[record.slot][record.offset : end] = bytes(record.length)
+    elif record.kind in CARRIES_EXTENT_BYTES:
+        disks[record.slot][record.offset : end] = record.content
+
+
+def _sector_sets(content: bytes) -> list[set[bytes]]:
+    return [{content[at : at + SECTOR_BYTES]} for at in range(0, len(content), SECTOR_BYTES)]
+
+
+class JournalWorld:
+    """See the module. `model` None begins a new machine with random images, else this is its next start."""
+
+    def __init__(
+        self,
+        storage: CrashStorage,
+        model: Model | None = None,
+        *,
+        sizes: Sequence[int] = (61_952, 40_960),
+        seed: int = 0,
+        segment_bytes: int = SEGMENT_BYTES,
+        steals: bool = False,
+        looks: list[Look] | None = None,
+    ) -> None:
+        self.storage = storage
+        self.looks = looks
+        self.segment_bytes = segment_bytes
+        self.steals = steals
+        self.journal_storage = storage.below("journal")
+        self.image_storage = storage.below("images")
+        self.clock = StepClock()
+        if model is None:
+            model = Model(self._make_images(sizes, random.Random(seed)))
+        self.model = model
+        if looks is not None:
+            storage.after_operation = self._look
+        self.positions = self._load_positions()
+        self.recovered: Recovered = recover(
+            self.journal_storage, self.positions, MACHINE_ID, segment_bytes=segment_bytes
+        )
+        self._check_end(self.recovered.last_lsn)
+        self.journal = _TellingJournal(
+            self.journal_storage,
+            MACHINE_ID,
+            self.recovered,
+            self.clock,
+            segment_bytes=segment_bytes,
+            prepare_ahead=False,  # its thread would make the order of operations another one in each run
+        )
+        self.journal.told = self.model.records
+        maps = {slot: BlockMap() for slot in range(len(model.initial))}
+        rebuild_maps(self.recovered, maps)
+        self.images = [self.image_storage.open(str(slot), write=True) for slot in maps]
+        self.disks = [
+            JournaledDisk(slot, len(content), self.images[slot], self.journal, maps[slot])
+            for slot, content in enumerate(model.initial)
+        ]
+
+    def _look(self, kind: str, name: str) -> None:
+        assert self.looks is not None
+        self.looks.append(Look(kind, name, self.storage.killed(), self.model.copy()))
+
+    def _make_images(self, sizes: Sequence[int], rng: random.Random) -> tuple[bytes, ...]:
+        initial = tuple(rng.randbytes(size) for size in sizes)
+        for slot, content in enumerate(initial):
+            file = self.image_storage.create(str(slot))
+            file.write_at([content], 0)
+            file.datasync()
+            file.close()
+        self.image_storage.sync_directory("")
+        return initial
+
+    def _load_positions(self) -> Positions:
+        if not self.storage.exists("positions.json"):
+            return Positions()
+        file = self.storage.open("positions.json")
+        raw = file.read_at(file.size(), 0)
+        file.close()
+        return msgspec.json.decode(raw, type=Positions)
+
+    def _check_end(self, lsn: int) -> None:
+        """Recovery found a prefix that holds what was promised (I2, host part of I3). The rest never was."""
+        assert lsn >= self.model.promised_lsn, f"I2: LSN {self.model.promised_lsn} was promised, {lsn} was found"
+        assert lsn <= len(self.model.records), f"I9: LSN {lsn} was found, {len(self.model.records)} were appended"
+        del self.model.records[lsn:]
+
+    # ---- what happens to a machine ----
+
+    def sync(self) -> None:
+        appended = self.journal.appended_lsn
+        self.journal.sync()
+        assert self.journal.durable_lsn >= appended
+        self.model.promised_lsn = max(self.model.promised_lsn, appended)
+
+    def apply(self, *, free: bool = True, spares_max: int = 2) -> None:
+        """Move durable records into the images, then drop and free what is whole behind that."""
+        until = self.journal.appended_lsn if self.steals else self.journal.durable_lsn
+        reader = JournalReader(self.journal_storage, MACHINE_ID)
+        cursor = self.positions.applied
+        while cursor.lsn < until:
+            batch = reader.read(cursor, until, 3 * 4096)
+            assert [header.lsn for header, _ in batch.records] == list(range(cursor.lsn + 1, batch.cursor.lsn + 1))
+            for header, payload in batch.records:
+                told = self.model.records[header.lsn - 1]
+                assert (header.kind, header.slot, header.offset, header.length) == (
+                    told.kind,
+                    told.slot,
+                    told.offset,
+                    told.length,
+                )
+                assert payload == told.content
+                self._put(told)
+            cursor = batch.cursor
+        reader.close()
+        if not self.steals:
+            self.model.promised_lsn = max(self.model.promised_lsn, cursor.lsn)
+        for image in self.images:
+            image.datasync()
+        self._persist(cursor)
+        if free:
+            # Wholly applied: every segment before the cursor's.
+            drop_applied(self.journal, self.disks, cursor.segment - 1)
+            trim(
+                self.journal_storage,
+                MACHINE_ID,
+                cursor.lsn,
+                through_segment=cursor.segment - 1,
+                spares_max=spares_max,
+                segment_bytes=self.segment_bytes,
+            )
+
+    def _put(self, record: ModelRecord) -> None:
+        if record.kind in READS_AS_ZEROS:
+            self.images[record.slot].punch(record.offset, record.length)
+        elif record.kind in CARRIES_EXTENT_BYTES:
+            self.images[record.slot].write_at([record.content], record.offset)
+
+    def _persist(self, cursor: Cursor) -> None:
+        positions = Positions(applied=cursor, acknowledged=cursor)
+        write_atomically(self.storage, "positions.json", msgspec.json.encode(positions))
+        self.positions = positions
+
+    def prepare_spare(self) -> None:
+        prepare_spare(self.journal_storage, segment_bytes=self.segment_bytes)
+
+    def marker(self) -> None:
+        self.journal.append(Kind.MARKER, 0xFFFF, 0, 0, b"a point")
+        self.sync()
+
+    def restart(self) -> JournalWorld:
+        """SIGKILL and the next start. The model of what was not promised is cut to what the start found."""
+        self.close()
+        return JournalWorld(
+            self.storage.killed(),
+            self.model.copy(),
+            segment_bytes=self.segment_bytes,
+            steals=self.steals,
+            looks=self.looks,
+        )
+
+    def close(self) -> None:
+        self.journal.close()
+        for image in self.images:
+            image.close()
+
+    # ---- what must hold ----
+
+    def content(self, slot: int) -> bytes:
+        """The whole disk through its read path."""
+        disk = self.disks[slot]
+        return b"".join(bytes(piece) for piece in disk.read(0, disk.size_bytes))
+
+    def check(self) -> None:
+        """I9 for what is there now, and I1 for the images below."""
+        lsn = len(self.model.records)
+        assert self.journal.appended_lsn == lsn
+        expected = self.model.disks_at(lsn)
+        for slot in range(len(self.disks)):
+            assert self.content(slot) == expected[slot], f"I9: disk {slot} is not the model at LSN {lsn}"
+        images = [image.read_at(image.size(), 0) for image in self.images]
+        self.model.assert_image_never_ahead(images, lsn)

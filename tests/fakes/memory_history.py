@@ -1,0 +1,278 @@
+"""A received history in memory, behind the interface that reading the past needs, and a model beside it.
+
+Records become real sealed log objects, so opening them is the real code. The model is the bytes of every disk after
+every record: what an image recovered at that LSN must be (I9).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from unittest import mock
+
+import numpy as np
+
+from asrfs.errors import NotFoundError
+from asrfs.format import log_object
+from asrfs.format.log_object import FrameTable, Index, ObjectHeader
+from asrfs.format.record import Kind
+from asrfs.model.extents import BLOCK_BYTES, widen_to_blocks
+from asrfs.model.machine import NO_SLOT, Consistency, DiskRecord, MarkerRecord, decode_disk, encode_disk, encode_marker
+
+INDEX_KEY = bytes(range(32))
+PAYLOAD_KEY = bytes(range(32, 64))
+BEGIN_NS = 1_700_000_000_123_456_789
+
+
+@dataclass(frozen=True)
+class MemoryMachine:
+    id: str
+    name: str
+    epoch: int = 1
+
+
+@dataclass(frozen=True)
+class MemoryObject:
+    name: str
+    epoch: int
+    first_lsn: int
+    last_lsn: int
+    first_time_ns: int
+    last_time_ns: int
+
+
+@dataclass(frozen=True)
+class MemoryPoint:
+    id: str
+    lsn: int
+    epoch: int
+    time_ns: int
+    consistency: Consistency
+    group: str | None
+    name: str | None
+    protected: bool = False
+
+
+@dataclass
+class _Record:
+    time_ns: int
+    kind: Kind
+    slot: int
+    offset: int
+    length: int
+    payload: bytes
+
+
+@dataclass(repr=False)
+class MemoryHistory:
+    """One machine. Records wait until `seal` makes a log object of them; only then are they received."""
+
+    name: str = "web1"
+    id: str = "0123456789abcdef0123456789abcdef"
+    frame_bytes: int = log_object.FRAME_RAW_BYTES
+    epoch: int = 1
+    time_ns: int = BEGIN_NS
+    lsn: int = 0
+    frames_read: int = 0
+    hidden_after: int | None = None
+    """A store that has not yet received what comes after this LSN."""
+    model: dict[int, bytearray] = field(default_factory=dict)
+    _records: list[_Record] = field(default_factory=list)
+    _replayed: tuple[int, dict[int, bytearray]] = field(default_factory=lambda: (0, {}))
+    _pending: list[_Record] = field(default_factory=list)
+    _rows: list[MemoryObject] = field(default_factory=list)
+    _objects: dict[str, bytes] = field(default_factory=dict)
+    _disks: list[tuple[int, DiskRecord]] = field(default_factory=list)
+    _points: list[MemoryPoint] = field(default_factory=list)
+    _digest: bytes = log_object.NO_DIGEST
+
+    # ---- writing ---------------------------------------------------------------------------------------------------
+
+    def disk(self, slot: int, name: str, size_bytes: int, *, removed: bool = False, gap: bool = False) -> int:
+        record = DiskRecord(slot=slot, id=f"{slot:032x}", name=name, size_bytes=size_bytes, removed=removed, gap=gap)
+        self._disks.append((self.lsn + 1, record))
+        return self._append(Kind.DISK, slot, 0, 0, encode_disk(record))
+
+    def write(self, slot: int, offset: int, payload: bytes, kind: Kind = Kind.WRITE) -> int:
+        """Whole blocks, as the host makes them."""
+        assert (offset, len(payload)) == widen_to_blocks(offset, len(payload), len(self.model[slot]))
+        return self._append(kind, slot, offset, len(payload), payload)
+
+    def zero(self, slot: int, offset: int, length: int, kind: Kind = Kind.ZERO) -> int:
+        return self._append(kind, slot, offset, length, b"")
+
+    def marker(
+        self, name: str | None = None, consistency: Consistency = "crash", group: str | None = None
+    ) -> MemoryPoint:
+        point_id = f"{self.lsn + 1:032x}"
+        payload = encode_marker(MarkerRecord(id=point_id, consistency=consistency, group=group, name=name))
+        lsn = self._append(Kind.MARKER, NO_SLOT, 0, 0, payload)
+        point = MemoryPoint(point_id, lsn, self.epoch, self.time_ns, consistency, group, name)
+        self._points.append(point)
+        return point
+
+    def begin_epoch(self, time_ns: int) -> None:
+        """A new epoch, from a host whose clock shows `time_ns`."""
+        self.seal()
+        self.epoch += 1
+        self.time_ns = time_ns
+
+    def seal(self) -> None:
+        """Cut a log object of what waits."""
+        if not self._pending:
+            return
+        records, self._pending = self._pending, []
+        first = self.lsn - len(records) + 1
+        with mock.patch.object(log_object, "FRAME_RAW_BYTES", self.frame_bytes):
+            self._digest, pieces = log_object.encode_object(
+                machine_id=bytes.fromhex(self.id),
+                epoch=self.epoch,
+                session_salt=bytes(32),
+                previous_digest=self._digest,
+                index=_index_of(first, records),
+                payloads=[record.payload for record in records if record.kind in (Kind.WRITE, Kind.FILL)],
+                keys=self._keys(self.epoch),
+            )
+        row = MemoryObject(f"{first:016x}", self.epoch, first, self.lsn, records[0].time_ns, records[-1].time_ns)
+        self._rows.append(row)
+        self._objects[row.name] = b"".join(pieces)
+
+    def stored(self, row: MemoryObject) -> bytes:
+        """The whole log object as it is kept."""
+        return self._objects[row.name]
+
+    def damage(self, row: MemoryObject, at: int) -> None:
+        """Flip a bit in a stored object."""
+        stored = bytearray(self._objects[row.name])
+        stored[at] ^= 1
+        self._objects[row.name] = bytes(stored)
+
+    def state_at(self, lsn: int) -> dict[int, bytes]:
+        """The model: content of every live disk by slot."""
+        at, state = self._replayed
+        if lsn < at:
+            at, state = 0, {}
+        for record in self._records[at:lsn]:
+            _apply(state, record)
+        self._replayed = lsn, state
+        return {slot: bytes(content) for slot, content in sorted(state.items())}
+
+    def time_at(self, lsn: int) -> int:
+        return self._records[lsn - 1].time_ns
+
+    # ---- reading, as of a vault ------------------------------------------------------------------------------------
+
+    def machine(self, name: str) -> MemoryMachine:
+        if name != self.name:
+            raise NotFoundError(f"no machine {name!r}")
+        return MemoryMachine(self.id, self.name)
+
+    def machines(self) -> list[MemoryMachine]:
+        return [MemoryMachine(self.id, self.name)]
+
+    def objects_of(self, machine_id: str, up_to_lsn: int) -> Sequence[MemoryObject]:
+        last = min(up_to_lsn, self.received_lsn(machine_id))
+        return [row for row in self._rows if row.first_lsn <= last]
+
+    def object_head(self, row: MemoryObject) -> tuple[ObjectHeader, Index, FrameTable]:
+        stored = self._objects[row.name]
+        header = log_object.decode_object_header(stored, row.name)
+        index = log_object.decode_index(header, stored, self._keys(row.epoch), row.name)
+        return header, index, FrameTable(header, stored, row.name)
+
+    def read_frame(self, row: MemoryObject, header: ObjectHeader, table: FrameTable, i: int) -> bytes:
+        self.frames_read += 1
+        at, length = table.extent(i)
+        return table.open_frame(i, self._objects[row.name][at : at + length], self._keys(row.epoch).payload)
+
+    def disks_at(self, machine_id: str, lsn: int) -> list[DiskRecord]:
+        newest = {record.slot: record for at, record in self._disks if at <= lsn}
+        return [newest[slot] for slot in sorted(newest)]
+
+    def points(self, machine_id: str) -> list[MemoryPoint]:
+        received = self.received_lsn(machine_id)
+        return [point for point in self._points if point.lsn <= received and not self.gap_at(machine_id, point.lsn)]
+
+    def received_lsn(self, machine_id: str) -> int:
+        sealed = self._rows[-1].last_lsn if self._rows else 0
+        return sealed if self.hidden_after is None else min(sealed, self.hidden_after)
+
+    def gap_at(self, machine_id: str, lsn: int) -> str | None:
+        return next((f"first copy of disk {disk.name}" for disk in self.disks_at(machine_id, lsn) if disk.gap), None)
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _append(self, kind: Kind, slot: int, offset: int, length: int, payload: bytes) -> int:
+        self.lsn += 1
+        self.time_ns += 1000
+        self._pending.append(_Record(self.time_ns, kind, slot, offset, length, payload))
+        _apply(self.model, self._pending[-1])
+        self._records.append(self._pending[-1])
+        return self.lsn
+
+    def _keys(self, epoch: int) -> log_object.ObjectKeys:
+        return log_object.derive_keys(INDEX_KEY, PAYLOAD_KEY, bytes.fromhex(self.id), epoch, bytes(32))
+
+
+def random_history(seed: int, *, records: int, disks: dict[str, int], frame_bytes: int = 8192) -> MemoryHistory:
+    """Random extents written (some blocks with zeros), zeroed and discarded; a marker now and then."""
+    rng = random.Random(seed)
+    history = MemoryHistory(frame_bytes=frame_bytes)
+    for slot, (name, size_bytes) in enumerate(disks.items()):
+        history.disk(slot, name, size_bytes)
+    sizes = list(disks.values())
+    for _ in range(records):
+        slot = rng.randrange(len(sizes))
+        offset, length = random_extent(rng, sizes[slot])
+        chance = rng.random()
+        if chance < 0.75:
+            content = [rng.randbytes(BLOCK_BYTES) if rng.random() < 0.8 else bytes(BLOCK_BYTES) for _ in range(8)]
+            history.write(slot, offset, b"".join(content)[:length])
+        elif chance < 0.95:
+            history.zero(slot, offset, length, rng.choice((Kind.ZERO, Kind.DISCARD)))
+        else:
+            history.marker(name=f"m{rng.randrange(5)}")
+        if rng.random() < 0.1:
+            history.seal()
+    history.seal()
+    return history
+
+
+def random_extent(rng: random.Random, size_bytes: int) -> tuple[int, int]:
+    """Whole blocks somewhere on a disk."""
+    blocks = -(-size_bytes // BLOCK_BYTES)
+    first = rng.randrange(blocks)
+    count = rng.randint(1, min(8, blocks - first))
+    return widen_to_blocks(first * BLOCK_BYTES, min(count * BLOCK_BYTES, size_bytes - first * BLOCK_BYTES), size_bytes)
+
+
+def _apply(state: dict[int, bytearray], record: _Record) -> None:
+    """What a record does to the disks: the model in one place."""
+    if record.kind == Kind.DISK:
+        disk = decode_disk(record.payload)
+        content = state.pop(disk.slot, bytearray())
+        if not disk.removed:
+            state[disk.slot] = content[: disk.size_bytes].ljust(disk.size_bytes, b"\0")
+    elif record.kind != Kind.MARKER:
+        end = record.offset + record.length
+        state[record.slot][record.offset : end] = record.payload or bytes(record.length)
+
+
+def _index_of(first_lsn: int, records: Sequence[_Record]) -> Index:
+    is_note = [record.kind in (Kind.MARKER, Kind.DISK) for record in records]
+    positions, places = [], {True: 0, False: 0}
+    for note, record in zip(is_note, records, strict=True):
+        positions.append(places[note] if record.payload else 0)
+        places[note] += len(record.payload)
+    return Index(
+        first_lsn=first_lsn,
+        time_ns=np.array([record.time_ns for record in records], np.uint64),
+        offset=np.array([record.offset for record in records], np.uint64),
+        length=np.array([record.length for record in records], np.uint64),
+        payload_position=np.array(positions, np.uint64),
+        note_length=np.array([len(r.payload) if n else 0 for n, r in zip(is_note, records, strict=True)], np.uint32),
+        kind=np.array([record.kind for record in records], np.uint16),
+        slot=np.array([record.slot for record in records], np.uint16),
+        notes=b"".join(record.payload for note, record in zip(is_note, records, strict=True) if note),
+    )

@@ -1,0 +1,106 @@
+"""The status document is a pure function of facts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from asrfs.daemon.agent_status import NS_PER_S, Facts, status
+from asrfs.model.machine import DiskConfig, MachineConfig
+from asrfs.model.positions import Cursor, FillProgress, Positions
+from asrfs.replication.alarms import Alarm
+
+DISK = DiskConfig(slot=0, id="a" * 32, name="root", size_bytes=1 << 30)
+NOW_NS = 1_000 * NS_PER_S
+
+
+def cursor(lsn: int, segment: int = 1, offset: int = 0, seconds: int = 0) -> Cursor:
+    return Cursor(lsn=lsn, segment=segment, offset=offset, time_ns=seconds * NS_PER_S)
+
+
+def facts(**changes: Any) -> Facts:
+    values: dict[str, Any] = {
+        "machine": MachineConfig(id="b" * 32, name="web1", disks=(DISK,)),
+        "images": {0: "root.img"},
+        "is_enrolled": True,
+        "positions": Positions(applied=cursor(8), acknowledged=cursor(7, 1, 8192, 990)),
+        "appended_lsn": 10,
+        "durable": cursor(9, 2, 4096, 998),
+        "epoch": 1,
+        "now_ns": NOW_NS,
+        "first_unacknowledged_ns": 995 * NS_PER_S,
+        "oldest_segment": 1,
+        "quota_bytes": 1 << 29,
+        "link": "connected",
+    }
+    return Facts(**(values | changes))
+
+
+def test_the_whole_document() -> None:
+    document = status(facts(alarms=[Alarm("link", "warning", "gone")], processes={"agent": 7}))
+    assert document == {
+        "machine": "web1",
+        "state": "protected",
+        "reason": "",
+        "epoch": 1,
+        "lsn": {"appended": 10, "durable": 9, "applied": 8, "acknowledged": 7},
+        "lag": {"records": 2, "bytes": (64 << 20) - 4096, "seconds": 3.0},
+        "achieved_rpo_seconds": 5.0,
+        "journal": {"bytes": (64 << 20) + 4096, "quota_bytes": 1 << 29},
+        "link": "connected",
+        "link_reason": "",
+        "processes": {"agent": 7},
+        "disks": [{"name": "root", "size_bytes": 1 << 30, "image": "root.img", "dirty_bytes": 0}],
+        "alarms": [{"id": "link", "severity": "warning", "text": "gone"}],
+    }
+    msgspec.msgpack.encode(document)
+
+
+def test_nothing_lags_when_all_that_is_durable_is_acknowledged() -> None:
+    document = status(facts(positions=Positions(acknowledged=cursor(9, 2, 4096, 998)), first_unacknowledged_ns=None))
+    assert document["achieved_rpo_seconds"] == 0
+    assert document["lag"] == {"records": 0, "bytes": 0, "seconds": 0}
+
+
+def test_what_cannot_be_known_is_none() -> None:
+    document = status(facts(positions=Positions(), first_unacknowledged_ns=None))
+    assert document["achieved_rpo_seconds"] is None
+
+
+def test_a_clock_that_was_set_back_gives_no_negative_times() -> None:
+    document = status(facts(now_ns=0))
+    assert document["achieved_rpo_seconds"] == 0
+
+
+GAP = MachineConfig(id="b" * 32, name="web1", disks=(msgspec.structs.replace(DISK, gap=True),))
+
+
+@pytest.mark.parametrize(
+    ("changes", "state", "dirty_bytes"),
+    [
+        ({"is_enrolled": False}, "unprotected", 0),
+        ({"positions": Positions()}, "initial-replication", 0),
+        ({"machine": GAP}, "initial-replication", 1 << 30),
+        (
+            {
+                "machine": GAP,
+                "positions": Positions(acknowledged=cursor(5), fills=(FillProgress(slot=0, offset=1 << 29),)),
+            },
+            "initial-replication",
+            1 << 29,
+        ),
+        (
+            {"positions": Positions(acknowledged=cursor(5), fills=(FillProgress(slot=0, offset=1 << 30),))},
+            "initial-replication",
+            0,
+        ),
+        ({}, "protected", 0),
+    ],
+)
+def test_states(changes: dict[str, Any], state: str, dirty_bytes: int) -> None:
+    document = status(facts(**changes))
+    assert document["state"] == state
+    assert bool(document["reason"]) == (state != "protected")
+    assert document["disks"][0]["dirty_bytes"] == dirty_bytes

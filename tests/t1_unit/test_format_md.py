@@ -1,0 +1,90 @@
+"""FORMAT.md is the specification: each byte table is held against the code that packs it."""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import asrfs.format
+from asrfs.format import log_object, record, segment
+from asrfs.protocol import frames
+
+TEXT = (Path(asrfs.format.__file__).parent / "FORMAT.md").read_text()
+
+
+def table(heading: str, nth: int = 0) -> list[list[str]]:
+    """Cells of the nth table below a heading, without its head rows."""
+    section = re.split(rf"^#+ {re.escape(heading)}$", TEXT, flags=re.MULTILINE)[1]
+    section = re.split(r"^#+ ", section, flags=re.MULTILINE)[0]
+    blocks = re.findall(r"(?:^\|.*\n)+", section, flags=re.MULTILINE)
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in blocks[nth].splitlines()[2:]]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def fields_of(layout: struct.Struct, names: list[str], at: int = 0) -> list[tuple[int, int, str]]:
+    """`(offset, size, name)` of each field of a packed little-endian layout."""
+    assert layout.format.startswith("<")
+    fields = []
+    sizes = [struct.calcsize("<" + code) for code in expand(layout.format[1:])]
+    assert len(sizes) == len(names)
+    for size, name in zip(sizes, names, strict=True):
+        fields.append((at, size, name))
+        at += size
+    return fields
+
+
+def expand(codes: str) -> list[str]:
+    """`2Q16s` → ['Q', 'Q', '16s']."""
+    out: list[str] = []
+    for count, code in re.findall(r"(\d*)([a-zA-Z])", codes):
+        out += [count + code] if code == "s" else [code] * int(count or 1)
+    return out
+
+
+LAYOUTS = {
+    "Segment header": [
+        *fields_of(segment._HEADER, ["magic", "version", *segment.SegmentHeader._fields]),
+        (segment._HEADER.size, 4, "crc"),
+    ],
+    "Record header": fields_of(record._PREFIX, ["magic", "crc"])
+    + fields_of(record._BODY, [*record.RecordHeader._fields, "reserved"], record._PREFIX.size),
+    "Log object header": fields_of(log_object._PREFIX, ["magic", "crc"])
+    + fields_of(log_object._HEADER, list(log_object.ObjectHeader._fields), log_object._PREFIX.size),
+    "Frame table entry": fields_of(log_object._FRAME, ["stored_length", "flags"]),
+    "Frame header": fields_of(frames._HEADER, ["magic", "type", "zero", "length", "sequence"])
+    + fields_of(frames._CRC, ["crc"], frames._HEADER.size),
+}
+
+
+@pytest.mark.parametrize("heading", LAYOUTS)
+def test_byte_table_is_the_layout_in_the_code(heading: str) -> None:
+    documented = [(int(row[0]), int(row[1]), row[2]) for row in table(heading)]
+    assert documented == LAYOUTS[heading]
+
+
+def test_index_columns() -> None:
+    documented = [(row[0], int(row[1])) for row in table("Index")]
+    assert documented == [(name, np.dtype(dtype).itemsize) for name, dtype in log_object._COLUMNS]
+
+
+def test_record_kinds() -> None:
+    documented = {int(row[0]): row[1] for row in table("Record header", 1)}
+    assert documented == {kind.value: kind.name for kind in record.Kind}
+
+
+def test_frame_types() -> None:
+    documented = {int(row[0]): row[1] for row in table("Frame header", 1)}
+    assert documented == {kind.value: kind.name for kind in frames.FrameType}
+
+
+def test_sizes_named_in_the_text() -> None:
+    assert record.RECORD_HEADER_BYTES == 64
+    assert segment.SEGMENT_HEADER_BYTES == 4096
+    assert segment.SEGMENT_BYTES == 64 << 20
+    assert log_object.OBJECT_HEADER_BYTES == 256
+    assert frames.FRAME_PAYLOAD_BYTES_MAX == 4 << 20
+    assert record.PAYLOAD_BYTES_MAX == 1 << 20

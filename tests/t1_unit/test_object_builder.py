@@ -1,0 +1,175 @@
+"""Records of a journal become log objects that open to the same records: cuts, columns, chain, refusal of bad bytes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from asrfs.errors import IntegrityError
+from asrfs.format.log_object import (
+    NO_DIGEST,
+    FrameTable,
+    Index,
+    ObjectHeader,
+    check_digest,
+    decode_index,
+    decode_object_header,
+)
+from asrfs.format.record import Kind
+from asrfs.journal.reader import JournalReader
+from asrfs.journal.recovery import recover
+from asrfs.journal.writer import Journal
+from asrfs.model.machine import NO_SLOT
+from asrfs.model.positions import Cursor, Positions
+from asrfs.replication.object_builder import BuiltObject, MachineKeys, ObjectBuilder
+from tests.fakes.crash_storage import CrashStorage
+from tests.fakes.journal_world import MACHINE_ID, JournalWorld
+
+BLOCK = 4096
+KEYS = MachineKeys(MACHINE_ID, b"i" * 32, b"p" * 32)
+SALT = b"s" * 32
+
+
+def build(
+    world: JournalWorld,
+    cursor: Cursor,
+    *,
+    until: int | None = None,
+    previous: bytes = NO_DIGEST,
+    bytes_max: int = 1 << 20,
+    compress: bool = True,
+) -> BuiltObject | None:
+    reader = JournalReader(world.journal_storage, MACHINE_ID)
+    try:
+        return ObjectBuilder(reader).build(
+            cursor,
+            world.journal.durable_lsn if until is None else until,
+            keys=KEYS,
+            session_salt=SALT,
+            previous_digest=previous,
+            bytes_max=bytes_max,
+            compress=compress,
+        )
+    finally:
+        reader.close()
+
+
+def open_object(built: BuiltObject) -> tuple[ObjectHeader, Index, bytes]:
+    content = b"".join(built.pieces)
+    assert len(content) == built.length
+    assert check_digest(content, "built") == built.digest
+    header = decode_object_header(content, "built")
+    keys = KEYS.of_session(header.epoch, SALT)
+    table = FrameTable(header, content, "built")
+    payload = b""
+    for i in range(header.frame_count):
+        at, length = table.extent(i)
+        payload += table.open_frame(i, content[at : at + length], keys.payload)
+    return header, decode_index(header, content, keys, "built"), payload
+
+
+@pytest.fixture
+def world(rng: random.Random) -> Iterator[JournalWorld]:
+    world = JournalWorld(CrashStorage(), seed=rng.randrange(1000))
+    yield world
+    world.close()
+
+
+def test_every_kind_of_record_comes_back(world: JournalWorld, rng: random.Random) -> None:
+    world.disks[0].write(0, rng.randbytes(2 * BLOCK))
+    world.disks[1].zero(BLOCK, BLOCK)
+    world.journal.append(Kind.DISK, 1, 0, 0, b"a disk")
+    world.disks[0].discard(0, BLOCK)
+    world.disks[1].write(2 * BLOCK, b"a" * BLOCK)
+    world.journal.append(Kind.MARKER, NO_SLOT, 0, 0, b"a point")
+    world.sync()
+    for compress in (True, False):
+        built = build(world, Cursor(), compress=compress)
+        assert built is not None
+        header, index, payload = open_object(built)
+        assert (header.first_lsn, header.last_lsn, header.epoch) == (1, 6, 1)
+        assert header.previous_digest == NO_DIGEST
+        for i, record in enumerate(world.model.records):
+            assert (index.kind[i], index.slot[i]) == (record.kind, record.slot)
+            assert (index.offset[i], index.length[i]) == (record.offset, record.length)
+            if record.kind in (Kind.MARKER, Kind.DISK):
+                assert index.note(i) == record.content
+            else:
+                start = int(index.payload_position[i])
+                assert payload[start : start + len(record.content)] == record.content
+        assert built.first_time_ns == index.time_ns[0]
+
+
+def test_objects_are_cut_by_size_and_chained(world: JournalWorld, rng: random.Random) -> None:
+    for i in range(20):
+        world.disks[0].write(i % 15 * BLOCK, rng.randbytes(BLOCK))
+    world.sync()
+    cursor, previous, lsn = Cursor(), NO_DIGEST, 0
+    while (built := build(world, cursor, previous=previous, bytes_max=3 * BLOCK)) is not None:
+        header, _, payload = open_object(built)
+        assert header.first_lsn == built.first_lsn == lsn + 1
+        assert header.previous_digest == previous
+        assert len(payload) <= 3 * BLOCK
+        assert built.cursor.lsn == built.last_lsn
+        cursor, previous, lsn = built.cursor, built.digest, built.last_lsn
+    assert lsn == 20
+
+
+def test_an_object_ends_right_after_a_marker(world: JournalWorld, rng: random.Random) -> None:
+    for _ in range(4):
+        world.disks[0].write(0, rng.randbytes(BLOCK))
+    world.marker()
+    world.disks[0].write(0, rng.randbytes(BLOCK))
+    world.marker()
+    world.sync()
+    first = build(world, Cursor())
+    assert first is not None
+    assert (first.first_lsn, first.last_lsn) == (1, 5)
+    second = build(world, first.cursor)
+    assert second is not None
+    assert (second.first_lsn, second.last_lsn) == (6, 7)
+
+
+def test_nothing_beyond_durable_is_built(world: JournalWorld, rng: random.Random) -> None:
+    for _ in range(5):
+        world.disks[0].write(0, rng.randbytes(BLOCK))
+    world.sync()
+    built = build(world, Cursor(), until=3)
+    assert built is not None
+    assert built.last_lsn == 3
+    assert build(world, built.cursor, until=3) is None
+
+
+def test_a_damaged_payload_is_never_built(world: JournalWorld, rng: random.Random) -> None:
+    for _ in range(3):
+        world.disks[0].write(0, rng.randbytes(BLOCK))
+    world.sync()
+    file = world.journal_storage.open(f"{1:016x}.segment", write=True)
+    file.write_at([b"\0"], BLOCK + 64 + 7)
+    file.write_at([b"\1"], BLOCK + 64 + 8)
+    file.close()
+    with pytest.raises(IntegrityError, match="LSN 1 "):
+        build(world, Cursor())
+
+
+def test_an_object_holds_one_epoch(rng: random.Random) -> None:
+    world = JournalWorld(CrashStorage())
+    for _ in range(2):
+        world.disks[0].write(0, rng.randbytes(BLOCK))
+    world.sync()
+    world.close()
+    storage = world.journal_storage
+    recovered = recover(storage, Positions(), MACHINE_ID, segment_bytes=world.segment_bytes)
+    journal = Journal(storage, MACHINE_ID, recovered, world.clock, epoch=2, segment_bytes=world.segment_bytes)
+    journal.append(Kind.WRITE, 0, 0, BLOCK, rng.randbytes(BLOCK))
+    journal.sync()
+    epochs = []
+    cursor = Cursor()
+    while (built := build(world, cursor, until=3)) is not None:
+        header, _, _ = open_object(built)
+        epochs.append((header.epoch, header.first_lsn, header.last_lsn))
+        cursor = built.cursor
+    journal.close()
+    assert epochs == [(1, 1, 2), (2, 3, 3)]

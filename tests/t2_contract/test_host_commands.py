@@ -1,0 +1,262 @@
+"""The command contract of `asrfs`: bad input gets one line, the right exit code, and leaves nothing half-done."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from asrfs.cli.main import run
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def asrfs(scratch: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs `asrfs` in this process on a state directory of the test; checks the form of every failure."""
+    monkeypatch.setenv("ASRFS_STATE", str(scratch / "state"))
+
+    def call(*arguments: str) -> Outcome:
+        code = run(list(arguments))
+        out, err = capsys.readouterr()
+        if code:
+            assert err.startswith("asrfs: error: "), err
+            assert err.count("\n") == 1, err
+            assert "Traceback" not in err
+        return Outcome(code, out, err)
+
+    return call
+
+
+@pytest.fixture
+def machine(asrfs: Run) -> Run:
+    """`asrfs` with a machine web1 that has a disk root of 1 MiB."""
+    assert asrfs("init", "web1").code == 0
+    assert asrfs("disk", "add", "root", "--size", "1M").code == 0
+    return asrfs
+
+
+def tree(path: Path) -> dict[str, bytes]:
+    """Every file below, with its content."""
+    return {str(each.relative_to(path)): each.read_bytes() for each in sorted(path.rglob("*")) if each.is_file()}
+
+
+BAD_NAMES = ["../x", "", "x" * 64, "%2F", "a/b", ".", "-x", "a b", "ä"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_bad_machine_names(asrfs: Run, scratch: Path, name: str) -> None:
+    assert asrfs("init", "--", name).code == 2
+    assert not (scratch / "state" / "machine.json").exists()
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_bad_disk_names_leave_nothing(machine: Run, scratch: Path, name: str) -> None:
+    before = tree(scratch)
+    assert machine("disk", "add", "--size", "1M", "--", name).code == 2
+    assert tree(scratch) == before
+
+
+@pytest.mark.parametrize("size", ["0", "1", "511", "513", "1000", "-512", "16E", "99E", "8E", "ten", "", "1.5G"])
+def test_bad_sizes_leave_nothing(machine: Run, scratch: Path, size: str) -> None:
+    before = tree(scratch)
+    assert machine("disk", "add", "data", f"--size={size}").code == 2
+    assert tree(scratch) == before
+
+
+def test_a_size_the_filesystem_cannot_hold_leaves_nothing(machine: Run, scratch: Path) -> None:
+    before = tree(scratch)
+    assert machine("disk", "add", "data", "--size", "7E").code == 1
+    assert tree(scratch) == before
+
+
+def test_size_and_image_exclude_each_other(machine: Run) -> None:
+    assert machine("disk", "add", "data").code == 2
+    assert machine("disk", "add", "data", "--size", "1M", "--image", "/etc/hostname").code == 2
+
+
+def test_images_that_cannot_be_adopted(machine: Run, scratch: Path) -> None:
+    odd = scratch / "odd.img"
+    odd.write_bytes(b"x" * 1000)
+    empty = scratch / "empty.img"
+    empty.touch()
+    for image, code in ((scratch / "none.img", 3), (odd, 2), (empty, 2), (scratch, 2), (Path("/dev/null"), 2)):
+        outcome = machine("disk", "add", "data", "--image", str(image))
+        assert outcome.code == code, (image, outcome)
+    assert len(json.loads(machine("disk", "list", "--json").out)) == 1
+
+
+def test_an_image_belongs_to_one_state_directory(machine: Run, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = scratch / "disk.img"
+    image.write_bytes(os.urandom(8192))
+    assert machine("disk", "add", "data", "--image", str(image)).code == 0
+    again = scratch / "same.img"
+    again.symlink_to(image)
+    assert machine("disk", "add", "data2", "--image", str(again)).code == 4
+    monkeypatch.setenv("ASRFS_STATE", str(scratch / "other"))
+    assert machine("init", "web2").code == 0
+    refused = machine("disk", "add", "data", "--image", str(image))
+    assert refused.code == 4
+    assert str(scratch / "state") in refused.err
+    monkeypatch.setenv("ASRFS_STATE", str(scratch / "state"))
+    assert machine("disk", "remove", "data", "--yes").code == 0
+    monkeypatch.setenv("ASRFS_STATE", str(scratch / "other"))
+    assert machine("disk", "add", "data", "--image", str(image)).code == 0
+    assert image.stat().st_size == 8192
+
+
+def test_a_disk_name_is_used_once(machine: Run, scratch: Path) -> None:
+    before = tree(scratch)
+    assert machine("disk", "add", "root", "--size", "1M").code == 4
+    assert tree(scratch) == before
+
+
+def test_unknown_disks(machine: Run) -> None:
+    for arguments in (("attach", "data"), ("detach", "data"), ("disk", "remove", "data", "--yes")):
+        assert machine(*arguments).code == 3
+
+
+def test_removing_asks_first_and_keeps_the_image(machine: Run) -> None:
+    image = json.loads(machine("disk", "list", "--json").out)[0]["image"]
+    refused = machine("disk", "remove", "root")
+    assert refused.code == 2
+    assert "--yes" in refused.err
+    assert len(json.loads(machine("disk", "list", "--json").out)) == 1
+    assert machine("disk", "remove", "root", "--yes").code == 0
+    assert json.loads(machine("disk", "list", "--json").out) == []
+    assert Path(image).exists()
+
+
+def test_a_disk_made_again_is_another_incarnation(machine: Run) -> None:
+    first = json.loads(machine("disk", "list", "--json").out)[0]
+    assert machine("disk", "remove", "root", "--yes").code == 0
+    assert machine("disk", "add", "root", "--size", "1M").code == 0
+    second = json.loads(machine("disk", "list", "--json").out)[0]
+    assert second["id"] != first["id"]
+    assert second["slot"] != first["slot"]
+
+
+def test_a_state_directory_is_made_once(machine: Run, scratch: Path) -> None:
+    before = tree(scratch)
+    assert machine("init", "web2").code == 4
+    assert tree(scratch) == before
+
+
+def test_no_state_directory(asrfs: Run) -> None:
+    for arguments in (("disk", "list"), ("status",), ("serve", "--mount", "/nowhere"), ("settings",), ("drain",)):
+        assert asrfs(*arguments).code == 3
+
+
+def test_what_needs_a_served_machine_says_so(machine: Run) -> None:
+    for arguments in (("point", "create"), ("drain",), ("pause",), ("resume",), ("attach", "root"), ("detach", "root")):
+        outcome = machine(*arguments)
+        assert outcome.code == 4, arguments
+        assert "asrfs serve" in outcome.err
+
+
+def test_status_of_a_machine_that_is_not_served(machine: Run) -> None:
+    status = json.loads(machine("status", "--json").out)
+    assert status["machine"] == "web1"
+    assert status["state"] == "unprotected"
+    assert status["lsn"] == {"appended": 0, "durable": 0, "applied": 0, "acknowledged": 0}
+    assert set(status["processes"]) == {"supervisor", "disk_server", "agent"}
+    assert [disk["name"] for disk in status["disks"]] == ["root"]
+    assert {"reason", "epoch", "lag", "achieved_rpo_seconds", "journal", "link", "alarms"} <= set(status)
+    assert set(status["lag"]) == {"records", "bytes", "seconds"}
+    assert {"bytes", "quota_bytes"} <= set(status["journal"])
+
+
+@pytest.mark.parametrize("word", ["object_age", "colour=red", "object_age=never", "journal_quota=-1", "object_size=1"])
+def test_bad_settings_change_nothing(machine: Run, word: str) -> None:
+    before = machine("settings", "--json").out
+    assert machine("set", "object_size=1M", word).code == 2
+    assert machine("settings", "--json").out == before
+
+
+def test_settings_are_kept(machine: Run) -> None:
+    assert machine("set", "object_age=1s", "journal_quota=30%").code == 0
+    shown = json.loads(machine("settings", "--json").out)
+    assert shown["object_age"]["value"] == "1s"
+    assert shown["object_age"]["set"]
+    assert shown["object_size"] == {"value": "4M", "default": "4M", "set": False}
+
+
+@pytest.mark.parametrize(
+    "token", ["", "x", "asrfs1.", "asrfs1.AAAA", "asrfs2." + "A" * 80, "asrfs1." + "!" * 40, "asrfs1." + "A" * 5000]
+)
+def test_what_is_no_token(machine: Run, scratch: Path, token: str) -> None:
+    outcome = machine("enroll", "--store", "127.0.0.1:1", f"--token={token}")
+    assert outcome.code in (2, 6)
+    assert not list((scratch / "state" / "keys").iterdir())
+
+
+@pytest.mark.parametrize("address", ["", "nowhere", "host:", ":1", "host:0", "host:70000", "host:x", "a b:1"])
+def test_what_is_no_address(machine: Run, address: str) -> None:
+    assert machine("enroll", f"--store={address}", "--token", "asrfs1.AAAA").code == 2
+
+
+def test_mount_points_that_cannot_be_used(machine: Run, scratch: Path) -> None:
+    full = scratch / "full"
+    full.mkdir()
+    (full / "file").touch()
+    file = scratch / "file"
+    file.touch()
+    for path, code in ((scratch / "none", 3), (full, 4), (file, 4), (Path("/proc"), 4)):
+        program = [sys.executable, "-m", "asrfs.cli.main", "--state", str(scratch / "state")]
+        command = [*program, "serve", "--mount", str(path)]
+        outcome = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+        assert outcome.returncode == code, (path, outcome)
+        assert outcome.stderr.startswith("asrfs: error: ")
+        assert outcome.stderr.count("\n") == 1
+
+
+def test_points_that_cannot_be(machine: Run) -> None:
+    assert machine("point", "create", "--name", "../x").code == 2
+    assert machine("point", "create", "--consistency", "perfect").code == 2
+
+
+def test_what_cannot_be_inspected(machine: Run, scratch: Path) -> None:
+    junk = scratch / "junk"
+    junk.write_bytes(os.urandom(8192))
+    assert machine("inspect", str(scratch / "none")).code == 3
+    assert machine("inspect", str(scratch)).code == 2
+    assert machine("inspect", str(junk)).code == 5
+    junk.write_bytes(b"ASRSEG1\n" + bytes(5000))
+    assert machine("inspect", str(junk)).code == 5
+
+
+def test_usage(asrfs: Run) -> None:
+    for arguments in (("nonsense",), ("disk", "frobnicate"), ("init",), ("serve",), ("disk", "add")):
+        assert asrfs(*arguments).code == 2
+    assert asrfs("--help").code == 0
+    assert asrfs("disk", "add", "--help").code == 0
+
+
+def test_options_stand_anywhere(machine: Run, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ASRFS_STATE")
+    state = str(scratch / "state")
+    for arguments in (
+        ("--state", state, "--json", "disk", "list"),
+        ("disk", "list", "--json", "--state", state),
+        ("disk", "--json", "list", f"--state={state}"),
+    ):
+        assert json.loads(machine(*arguments).out)[0]["name"] == "root"
+    assert machine("disk", "list", "--state").code == 2
+
+
+def test_state_files_are_private(machine: Run, scratch: Path) -> None:
+    for path in [scratch / "state", *(scratch / "state").rglob("*")]:
+        assert path.stat().st_mode & 0o077 == 0, path

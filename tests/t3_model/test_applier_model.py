@@ -1,0 +1,203 @@
+"""The applier against a model: any history, cut into any rounds, with power lost between any two operations.
+
+A run is looked at after each of its storage operations; each look is continued with each fate of what was not synced:
+the machine starts again, its disks are compared with the model byte for byte, the images must hold nothing that was
+not durable (I1), and applying the rest must make the images equal to the model (I9). A planted thief shows that the
+harness would notice.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from asrfs.journal.reader import JournalReader
+from asrfs.model.positions import Positions
+from asrfs.replication.applier import Applier, Image
+from asrfs.replication.positions_file import PositionsFile
+from asrfs.storage.interface import File, Storage, write_atomically
+from tests.fakes.crash_storage import CrashStorage, Fate, Fault
+from tests.fakes.journal_world import MACHINE_ID, JournalWorld, Look
+
+BLOCK = 4096
+SIZES = (61_952, 40_960)
+
+
+class StoredImages:
+    """Images in a storage, opened when they are first asked for."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._open: dict[int, File] = {}
+
+    def image(self, slot: int) -> Image | None:
+        if slot not in self._open:
+            self._open[slot] = self._storage.open(str(slot), write=True)
+        return Image(self._open[slot], SIZES[slot])
+
+    def drop(self, slot: int) -> None:
+        self._open.pop(slot).close()
+
+
+class AppliedWorld:
+    """A machine whose images are kept by the applier. `rounds`: how many share a datasync, how large each is."""
+
+    def __init__(self, world: JournalWorld, rng: random.Random) -> None:
+        self.world = world
+        self.images = StoredImages(world.image_storage)
+        self.positions = PositionsFile(world.positions, self._save)
+        self.applier = Applier(
+            JournalReader(world.journal_storage, MACHINE_ID),
+            self.positions,
+            self.images,
+            round_bytes_max=rng.choice((1, BLOCK, 5 * BLOCK, 1 << 20)),
+            rounds_max=rng.randint(1, 4),
+        )
+
+    def apply_once(self, *, steal: bool = False) -> None:
+        journal = self.world.journal
+        self.applier.apply_span(journal.appended_lsn if steal else journal.durable_lsn)
+        if not steal:
+            self.world.model.promised_lsn = max(self.world.model.promised_lsn, self.positions.saved.applied.lsn)
+
+    def apply_all(self) -> None:
+        while self.positions.saved.applied.lsn < self.world.journal.durable_lsn:
+            self.apply_once()
+
+    def image(self, slot: int) -> bytes:
+        file = self.world.image_storage.open(str(slot))
+        try:
+            return file.read_at(file.size(), 0)
+        finally:
+            file.close()
+
+    def _save(self, positions: Positions) -> None:
+        write_atomically(self.world.storage, "positions.json", msgspec.json.encode(positions))
+        self.world.positions = positions
+
+
+def change_something(world: JournalWorld, rng: random.Random) -> None:
+    """One random change of one disk, or a marker, or a sync."""
+    disk = rng.choice(world.disks)
+    kind = rng.random()
+    offset = rng.randrange(disk.size_bytes // BLOCK) * BLOCK
+    length = min(rng.randint(1, 3) * BLOCK, disk.size_bytes - offset)
+    if kind < 0.6:
+        disk.write(offset, rng.randbytes(length))
+    elif kind < 0.7:
+        disk.zero(offset, length)
+    elif kind < 0.8:
+        disk.discard(offset, length)
+    elif kind < 0.85:
+        disk.discard(0, disk.size_bytes)
+    elif kind < 0.9:
+        world.marker()
+    else:
+        world.sync()
+
+
+def new_world(rng: random.Random, looks: list[Look] | None = None) -> JournalWorld:
+    return JournalWorld(CrashStorage(), sizes=SIZES, seed=rng.randrange(1 << 30), looks=looks)
+
+
+def finish(applied: AppliedWorld) -> None:
+    """Make all durable, apply all, and compare the images with the model."""
+    world = applied.world
+    world.sync()
+    applied.apply_all()
+    expected = world.model.disks_at(len(world.model.records))
+    for slot in range(len(SIZES)):
+        assert applied.image(slot) == expected[slot], f"I9: image {slot} is not the model"
+
+
+@pytest.mark.parametrize("number", range(60))
+def test_i9_any_split_of_a_history_gives_the_model(number: int, rng: random.Random) -> None:
+    world = new_world(rng)
+    applied = AppliedWorld(world, rng)
+    for _ in range(rng.randint(5, 60)):
+        change_something(world, rng)
+        if rng.random() < 0.2:
+            applied.apply_once()
+            images = [applied.image(slot) for slot in range(len(SIZES))]
+            world.model.assert_image_never_ahead(images, world.journal.durable_lsn)
+    finish(applied)
+    world.close()
+
+
+def run_history(rng: random.Random, looks: list[Look], *, steal: bool = False) -> None:
+    world = new_world(rng, looks)
+    applied = AppliedWorld(world, rng)
+    for step in range(14):
+        change_something(world, rng)
+        if step % 4 == 3:
+            if not steal:
+                world.sync()
+            applied.apply_once(steal=steal)
+    world.close()
+
+
+def continue_after_power_loss(look: Look, fate: Fate, rng: random.Random) -> None:
+    world = JournalWorld(look.storage.crash(fate, rng), look.model.copy(), sizes=SIZES)
+    world.check()
+    finish(AppliedWorld(world, rng))
+    world.close()
+
+
+@pytest.mark.parametrize("fate", list(Fate))
+@pytest.mark.parametrize("number", range(3))
+def test_i1_i9_power_lost_between_any_two_operations(number: int, fate: Fate, rng: random.Random) -> None:
+    looks: list[Look] = []
+    run_history(rng, looks)
+    assert {"write", "datasync", "rename"} <= {look.kind for look in looks}
+    for look in looks:
+        continue_after_power_loss(look, fate, rng)
+
+
+def test_i1_a_thief_would_be_noticed(rng: random.Random) -> None:
+    """Applying records that are not durable yet must turn this harness red."""
+    looks: list[Look] = []
+    run_history(rng, looks, steal=True)
+
+    def is_red(look: Look) -> bool:
+        try:
+            continue_after_power_loss(look, Fate.LOST, rng)
+        except Exception:
+            return True
+        return False
+
+    assert any(is_red(look) for look in looks)
+
+
+def _fail_sync(storage: CrashStorage) -> Fault:
+    return storage.inject(Fault(at=0, kinds=frozenset(("datasync",))))
+
+
+def _fail_write(storage: CrashStorage) -> Fault:
+    return storage.inject(Fault(at=1, error=errno.ENOSPC, kinds=frozenset(("write",)), partial=0.5))
+
+
+@pytest.mark.parametrize("fail", [_fail_sync, _fail_write])
+def test_i4_a_failed_round_moves_no_position(fail: Callable[[CrashStorage], Fault], rng: random.Random) -> None:
+    """What could not be written or synced is not applied; after the next start it is applied again from the journal."""
+    world = new_world(rng)
+    applied = AppliedWorld(world, rng)
+    for block in (1, 3, 5):
+        world.disks[0].write(block * BLOCK, rng.randbytes(BLOCK))
+        world.disks[1].write(block * BLOCK, rng.randbytes(BLOCK))
+    world.sync()
+    applied.applier = Applier(JournalReader(world.journal_storage, MACHINE_ID), applied.positions, applied.images)
+    fault = fail(world.storage)
+    with pytest.raises(OSError):
+        applied.apply_once()
+    assert fault.fired == 1
+    assert applied.positions.saved.applied.lsn == 0
+    world.close()
+    for fate in Fate:
+        after = JournalWorld(world.storage.crash(fate, rng), world.model.copy(), sizes=SIZES)
+        after.check()
+        finish(AppliedWorld(after, rng))
+        after.close()

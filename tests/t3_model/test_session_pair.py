@@ -1,0 +1,233 @@
+"""Host and store ends of the protocol as a pair: whatever way bytes are cut, both hear exactly what was said."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asrfs.format.log_object import OBJECT_BYTES_MAX
+from asrfs.protocol.frames import FRAME_HEADER_BYTES, ProtocolError, encode_frame_header
+from asrfs.protocol.messages import (
+    PROTOCOL_VERSION,
+    TYPE_OF,
+    Acknowledge,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Message,
+    ObjectBegin,
+    Refused,
+    Welcome,
+    encode_message,
+)
+from asrfs.protocol.session import Event, ObjectReceived, Role, Session, State
+from tests.fakes.wire import Cut, SessionPair, all_at_once, byte_by_byte, cut_at
+
+HELLO = Hello(
+    protocol=PROTOCOL_VERSION,
+    machine_id="ab" * 16,
+    machine_name="web1",
+    epoch=1,
+    appended_lsn=9,
+    durable_lsn=8,
+    acknowledged_lsn=7,
+    last_digest="cd" * 32,
+)
+WELCOME = Welcome(
+    protocol=PROTOCOL_VERSION,
+    store_id="ef" * 16,
+    session_salt=bytes(range(32)),
+    epoch=1,
+    acknowledged_lsn=7,
+    last_digest="cd" * 32,
+)
+REFUSED = Refused(code="fenced", text="no")
+GOODBYE = Goodbye(reason="done")
+
+
+def greeted() -> SessionPair:
+    pair = SessionPair()
+    pair.say("host", HELLO)
+    assert pair.carry("host") == [HELLO]
+    pair.say("store", WELCOME)
+    assert pair.carry("store") == [WELCOME]
+    return pair
+
+
+def begin_of(content: bytes, first_lsn: int = 8) -> ObjectBegin:
+    return ObjectBegin(first_lsn=first_lsn, last_lsn=first_lsn + 2, length=len(content))
+
+
+@pytest.mark.parametrize("cut", [all_at_once, byte_by_byte, cut_at(1, 17, 300)])
+def test_a_whole_session_however_it_is_cut(cut: Cut) -> None:
+    pair = SessionPair()
+    pair.say("host", HELLO)
+    assert pair.carry("host", cut) == [HELLO]
+    pair.say("store", WELCOME)
+    assert pair.carry("store", cut) == [WELCOME]
+    content = random.Random(1).randbytes(5000)
+    pair.say_object(begin_of(content), [content[:256], content[256:300], content[300:]])
+    pair.say("host", Heartbeat(appended_lsn=10, durable_lsn=10, durable_time_ns=1))
+    assert pair.carry("host", cut) == [
+        ObjectReceived(begin_of(content), content),
+        Heartbeat(appended_lsn=10, durable_lsn=10, durable_time_ns=1),
+    ]
+    pair.say("store", Acknowledge(lsn=10, digest="12" * 32))
+    pair.say("store", Heartbeat())
+    assert pair.carry("store", cut) == [Acknowledge(lsn=10, digest="12" * 32), Heartbeat()]
+    pair.say("host", GOODBYE)
+    assert pair.carry("host", cut) == [GOODBYE]
+    assert {end.state for end in pair.ends.values()} == {State.CLOSED}
+
+
+@given(lengths=st.lists(st.integers(257, 9000), max_size=4), seed=st.integers(0, 1 << 32), cuts=st.integers(0, 40))
+@settings(max_examples=150)
+def test_random_exchanges_at_random_cuts(lengths: list[int], seed: int, cuts: int) -> None:
+    """The model is a list: what one end says, in order, is what the other hears."""
+    rng = random.Random(seed)
+    pair = greeted()
+    said: list[Event] = []
+    lsn = 8
+    for length in lengths:
+        content = rng.randbytes(length)
+        begin = ObjectBegin(first_lsn=lsn, last_lsn=lsn + 1, length=length)
+        edges = sorted(rng.sample(range(1, length), 3))
+        pair.say_object(begin, [content[i:j] for i, j in zip([0, *edges], [*edges, length], strict=True)])
+        said.append(ObjectReceived(begin, content))
+        if rng.random() < 0.5:
+            beat = Heartbeat(appended_lsn=rng.randrange(1 << 60), durable_lsn=lsn)
+            pair.say("host", beat)
+            said.append(beat)
+        lsn += 2
+    total = len(pair.sent["host"])
+    assert pair.carry("host", cut_at(*(rng.randrange(total + 1) for _ in range(cuts)))) == said
+
+
+def test_what_the_store_says_within_an_object_does_not_end_it() -> None:
+    pair = greeted()
+    content = bytes(3 << 20)
+    buffers = pair.ends["host"].send_object(begin_of(content), [content])
+    for _ in range(4):
+        pair.sent["host"] += next(buffers)
+    pair.carry("host")
+    pair.say("store", Acknowledge(lsn=7, digest=""))
+    assert pair.carry("store") == [Acknowledge(lsn=7, digest="")]
+    assert pair.ends["store"].state is State.IN_OBJECT
+    for buffer in buffers:
+        pair.sent["host"] += buffer
+    assert pair.carry("host") == [ObjectReceived(begin_of(content), content)]
+
+
+def test_a_refusal_within_an_object_ends_both_sides() -> None:
+    pair = greeted()
+    content = bytes(3 << 20)
+    buffers = pair.ends["host"].send_object(begin_of(content), [content])
+    for _ in range(3):  # OBJECT_BEGIN, and one frame of OBJECT_BYTES
+        pair.sent["host"] += next(buffers)
+    pair.carry("host")
+    pair.say("store", REFUSED)
+    assert pair.carry("store") == [REFUSED]
+    assert list(buffers) == []
+    assert {end.state for end in pair.ends.values()} == {State.CLOSED}
+
+
+ILLEGAL: list[tuple[str, Callable[[], tuple[SessionPair, Role]], Message]] = [
+    ("welcome before hello", lambda: (SessionPair(), "host"), WELCOME),
+    ("heartbeat before hello", lambda: (SessionPair(), "store"), Heartbeat()),
+    ("hello twice", lambda: (greeted(), "store"), HELLO),
+    ("the store greets", lambda: (SessionPair(), "host"), HELLO),
+    ("the host acknowledges", lambda: (greeted(), "store"), Acknowledge(lsn=1, digest="")),
+    ("the host refuses", lambda: (greeted(), "store"), REFUSED),
+    ("the store says goodbye", lambda: (greeted(), "host"), GOODBYE),
+]
+
+
+@pytest.mark.parametrize(("what", "make", "message"), ILLEGAL, ids=[row[0] for row in ILLEGAL])
+def test_what_the_table_does_not_allow_is_refused(
+    what: str, make: Callable[[], tuple[SessionPair, Role]], message: Message
+) -> None:
+    pair, receiver = make()
+    liar = pair.ends["store" if receiver == "host" else "host"]
+    payload = encode_message(message)
+    frame = encode_frame_header(TYPE_OF[type(message)], len(payload), liar._sequence) + payload
+    with pytest.raises(ProtocolError):
+        pair.inject(receiver, frame)
+    assert pair.ends[receiver].state is State.CLOSED
+
+
+@given(seed=st.integers(0, 1 << 32))
+@settings(max_examples=150)
+def test_a_flipped_bit_is_heard_as_an_error_or_changes_a_message_but_never_its_size(seed: int) -> None:
+    """Below TLS nothing flips; above, headers are checked, so no flip makes us wait for bytes that never come."""
+    rng = random.Random(seed)
+    pair = greeted()
+    content = rng.randbytes(1000)
+    pair.say_object(begin_of(content), [content])
+    sent = bytearray(pair.sent["host"])
+    at = rng.randrange(len(sent))
+    sent[at] ^= 1 << rng.randrange(8)
+    try:
+        heard = pair.inject("store", sent)
+    except ProtocolError:
+        assert pair.ends["store"].state is State.CLOSED
+        return
+    assert at >= FRAME_HEADER_BYTES, "a flip in a frame's header is always noticed"
+    assert len(heard) == (1 if pair.ends["store"].state is State.STREAMING else 0)
+
+
+@pytest.mark.parametrize("drop", ["repeat", "skip"])
+def test_frames_repeated_or_left_out_are_noticed(drop: str) -> None:
+    pair = greeted()
+    pair.say("host", Heartbeat(appended_lsn=1))
+    first = bytes(pair.sent["host"])
+    pair.sent["host"].clear()
+    pair.say("host", Heartbeat(appended_lsn=2))
+    second = bytes(pair.sent["host"])
+    with pytest.raises(ProtocolError, match="came where"):
+        pair.inject("store", first + first if drop == "repeat" else second)
+
+
+@pytest.mark.parametrize("end", [1, 15, 16, 20, 60])
+def test_the_stream_may_not_end_within_a_frame_or_object(end: int) -> None:
+    pair = greeted()
+    content = bytes(1000)
+    pair.say_object(begin_of(content), [content])
+    pair.inject("store", bytes(pair.sent["host"][:end]))
+    with pytest.raises(ProtocolError):
+        pair.ends["store"].receive_end()
+
+
+def test_the_stream_may_end_between_frames() -> None:
+    pair = greeted()
+    pair.ends["store"].receive_end()
+    assert pair.ends["store"].state is State.CLOSED
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        ObjectBegin(first_lsn=1, last_lsn=2, length=OBJECT_BYTES_MAX + 1),
+        ObjectBegin(first_lsn=1, last_lsn=2, length=256),
+        ObjectBegin(first_lsn=0, last_lsn=2, length=1000),
+        ObjectBegin(first_lsn=3, last_lsn=2, length=1000),
+    ],
+)
+def test_an_object_is_announced_within_bounds(begin: ObjectBegin) -> None:
+    pair = greeted()
+    pair.say("host", begin)
+    with pytest.raises(ProtocolError):
+        pair.carry("host")
+
+
+@given(junk=st.binary(min_size=1, max_size=200))
+@settings(max_examples=300)
+def test_junk_is_a_protocol_error_or_waits_for_more(junk: bytes) -> None:
+    store = Session("store")
+    try:
+        assert store.receive(junk) == []
+    except ProtocolError:
+        assert store.state is State.CLOSED

@@ -1,0 +1,113 @@
+"""The journal between the threads of disk server and agent: reads stay right while segments are dropped and reused."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+from asrfs.journal.block_map import BlockMap
+from asrfs.journal.disk import JournaledDisk, drop_applied, rebuild_maps
+from asrfs.journal.reader import JournalReader
+from asrfs.journal.recovery import recover
+from asrfs.journal.spares import trim
+from asrfs.journal.writer import Journal
+from asrfs.model.positions import Positions
+from tests.fakes.crash_storage import CrashFile, CrashStorage, Fate
+from tests.fakes.journal_world import MACHINE_ID, ModelRecord, StepClock, put_record
+
+BLOCK = 4096
+SIZE = 256 * BLOCK
+SEGMENT_BYTES = 40 * BLOCK
+STEPS = 1500
+
+
+class Agent:
+    """Applies what is durable, drops and frees it, in a thread, as fast as it can. `stop` raises what went wrong."""
+
+    def __init__(self, storage: CrashStorage, journal: Journal, disk: JournaledDisk, positions: Positions) -> None:
+        self.positions = positions
+        self.error: BaseException | None = None
+        self._storage, self._journal, self._disk = storage, journal, disk
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def stop(self) -> Positions:
+        self._stop.set()
+        self._thread.join()
+        if self.error is not None:
+            raise self.error
+        return self.positions
+
+    def _run(self) -> None:
+        reader = JournalReader(self._storage, MACHINE_ID)
+        image = self._storage.open("image", write=True)
+        try:
+            while not self._stop.is_set():
+                self._journal.sync()
+                self._apply(reader, image)
+        except BaseException as error:
+            self.error = error
+
+    def _apply(self, reader: JournalReader, image: CrashFile) -> None:
+        until = self._journal.durable_lsn
+        cursor = self.positions.applied
+        while cursor.lsn < until:
+            batch = reader.read(cursor, until, 64 * BLOCK)
+            for header, payload in batch.records:
+                if header.payload_length:
+                    image.write_at([payload], header.offset)
+                else:
+                    image.punch(header.offset, header.length)
+            cursor = batch.cursor
+        image.datasync()
+        self.positions = Positions(applied=cursor, acknowledged=cursor)
+        drop_applied(self._journal, [self._disk], cursor.segment - 1)
+        trim(
+            self._storage,
+            MACHINE_ID,
+            cursor.lsn,
+            spares_max=2,
+            through_segment=cursor.segment - 1,
+            segment_bytes=SEGMENT_BYTES,
+        )
+
+
+def test_i9_reads_while_segments_are_applied_dropped_and_used_again(rng: random.Random) -> None:
+    storage = CrashStorage()
+    storage.create("image").truncate(SIZE)
+    expected = [bytearray(SIZE)]
+    positions = Positions()
+    for _ in range(3):
+        recovered = recover(storage, positions, MACHINE_ID, segment_bytes=SEGMENT_BYTES)
+        journal = Journal(storage, MACHINE_ID, recovered, StepClock(), segment_bytes=SEGMENT_BYTES)
+        block_map = BlockMap()
+        rebuild_maps(recovered, {0: block_map})
+        disk = JournaledDisk(0, SIZE, storage.open("image"), journal, block_map)
+        agent = Agent(storage, journal, disk, positions)
+        for _ in range(STEPS):
+            step(disk, expected, rng)
+        positions = agent.stop()
+        assert b"".join(bytes(piece) for piece in disk.read(0, SIZE)) == expected[0]
+        assert positions.applied.segment > 5
+        journal.sync()
+        journal.close()
+        storage = storage.crash(rng.choice([Fate.LOST, Fate.TORN]), rng)
+
+
+def step(disk: JournaledDisk, expected: list[bytearray], rng: random.Random) -> None:
+    length = rng.choice([1, 1, 2, 8]) * BLOCK
+    offset = rng.randrange((SIZE - length) // BLOCK + 1) * BLOCK
+    what = rng.random()
+    if what < 0.5:
+        content = rng.randbytes(64) * (length // 64)
+        disk.write(offset, content)
+        put_record(expected, ModelRecord(1, 0, offset, length, content))
+    elif what < 0.55:
+        disk.discard(offset, length)
+        put_record(expected, ModelRecord(3, 0, offset, length, b""))
+    elif what < 0.57:
+        disk.fill(offset, length)
+    else:
+        found = b"".join(bytes(piece) for piece in disk.read(offset, length))
+        assert found == expected[0][offset : offset + length]

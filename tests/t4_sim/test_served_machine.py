@@ -1,0 +1,231 @@
+"""What a disk server serves, with real files: DISK records before writes, verbs, restarts, a journal without space."""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from asrfs.daemon.disks import add_sized, remove
+from asrfs.daemon.served_machine import FILL_BYTES_MAX, ServedMachine
+from asrfs.daemon.state import StateDirectory
+from asrfs.errors import BadInputError, FormatError, IntegrityError, NotFoundError, RefusedError
+from asrfs.format.record import Kind, RecordHeader
+from asrfs.journal.reader import JournalReader
+from asrfs.journal.writer import Journal
+from asrfs.model.machine import MarkerRecord, decode_disk, decode_marker, encode_marker
+from asrfs.model.names import id_bytes
+from asrfs.model.positions import Cursor
+from asrfs.storage.directory import DirectoryStorage
+from asrfs.storage.system_clock import SystemClock
+
+Open = Callable[[], ServedMachine]
+
+
+@pytest.fixture
+def state(scratch: Path) -> StateDirectory:
+    state = StateDirectory.create(str(scratch / "state"), "web1")
+    add_sized(state, "root", 1 << 20)
+    add_sized(state, "data", (1 << 20) + 512)
+    return state
+
+
+@pytest.fixture
+def serve(state: StateDirectory) -> Iterator[Open]:
+    """Opens the machine as the next disk server would, after the sudden end of the one before."""
+    opened: list[ServedMachine] = []
+
+    def end() -> None:
+        if opened:
+            last = opened.pop()
+            last.journal.close()
+            last.close()
+
+    def serve() -> ServedMachine:
+        end()
+        opened.append(ServedMachine(state, SystemClock()))
+        return opened[-1]
+
+    yield serve
+    end()
+
+
+def history(state: StateDirectory, machine: ServedMachine) -> list[tuple[RecordHeader, bytes]]:
+    """All records, made durable first."""
+    machine.journal.sync()
+    reader = JournalReader(DirectoryStorage(state.journal), id_bytes(state.load_machine().id))
+    try:
+        records: list[tuple[RecordHeader, bytes]] = []
+        cursor = Cursor()
+        while cursor.lsn < machine.journal.durable_lsn:
+            batch = reader.read(cursor, machine.journal.durable_lsn, 16 << 20)
+            records += [(header, bytes(payload)) for header, payload in batch.records]
+            cursor = batch.cursor
+        return records
+    finally:
+        reader.close()
+
+
+def disk_of(machine: ServedMachine, name: str) -> int:
+    return machine.volume.nodes[f"{name}.img".encode()]
+
+
+def read(machine: ServedMachine, name: str, offset: int, length: int) -> bytes:
+    return b"".join(machine.volume.disks[disk_of(machine, name)].read(offset, length))
+
+
+def write(machine: ServedMachine, name: str, offset: int, payload: bytes) -> None:
+    machine.volume.disks[disk_of(machine, name)].write(offset, payload)
+
+
+def test_every_disk_is_in_the_history_before_its_writes(state: StateDirectory, serve: Open) -> None:
+    machine = serve()
+    write(machine, "data", 0, b"x" * 4096)
+    add_sized(state, "hot", 4096)
+    machine.disks({})
+    write(machine, "hot", 0, b"y" * 4096)
+    machine.disks({})
+    remove(state, "hot")
+    machine.disks({})
+    records = history(state, machine)
+    disks = {header.lsn: decode_disk(payload) for header, payload in records if header.kind == Kind.DISK}
+    assert [header.kind for header, _ in records] == [Kind.DISK] * 2 + [Kind.WRITE, Kind.DISK, Kind.WRITE, Kind.DISK]
+    assert [(lsn, disk.name, disk.removed) for lsn, disk in disks.items()] == [
+        (1, "root", False), (2, "data", False), (4, "hot", False), (6, "hot", True),
+    ]  # fmt: skip
+    assert b"hot.img" not in machine.volume.nodes
+
+
+def test_next_disk_server_finds_what_was_written_and_says_again_which_disks_there_are(
+    state: StateDirectory, serve: Open
+) -> None:
+    machine = serve()
+    write(machine, "root", 8192, b"journaled" * 1000)
+    remove(state, "data")
+    machine = serve()
+    assert read(machine, "root", 8192, 9000) == b"journaled" * 1000
+    kinds = [(header.kind, header.slot) for header, _ in history(state, machine)]
+    assert kinds == [(5, 0), (5, 1), (1, 0), (5, 0), (5, 1)]
+    assert list(machine.volume.nodes) == [b"root.img"]
+
+
+def test_positions_are_those_of_one_instant(serve: Open) -> None:
+    machine = serve()
+    write(machine, "root", 0, b"x" * 4096)
+    before = machine.positions({})
+    assert (before["appended"], before["applied"], before["epoch"], before["failed"]) == (3, 0, 1, None)
+    after = machine.sync({})
+    assert after["durable"] == after["appended"] == 3
+    assert (after["segment"], after["offset"]) == (before["segment"], before["offset"])
+
+
+def test_marker_is_durable_when_it_is_answered(state: StateDirectory, serve: Open) -> None:
+    machine = serve()
+    marker = MarkerRecord(id=uuid.uuid4().hex, name="before-upgrade")
+    answer = machine.marker({"payload": encode_marker(marker)})
+    assert answer["lsn"] == machine.journal.durable_lsn
+    header, payload = history(state, machine)[-1]
+    assert (header.kind, header.slot, header.lsn, header.time_ns) == (4, 0xFFFF, answer["lsn"], answer["time_ns"])
+    assert decode_marker(payload) == marker
+    with pytest.raises(FormatError):
+        machine.marker({"payload": b"garbage"})
+    assert machine.journal.appended_lsn == answer["lsn"]
+
+
+def test_fill_puts_present_content_into_the_history(state: StateDirectory, serve: Open) -> None:
+    machine = serve()
+    write(machine, "data", 4096, b"z" * 4096)
+    answer = machine.fill({"slot": 1, "offset": 0, "length": 12288})
+    header, payload = history(state, machine)[-1]
+    assert (header.kind, header.slot, header.offset, header.length, header.lsn) == (6, 1, 0, 12288, answer["lsn"])
+    assert payload == bytes(4096) + b"z" * 4096 + bytes(4096)
+    with pytest.raises(NotFoundError):
+        machine.fill({"slot": 9, "offset": 0, "length": 4096})
+    for length in (0, -1, FILL_BYTES_MAX + 1):
+        with pytest.raises(BadInputError):
+            machine.fill({"slot": 1, "offset": 0, "length": length})
+
+
+def test_applied_segments_are_read_from_the_image(state: StateDirectory, serve: Open) -> None:
+    machine = serve()
+    write(machine, "root", 0, b"a" * 4096)
+    first = machine.journal.segment
+    machine = serve()
+    write(machine, "root", 4096, b"b" * 4096)
+    image = Path(state.image_path(state.load_machine().disk("root")))
+    with image.open("r+b") as file:
+        file.write(b"A" * 8192)
+    machine.applied({"lsn": 3, "segment": first})
+    assert read(machine, "root", 0, 8192) == b"A" * 4096 + b"b" * 4096
+    assert machine.positions({})["applied"] == 3
+
+
+def test_image_that_is_missing_short_or_taken_is_named(state: StateDirectory, serve: Open) -> None:
+    disk = state.load_machine().disk("root")
+    image = Path(state.image_path(disk))
+    machine = serve()
+    with pytest.raises(RefusedError, match=f"{image} of disk root is in use"):
+        ServedMachine(state, SystemClock())
+    del machine
+    serve().disks({})
+    with image.open("r+b") as file:
+        file.truncate(4096)
+    with pytest.raises(IntegrityError, match="has 4096 bytes instead of 1048576"):
+        serve()
+    image.unlink()
+    with pytest.raises(NotFoundError, match="does not exist"):
+        serve()
+
+
+def test_disk_is_announced_late_where_the_journal_has_no_space(
+    state: StateDirectory, serve: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disks appear all the same, and the first write that finds space brings the DISK record before itself."""
+    machine = serve()
+    write(machine, "root", 0, b"kept" * 1024)
+    full = True
+    append = Journal.append_locked
+
+    def append_or_fail(self: Journal, *arguments: object) -> int:
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return append(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Journal, "append_locked", append_or_fail)
+    machine = serve()
+    assert read(machine, "root", 0, 4096) == b"kept" * 1024
+    for change in (
+        lambda: write(machine, "root", 0, b"x" * 4096),
+        lambda: machine.volume.disks[disk_of(machine, "root")].zero(0, 4096),
+        lambda: machine.volume.disks[disk_of(machine, "root")].discard(0, 4096),
+    ):
+        with pytest.raises(OSError, match="No space left"):
+            change()
+    with pytest.raises(OSError, match="No space left"):
+        machine.disks({})
+    full = False
+    write(machine, "root", 0, b"x" * 4096)
+    machine.disks({})
+    kinds = [(header.kind, header.slot) for header, _ in history(state, machine)]
+    assert kinds == [(5, 0), (5, 1), (1, 0), (5, 0), (1, 0), (5, 1)]
+    assert read(machine, "root", 0, 4096) == b"x" * 4096
+
+
+def test_gap_is_closed_by_a_disk_record(state: StateDirectory, serve: Open) -> None:
+    machine = serve()
+
+    def with_gap(gap: bool) -> None:
+        config = state.load_machine()
+        disks = (msgspec.structs.replace(config.disks[0], gap=gap), *config.disks[1:])
+        state.edit_machine(lambda _: msgspec.structs.replace(config, disks=disks))
+
+    with_gap(True)
+    machine.disks({})
+    with_gap(False)
+    machine.disks({})
+    disks = [decode_disk(payload) for header, payload in history(state, machine) if header.slot == 0]
+    assert [disk.gap for disk in disks] == [False, True, False]

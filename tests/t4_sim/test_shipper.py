@@ -1,0 +1,433 @@
+"""The shipper against a scripted store: real protocol, real log objects, a real journal, virtual time.
+
+The store keeps what it acknowledged and checks that nothing is missing or repeated; what it holds at the end is
+compared with what was appended. Every fault of a script is seen to have struck.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import pytest
+import trio
+import trio.testing
+
+from asrfs.format.record import Kind
+from asrfs.journal.reader import JournalReader
+from asrfs.model.machine import NO_SLOT
+from asrfs.model.positions import Cursor, Positions
+from asrfs.protocol.messages import RefusalCode
+from asrfs.replication.alarms import Alarms
+from asrfs.replication.link import Link
+from asrfs.replication.object_builder import MachineKeys, ObjectBuilder
+from asrfs.replication.positions_file import PositionsFile
+from asrfs.replication.progress import Progress
+from asrfs.replication.shipper import HOPELESS_RETRY_S, Shipper, StoreAccess
+from asrfs.replication.shipping_session import OBJECTS_UNACKNOWLEDGED_MAX, SILENCE_S_MAX, ShippingSettings, Source
+from asrfs.replication.trimmer import Trimmer, freeable
+from asrfs.transport.backoff import Backoff
+from tests.fakes.crash_storage import CrashStorage
+from tests.fakes.journal_world import MACHINE_ID, JournalWorld
+from tests.fakes.scripted_store import Received, ScriptedStore
+
+BLOCK = 4096
+KEYS = MachineKeys(MACHINE_ID, b"i" * 32, b"p" * 32)
+T = TypeVar("T")
+
+
+class InlineSource(Source):
+    """Works in the task: virtual time would run on while a thread works."""
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        await trio.lowlevel.checkpoint()
+        return function(*arguments)
+
+
+class Host:
+    """A machine's journal and its shipper. `saved`: every positions that was saved."""
+
+    def __init__(self, store: ScriptedStore, seed: int = 1, positions: Positions | None = None) -> None:
+        self.rng = random.Random(seed)
+        self.world = JournalWorld(CrashStorage(), seed=seed)
+        self.store = store
+        self.saved: list[Positions] = []
+        self.positions = PositionsFile(positions or Positions(), self.saved.append)
+        self.progress = Progress(self.positions.current)
+        self.alarms = Alarms()
+        self.link = Link()
+        self.source = InlineSource(
+            machine_id=MACHINE_ID,
+            machine_name="web1",
+            journal=self.world.journal_storage,
+            reader=JournalReader(self.world.journal_storage, MACHINE_ID),
+            builder=ObjectBuilder(JournalReader(self.world.journal_storage, MACHINE_ID)),
+            positions=self.positions,
+            progress=self.progress,
+            settings=ShippingSettings(object_size=3 * BLOCK),
+            threads=trio.CapacityLimiter(1),
+            journal_turn=trio.Lock(),
+        )
+        self.shipper = Shipper(
+            self.source, StoreAccess(store.connect, KEYS), self.alarms, self.link, Backoff(random.Random(seed))
+        )
+
+    def write(self, count: int = 1) -> None:
+        for _ in range(count):
+            disk = self.rng.choice(self.world.disks)
+            disk.write(self.rng.randrange(8) * BLOCK, self.rng.randbytes(BLOCK))
+
+    def sync(self) -> None:
+        """Everything appended is durable, and the agent knows."""
+        self.world.sync()
+        self.note()
+
+    def note(self) -> None:
+        journal = self.world.journal
+        self.progress.note_host(
+            appended_lsn=journal.appended_lsn,
+            durable=Cursor(
+                lsn=journal.durable_lsn,
+                segment=journal.segment,
+                offset=journal.offset,
+                time_ns=journal.last_time_ns,
+            ),
+            epoch=journal.epoch,
+        )
+
+    async def until_acknowledged(self, lsn: int | None = None) -> None:
+        lsn = self.world.journal.durable_lsn if lsn is None else lsn
+        await self.progress.wait_until(lambda: self.progress.acknowledged.lsn >= lsn)
+
+    def appended(self) -> list[Received]:
+        return [
+            Received(record.kind, record.slot, record.offset, record.length, record.content)
+            for record in self.world.model.records
+        ]
+
+    def check_store(self) -> None:
+        """The store holds exactly a prefix of what was appended, as far as it says."""
+        assert self.store.records == self.appended()[: self.store.acknowledged_lsn]
+        assert self.store.acknowledged_lsn >= self.progress.acknowledged.lsn, "I3: acknowledged only what the store has"
+
+
+@asynccontextmanager
+async def shipping(*, seed: int = 1, records: int = 0, begun: bool = True) -> AsyncIterator[Host]:
+    """A host that ships to a store; with `begun` False the shipper is started by the test."""
+    async with trio.open_nursery() as nursery:
+        host = Host(ScriptedStore(nursery, KEYS), seed)
+        if records:
+            host.write(records)
+        host.sync()
+        if begun:
+            nursery.start_soon(host.shipper.run)
+        yield host
+        nursery.cancel_scope.cancel()
+    host.check_store()
+    host.world.close()
+
+
+async def test_ships_every_record_in_order(autojump_clock: trio.testing.MockClock) -> None:
+    async with shipping(records=20) as host:
+        await host.until_acknowledged()
+        host.write(10)
+        host.world.disks[0].discard(0, 5 * BLOCK)
+        host.world.journal.append(Kind.MARKER, NO_SLOT, 0, 0, b"a point")
+        host.write(4)
+        host.sync()
+        await host.until_acknowledged()
+        assert host.store.records == host.appended()
+        assert host.link.state == "connected"
+        assert not host.alarms.now()
+        marker = next(i for i, r in enumerate(host.store.records, 1) if r.kind == Kind.MARKER)
+        assert marker in [last for _, last in host.store.objects], "an object ends right after a marker"
+    assert host.positions.saved.acknowledged.lsn == len(host.appended())
+    assert host.positions.saved.last_digest == host.store.last_digest
+
+
+async def test_only_durable_records_are_shipped(autojump_clock: trio.testing.MockClock) -> None:
+    async with shipping(records=4) as host:
+        await host.until_acknowledged(4)
+        host.write(6)
+        host.note()
+        await trio.sleep(60)
+        assert host.store.acknowledged_lsn == 4
+        host.sync()
+        await host.until_acknowledged(10)
+
+
+async def test_i3_nothing_counts_as_acknowledged_before_the_store_says_so(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with shipping(begun=False, records=30) as host:
+        host.store.withholds = True
+        host.store.nursery.start_soon(host.shipper.run)
+        await trio.sleep(60)
+        assert len(host.store.withheld) == OBJECTS_UNACKNOWLEDGED_MAX, "bounded while nothing is acknowledged"
+        assert host.progress.acknowledged.lsn == 0
+        assert host.positions.current.acknowledged.lsn == 0
+        assert not host.saved
+        await host.store.acknowledge_withheld()
+        await host.until_acknowledged()
+    assert [positions.acknowledged.lsn for positions in host.saved] == sorted(
+        positions.acknowledged.lsn for positions in host.saved
+    )
+
+
+async def test_i4_a_segment_is_freed_only_when_applied_and_acknowledged(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with shipping(begun=False, records=30) as host:
+        trimmer = Trimmer(host.world.journal_storage, MACHINE_ID)
+        end = host.progress.durable
+        host.positions.change(applied=end)
+        host.positions.save()
+        assert not trimmer.trim(freeable(host.positions.saved, end.lsn), 0.0), "applied, but the store has nothing"
+        host.store.nursery.start_soon(host.shipper.run)
+        await host.until_acknowledged()
+        assert freeable(host.positions.saved, end.lsn).lsn < end.lsn, "acknowledged is not saved yet"
+        await trio.sleep(1)
+        assert not trimmer.trim(freeable(host.positions.saved, 0), 0.0), "the disk server still reads from them"
+        freed = trimmer.trim(freeable(host.positions.saved, end.lsn), 0.0)
+        assert freed == list(range(1, end.segment)), "all but the segment that is written to"
+        host.write(5)
+        host.sync()
+        await host.until_acknowledged()
+
+
+@pytest.mark.parametrize("number", range(40))
+async def test_a_connection_that_breaks_at_any_byte(
+    number: int, autojump_clock: trio.testing.MockClock, rng: random.Random
+) -> None:
+    """However often and wherever it breaks, the store ends with every record, none twice."""
+    async with shipping(seed=number, begun=False, records=25) as host:
+        store = host.store
+        store.nursery.start_soon(host.shipper.run)
+        while store.acknowledged_lsn < 25:
+            store.send_bytes_max = rng.choice((rng.randrange(1, 400), rng.randrange(400, 40_000)))
+            store.receive_bytes_max = rng.choice((rng.randrange(1, 400), 10_000))
+            await trio.sleep(rng.random() * 5)
+        store.send_bytes_max = store.receive_bytes_max = float("inf")
+        host.write(3)
+        host.sync()
+        await host.until_acknowledged()
+        assert store.records == host.appended()
+        assert any(wire.is_broken for wire in store.wires)
+
+
+async def test_lost_acknowledgements_are_made_good_at_the_handshake(autojump_clock: trio.testing.MockClock) -> None:
+    async with shipping(begun=False, records=10) as host:
+        host.store.loses_acknowledgements = True
+        host.store.nursery.start_soon(host.shipper.run)
+        await host.until_acknowledged()
+        assert host.store.sessions > 2
+        assert host.store.records == host.appended()
+        assert "diverged" not in host.alarms
+
+
+async def test_store_set_back_within_the_journal_gets_the_records_again(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with shipping(records=12) as host:
+        store = host.store
+        await host.until_acknowledged()
+        first_objects = list(store.objects)
+        await store.hang_up()
+        store.acknowledged_lsn, store.last_digest = 0, ""
+        store.records.clear()
+        store.objects.clear()
+        host.write(2)
+        host.sync()
+        await host.until_acknowledged()
+        assert store.records == host.appended()
+        assert len(store.objects) >= len(first_objects)
+        assert not host.alarms.now()
+
+
+async def test_store_set_back_behind_the_trimmed_journal_raises_an_alarm(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with shipping(records=30) as host:
+        store = host.store
+        await host.until_acknowledged()
+        await trio.sleep(1)
+        host.positions.change(applied=host.progress.durable)
+        host.positions.save()
+        freed = Trimmer(host.world.journal_storage, MACHINE_ID).trim(freeable(host.positions.saved, 30), 0.0)
+        assert freed
+        await store.hang_up()
+        store.acknowledged_lsn, store.last_digest = 2, "22" * 32
+        del store.records[2:]
+        host.write(2)
+        host.sync()
+        received = len(store.objects)
+        await trio.sleep(HOPELESS_RETRY_S * 3)
+        alarm = next(alarm for alarm in host.alarms.now() if alarm.id == "store-lost")
+        assert alarm.severity == "critical"
+        assert "LSN 3 to " in alarm.text
+        assert len(store.objects) == received, "nothing is sent"
+        assert host.link.state == "refused"
+        assert host.positions.current.acknowledged.lsn == 30, "what was acknowledged stays known"
+        store.acknowledged_lsn = 30
+        store.records[:] = host.appended()[:30]
+
+
+@pytest.mark.parametrize(
+    ("store_side", "alarm"),
+    [
+        ({"acknowledged_lsn": 9, "last_digest": "99" * 32}, "diverged"),
+        ({"epoch": 2}, "fenced"),
+    ],
+)
+async def test_a_history_that_is_not_ours_is_not_added_to(
+    store_side: dict[str, Any], alarm: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with shipping(begun=False, records=5) as host:
+        before = host.store.acknowledged_lsn, host.store.last_digest
+        for name, value in store_side.items():
+            setattr(host.store, name, value)
+        host.store.nursery.start_soon(host.shipper.run)
+        await trio.sleep(HOPELESS_RETRY_S * 2.5)
+        assert alarm in host.alarms
+        assert not host.store.objects
+        assert len(host.store.tries) == 3
+        host.store.acknowledged_lsn, host.store.last_digest = before
+
+
+async def test_another_digest_under_the_same_lsn_is_diverged(autojump_clock: trio.testing.MockClock) -> None:
+    async with shipping(records=5) as host:
+        await host.until_acknowledged()
+        await host.store.hang_up()
+        host.store.last_digest = "ab" * 32
+        host.write()
+        host.sync()
+        await trio.sleep(100)
+        assert "diverged" in host.alarms
+        assert host.store.acknowledged_lsn == 5
+
+
+@pytest.mark.parametrize(
+    ("code", "alarm", "is_hopeless"),
+    [
+        ("authentication", "authentication", True),
+        ("fenced", "fenced", True),
+        ("diverged", "diverged", True),
+        ("space", "store-space", False),
+        ("busy", "link", False),
+    ],
+)
+async def test_refused(
+    code: RefusalCode, alarm: str, is_hopeless: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with shipping(begun=False, records=5) as host:
+        store = host.store
+        store.refusal = (code, "not you")
+        store.nursery.start_soon(host.shipper.run)
+        await trio.sleep(HOPELESS_RETRY_S * 2.5)
+        assert alarm in host.alarms
+        assert "not you" in host.link.reason
+        waits = [after - before for before, after in zip(store.tries, store.tries[1:], strict=False)]
+        if is_hopeless:
+            assert waits == [HOPELESS_RETRY_S] * 2
+        else:
+            assert max(waits) <= 30
+        store.refusal = None
+        host.shipper.retry_now()
+        await host.until_acknowledged()
+        assert not host.alarms.now()
+
+
+async def test_backoff_and_the_return_of_the_store(autojump_clock: trio.testing.MockClock) -> None:
+    async with shipping(records=5) as host:
+        store = host.store
+        await host.until_acknowledged()
+        store.is_down = True
+        lost_at = trio.current_time()
+        await store.hang_up()
+        await trio.sleep(600)
+        waits = [after - before for before, after in zip(store.tries[1:], store.tries[2:], strict=False)]
+        assert store.tries[1] - lost_at < 0.5, "a lost connection is tried again at once"
+        assert max(waits) <= 30
+        assert max(waits) > 10, "the waits grow"
+        assert 20 < len(waits) < 200
+        assert "link" in host.alarms
+        store.is_down = False
+        host.write()
+        host.sync()
+        back_at = trio.current_time()
+        await host.until_acknowledged()
+        assert trio.current_time() - back_at <= 30 + 1
+        assert "link" not in host.alarms
+
+
+async def test_a_silent_store_is_left_and_heartbeats_are_sent(autojump_clock: trio.testing.MockClock) -> None:
+    async with shipping(records=5) as host:
+        store = host.store
+        await host.until_acknowledged()
+        await trio.sleep(31)
+        assert store.sessions == 1
+        assert len(store.heartbeats) >= 5
+        assert store.heartbeats[-1].durable_lsn == 5
+        store.is_silent = True
+        await trio.sleep(SILENCE_S_MAX * 2)
+        store.is_silent = False
+        await trio.sleep(60)
+        assert store.sessions >= 2
+        host.write()
+        host.sync()
+        await host.until_acknowledged()
+
+
+async def test_pause_and_resume(autojump_clock: trio.testing.MockClock) -> None:
+    async with shipping(records=5) as host:
+        await host.until_acknowledged()
+        host.shipper.pause()
+        await trio.sleep(1)
+        assert host.link.state == "paused"
+        assert host.store.goodbyes == ["paused or stopped"]
+        host.write(3)
+        host.sync()
+        await trio.sleep(600)
+        assert host.store.acknowledged_lsn == 5
+        host.shipper.resume()
+        await host.until_acknowledged()
+
+
+async def test_a_corrupt_journal_is_never_shipped(autojump_clock: trio.testing.MockClock) -> None:
+    async with shipping(begun=False, records=8) as host:
+        segment = host.world.journal_storage.open(f"{1:016x}.segment", write=True)
+        at = 4096 + 64 + BLOCK + 64 + 100
+        segment.write_at([bytes([segment.read_at(1, at)[0] ^ 1])], at)
+        segment.close()
+        host.store.nursery.start_soon(host.shipper.run)
+        await trio.sleep(100)
+        alarm = next(alarm for alarm in host.alarms.now() if alarm.id == "corrupt")
+        assert "LSN 2" in alarm.text
+        assert host.store.acknowledged_lsn < 2
+
+
+async def test_hurried_records_do_not_wait_for_their_age(autojump_clock: trio.testing.MockClock) -> None:
+    async with shipping(records=1) as host:
+        host.source.settings = ShippingSettings(object_size=1 << 20, object_age=50.0)
+        await host.until_acknowledged()
+        await trio.sleep(1)
+        began = trio.current_time()
+        host.write()
+        host.sync()
+        await trio.sleep(5)
+        assert host.progress.acknowledged.lsn == 1
+        host.shipper.hurry(2)
+        await host.until_acknowledged()
+        assert trio.current_time() - began < 6
+
+
+async def test_bandwidth_limit(autojump_clock: trio.testing.MockClock) -> None:
+    async with shipping(begun=False, records=20) as host:
+        host.source.settings = ShippingSettings(object_size=3 * BLOCK, bandwidth_limit=10_000)
+        began = trio.current_time()
+        host.store.nursery.start_soon(host.shipper.run)
+        await host.until_acknowledged()
+        assert trio.current_time() - began >= 20 * BLOCK / 10_000
+        assert host.store.sessions == 1, "a slow link is not a silent one"

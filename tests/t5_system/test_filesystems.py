@@ -1,0 +1,106 @@
+"""Real filesystems under load while the disk server is killed: nobody above notices, and space comes back."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.waiting import wait_until
+from tools.lab import Lab, run
+
+KILLS = 5
+
+
+@pytest.fixture
+def lab(scratch: Path) -> Iterator[Lab]:
+    """A store and an enrolled, served machine with one disk of 1 GiB."""
+    lab = Lab(parent=scratch)
+    try:
+        lab.start_store()
+        lab.asrfs("init", lab.machine)
+        lab.asrfs("disk", "add", "root", "--size", "1G")
+        lab.enroll()
+        lab.start_host()
+        yield lab
+    finally:
+        lab.close()
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_fio_with_verification_while_the_disk_server_is_killed_five_times(lab: Lab, kind: str) -> None:
+    where = lab.root / "fs"
+    where.mkdir()
+    device = lab.attach("root", "--format", kind, "--on", where)
+    log = lab.root / "fio.log"
+    with log.open("w") as output:
+        fio = subprocess.Popen(
+            [
+                *("fio", "--name=verify", f"--directory={where}", "--size=48M", "--numjobs=2", "--rw=randwrite"),
+                *("--bsrange=4k-64k", "--ioengine=libaio", "--direct=1", "--iodepth=16", "--fsync=32"),
+                *("--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--loops=100", "--runtime=20"),
+                *("--time_based", "--verify_backlog=512"),
+            ],
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        for kill in range(KILLS):
+            assert kill_under_load(lab, fio), f"fio ended before kill {kill}: {log.read_text()}"
+        assert fio.wait(timeout=120) == 0, log.read_text()
+    finally:
+        fio.kill()
+        fio.wait()
+    assert "verify: bad" not in log.read_text()
+    give_space_back(lab, where)
+    lab.asrfs("detach", "root")
+    check_filesystem(lab, device, kind)
+
+
+def kill_under_load(lab: Lab, load: subprocess.Popen[bytes]) -> bool:
+    """SIGKILL the disk server once it is writing, and wait for the next one; False if the load had ended."""
+    appended = lab.status()["lsn"]["appended"]
+    wait_until(lambda: lab.status()["lsn"]["appended"] > appended + 500, what="load")
+    if load.poll() is not None:
+        return False
+    killed = lab.kill("disk_server")
+    wait_until(lambda: lab.pid("disk_server") not in (0, killed), what="the next disk server")
+    return True
+
+
+def give_space_back(lab: Lab, where: Path) -> None:
+    """`fstrim` after deleting everything returns space to the image, and to the journal once it is at the store."""
+    for path in where.glob("verify*"):
+        path.unlink()
+    run(["sync", "-f", str(where)])
+    lab.asrfs("drain", "--timeout", "120s")
+    image = Path(lab.asrfs("disk", "list")[0]["image"])
+    settled(lab)
+    before = image.stat().st_blocks
+    assert before * 512 > 48 << 20, "there was something to give back"
+    run(["fstrim", str(where)])
+    run(["sync", "-f", str(where)])
+    settled(lab)
+    assert image.stat().st_blocks < before / 2
+    wait_until(lambda: lab.status()["journal"]["bytes"] <= 3 * (64 << 20), 60, "the journal to be trimmed")
+
+
+def settled(lab: Lab) -> None:
+    lab.asrfs("drain", "--timeout", "120s")
+    appended = lab.status()["lsn"]["appended"]
+    wait_until(lambda: lab.status()["lsn"]["applied"] >= appended, 60, "everything to be applied")
+
+
+def check_filesystem(lab: Lab, device: str, kind: str) -> None:
+    """fsck of the disk through a fresh loop device, and of its export."""
+    exported = lab.root / "exported.img"
+    lab.asrfs("drain", "--timeout", "60s")
+    lab.replica_store("export", lab.machine, "root", "--point", "latest", "--output", exported)
+    device = lab.attach("root")
+    for target in (device, str(exported)):
+        run(["e2fsck", "-fn", target] if kind == "ext4" else ["xfs_repair", "-n", "-f", target])
+    compared = subprocess.run(["cmp", device, exported], capture_output=True, text=True, timeout=120)
+    assert compared.returncode == 0, compared.stdout
