@@ -83,6 +83,7 @@ class Lab:
         """Serve the machine's disks."""
         serve = command("asrfs.cli.main", "--state", self.state, "serve", "--mount", self.disks)
         _, self.host = self._start(serve, "host.log")
+        wait_until(lambda: bool(self.status()["processes"]["agent"]), "the start of the agent")
 
     def stop_host(self) -> int:
         """SIGTERM the supervisor and wait; its exit code."""
@@ -109,10 +110,12 @@ class Lab:
         return self.asrfs("status")
 
     def pid(self, role: str) -> int:
-        return int(self.status()["processes"][role])
+        """The process of a role; 0 while there is none."""
+        return int(self.status()["processes"][role] or 0)
 
     def kill(self, role: str) -> int:
         """SIGKILL a process of the host; its pid."""
+        wait_until(lambda: self.pid(role) != 0, f"the start of the {role}")
         pid = self.pid(role)
         os.kill(pid, signal.SIGKILL)
         return pid
@@ -132,6 +135,8 @@ class Lab:
                 print(f"cleaning up: {error}", file=sys.stderr)
         for daemon in reversed(self._daemons):
             stop(daemon)
+        if any(line.split()[4] == str(self.disks) for line in Path("/proc/self/mountinfo").read_text().splitlines()):
+            subprocess.run(["umount", "--lazy", str(self.disks)], check=False, timeout=60)  # its host was killed
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _start(self, arguments: list[str], log: str, nice: int = 0) -> tuple[str, subprocess.Popen[str]]:
@@ -193,6 +198,8 @@ def stop(daemon: subprocess.Popen[str]) -> None:
             print(f"process {daemon.pid} did not end on SIGTERM", file=sys.stderr)
             daemon.kill()
             daemon.wait()
+    if daemon.stdout is not None:
+        daemon.stdout.close()
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds_max: float = 30.0) -> None:

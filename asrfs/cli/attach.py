@@ -6,10 +6,11 @@ import os
 
 import click
 
-from asrfs.cli.invocation import Invocation, pairs, pass_invocation
+from asrfs.cli.invocation import Invocation, pass_invocation
 from asrfs.daemon import loop_devices
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import AsrfsError, NotFoundError, RefusedError
+from asrfs.terminal.output import pairs
 
 
 @click.command()

@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
-from asrfs.cli.invocation import Invocation, pairs, pass_invocation, table
+from asrfs.cli.invocation import Invocation, pass_invocation
 from asrfs.daemon import disks
 from asrfs.daemon.loop_devices import loop_devices_below
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import BadInputError, RefusedError
 from asrfs.model.machine import DiskConfig
 from asrfs.model.quantities import format_size, parse_size
+from asrfs.terminal.output import pairs, table
 
 
 @click.group()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import click
 
 from asrfs.cli.agent import FOREVER_S, call_agent
-from asrfs.cli.invocation import Invocation, pairs, pass_invocation
+from asrfs.cli.invocation import Invocation, pass_invocation
 from asrfs.model.quantities import parse_duration
+from asrfs.terminal.output import pairs
 
 
 @click.command()

@@ -7,8 +7,9 @@ import sys
 import click
 
 from asrfs.cli.agent import tell_agent_to_reload
-from asrfs.cli.invocation import Invocation, pairs, pass_invocation
+from asrfs.cli.invocation import Invocation, pass_invocation
 from asrfs.daemon.enroll import enroll as enroll_with
+from asrfs.terminal.output import pairs
 
 
 @click.command()

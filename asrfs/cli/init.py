@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from asrfs.cli.invocation import Invocation, pairs, pass_invocation
+from asrfs.cli.invocation import Invocation, pass_invocation
 from asrfs.daemon.state import StateDirectory
+from asrfs.terminal.output import pairs
 
 
 @click.command()

@@ -10,13 +10,14 @@ import click
 import msgspec
 from rich.console import Console
 
-from asrfs.cli.invocation import Invocation, pairs, pass_invocation, table
+from asrfs.cli.invocation import Invocation, pass_invocation
 from asrfs.errors import BadInputError, FormatError, IntegrityError, NotFoundError
 from asrfs.format.log_object import OBJECT_BYTES_MAX, OBJECT_MAGIC, check_digest, decode_object_header
 from asrfs.format.record import RECORD_HEADER_BYTES, Kind, check_payload, decode_record_header, segment_seed
 from asrfs.format.segment import SEGMENT_BYTES, SEGMENT_HEADER_BYTES, SEGMENT_MAGIC, decode_segment_header
 from asrfs.model.quantities import format_time
 from asrfs.storage.directory import open_path
+from asrfs.terminal.output import pairs, table
 
 
 @click.command()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 
 from asrfs.cli.agent import FOREVER_S, call_agent
-from asrfs.cli.invocation import Invocation, pairs, pass_invocation, table
+from asrfs.cli.invocation import Invocation, pass_invocation
 from asrfs.errors import RefusedError
 from asrfs.model.names import check_name
 from asrfs.model.quantities import parse_duration
+from asrfs.terminal.output import pairs, table
 
 
 @click.group()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 
 from asrfs.cli.agent import tell_agent_to_reload
-from asrfs.cli.invocation import Invocation, pass_invocation, table
+from asrfs.cli.invocation import Invocation, pass_invocation
 from asrfs.daemon.settings import DEFAULT_TEXTS
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import BadInputError
+from asrfs.terminal.output import table
 
 
 @click.command("set")

@@ -11,12 +11,12 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from asrfs.cli.agent import call_agent
-from asrfs.cli.invocation import Invocation, console, pairs, pass_invocation, table
-from asrfs.daemon import agent_status
+from asrfs.cli.invocation import Invocation, pass_invocation
+from asrfs.daemon import control
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import TemporaryError
 from asrfs.model.quantities import format_size
+from asrfs.terminal.output import console, pairs, table
 
 _WATCH_INTERVAL_S = 0.5
 
@@ -39,10 +39,12 @@ def read(state: StateDirectory) -> dict[str, Any]:
     """The status document: from the agent, or from the files if it does not run."""
     if state.lock_holder("agent") is not None:
         try:
-            return call_agent(state, "status", seconds_max=10.0)
+            return control.call(state.socket_path("agent"), "status", seconds_max=10.0)
         except TemporaryError:
             pass
-    return agent_status.offline_status(state)
+    from asrfs.daemon.agent_status import offline_status  # costs more than the rest of this verb; rarely needed
+
+    return offline_status(state)
 
 
 def severity(document: dict[str, Any]) -> int:

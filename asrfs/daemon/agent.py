@@ -39,7 +39,7 @@ from asrfs.daemon.agent_status import (
 from asrfs.daemon.agent_verbs import AgentVerbs
 from asrfs.daemon.control_trio import serve_control
 from asrfs.daemon.disk_server_client import DiskServerClient
-from asrfs.daemon.enrolment import Enrolment, load_enrolment, store_access
+from asrfs.daemon.enrolment import Enrolment, certificate_of, load_enrolment, store_access
 from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.hardening import ignore_terminal, raise_file_limit
 from asrfs.daemon.housekeeping import Housekeeping
@@ -84,7 +84,7 @@ class Agent:
         self._files = DirectoryStorage(state.root)
         self._machine = state.load_machine()
         self._settings = state.load_settings()
-        self._enrolment: Enrolment | None = None
+        self._enrolment: tuple[Enrolment | None, bytes] = (None, b"")
         self._stop = trio.Event()
         self._status_turn = trio.Lock()
         self._threads = trio.CapacityLimiter(THREADS)
@@ -226,9 +226,12 @@ class Agent:
     def _store(self) -> StoreAccess | None:
         """The way to the store, if the machine is enrolled and its keys can be read."""
         try:
-            self._enrolment = load_enrolment(self._state)
+            enrolment = load_enrolment(self._state)
             self._alarms.clear("enrolment")
-            return None if self._enrolment is None else store_access(self._state, self._enrolment)
+            if enrolment is None:
+                return None
+            self._enrolment = (enrolment, certificate_of(self._state))
+            return store_access(self._state, enrolment)
         except AsrfsError as error:
             self._alarms.set("enrolment", "critical", str(error))
             return None
@@ -258,7 +261,7 @@ class Agent:
             self._alarms.clear("paused")
 
     async def _reload(self) -> None:
-        """Take over settings and enrolment."""
+        """Take over settings and enrolment; another enrolment or certificate begins another session."""
         self._settings = await trio.to_thread.run_sync(self._state.load_settings, limiter=self._threads)
         self._shipper.source.settings = shipping_settings(self._settings)
         before = self._enrolment

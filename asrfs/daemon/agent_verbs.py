@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
@@ -19,6 +19,11 @@ from asrfs.replication.link import Link
 from asrfs.replication.progress import Progress
 from asrfs.replication.shipper import Shipper
 from asrfs.replication.ticker import Ticker
+
+RESTART_S_MAX = 10.0
+RETRY_S = 0.05
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -65,7 +70,8 @@ class AgentVerbs:
         if wait:
             self._check_enrolled()
         marker = crash_marker(name)
-        lsn, time_ns = await self.server.marker(encode_marker(marker))
+        payload = encode_marker(marker)
+        lsn, time_ns = await through_a_restart(lambda: self.server.marker(payload))
         point = Point.of(marker, lsn=lsn, epoch=self.progress.epoch, time_ns=time_ns)
         await trio.to_thread.run_sync(self.points.add, point, limiter=self.threads)
         self.hurry(lsn)
@@ -80,7 +86,7 @@ class AgentVerbs:
         """Wait until the store has what was appended at the call."""
         self._check_enrolled()
         started = trio.current_time()
-        target = (await self.server.positions()).appended_lsn
+        target = (await through_a_restart(self.server.positions)).appended_lsn
         self.hurry(target)
         await self.wait_acknowledged(target, _timeout(request))
         return {
@@ -136,6 +142,21 @@ class AgentVerbs:
     def _describe(self, point: Point) -> dict[str, Any]:
         document = point.document(self.machine_name)
         return document | {"acknowledged": point.lsn <= self.progress.acknowledged.lsn}
+
+
+async def through_a_restart(call: Callable[[], Awaitable[T]]) -> T:
+    """Ask the disk server, again if it died meanwhile: its death is a pause here too. Raises the last TemporaryError.
+
+    A marker whose reply was lost with the connection may be in the history twice: both name a moment of this call.
+    """
+    deadline = trio.current_time() + RESTART_S_MAX
+    while True:
+        try:
+            return await call()
+        except TemporaryError:
+            if trio.current_time() >= deadline:
+                raise
+        await trio.sleep(RETRY_S)
 
 
 def _timeout(request: Fields) -> float:

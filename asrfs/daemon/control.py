@@ -180,13 +180,17 @@ def check_peer(stream: HasSocketOptions) -> int:
     return pid
 
 
+class UnreachableError(TemporaryError):
+    """The other process is away: it never listened, or it died before it answered."""
+
+
 def unreachable(path: str, error: OSError) -> TemporaryError:
     role = os.path.basename(path).removesuffix(".sock").replace("_", " ")
     if isinstance(error, TimeoutError):
         return TemporaryError(f"the {role} did not answer in time at {path}")
     if isinstance(error, FileNotFoundError | ConnectionRefusedError):
-        return TemporaryError(f"the {role} is not running: start it with `asrfs serve`")
-    return TemporaryError(f"the {role} cannot be reached at {path}: {error.strerror or error}")
+        return UnreachableError(f"the {role} is not running: start it with `asrfs serve`")
+    return UnreachableError(f"the {role} cannot be reached at {path}: {error.strerror or error}")
 
 
 # ---- plain client -----------------------------------------------------------------------------------------

@@ -78,6 +78,14 @@ def save_enrolment(
         raise NoSpaceError(f"cannot write {state.keys}: {error.strerror}") from None
 
 
+def certificate_of(state: StateDirectory) -> bytes:
+    """The machine's certificate (PEM), empty when it is not there: tells one enrolment from the next."""
+    try:
+        return read_whole(DirectoryStorage(state.keys), MACHINE_CERTIFICATE_FILE)
+    except FileNotFoundError:
+        return b""
+
+
 def store_access(state: StateDirectory, enrolment: Enrolment) -> StoreAccess:
     """The way to the store. Raises IntegrityError for keys that cannot be read."""
     key_file = os.path.join(state.keys, MACHINE_KEY_FILE)

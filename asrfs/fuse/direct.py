@@ -259,8 +259,8 @@ class DirectSession:
         if node == abi.ROOT_NODE:
             return abi.Attributes(node, 0, stat.S_IFDIR | 0o700, 2, self._time_s)
         disk = self._volume.disks.get(node)
-        if disk is None:
-            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if disk is None:  # ESTALE lets the kernel forget the name and look it up again
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return abi.Attributes(node, disk.size_bytes, stat.S_IFREG | 0o600, 1, self._time_s)
 
 

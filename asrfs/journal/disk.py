@@ -19,7 +19,8 @@ from asrfs.model.extents import BLOCK_BYTES, BLOCK_SHIFT, widen_to_blocks
 from asrfs.storage.interface import Bytes, File
 
 _IN_BLOCK = BLOCK_BYTES - 1
-_ZEROS = bytes(PAYLOAD_BYTES_MAX)
+_ZEROS = bytes(bytearray(PAYLOAD_BYTES_MAX))
+"""Written once, so that its pages are there: a process killed while the kernel copies an absent one fails the reply."""
 _WRITE = int(Kind.WRITE)
 _ZERO = int(Kind.ZERO)
 _JOIN_GAP_MAX = 2 * BLOCK_BYTES

@@ -1,7 +1,7 @@
 """How far a history has come: cursors into the journal that survive a restart.
 
-    appended >= durable >= applied        on the host
-    appended >= durable >= acknowledged   at the store
+appended >= durable >= applied        on the host
+appended >= durable >= acknowledged   at the store
 """
 
 from __future__ import annotations

@@ -61,9 +61,7 @@ def parse_duration(text: str) -> float:
 
 def parse_time(text: str) -> int:
     """Nanoseconds since 1970 UTC of an RFC 3339 time; up to nine digits of a second. Raises BadInputError."""
-    match = re.fullmatch(
-        r"(\d{4}-\d\d-\d\d)[Tt _](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?([Zz]|[+-]\d\d:\d\d)", text.strip()
-    )
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)[Tt _](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?([Zz]|[+-]\d\d:\d\d)", text.strip())
     if match is None:
         raise BadInputError(f"{text!r} is not a time: write RFC 3339, such as 2026-11-21T10:03:07Z or ...07.250+01:00")
     zone = "+00:00" if match[4] in "Zz" else match[4]

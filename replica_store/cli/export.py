@@ -14,7 +14,8 @@ import click
 
 from asrfs.errors import TemporaryError
 from asrfs.model.quantities import format_size, format_time
-from replica_store.cli.output import Invocation, pairs, pass_invocation, progress_bar
+from asrfs.terminal.output import pairs, progress_bar
+from replica_store.cli.invocation import Invocation, pass_invocation
 from replica_store.points.builder import Cut, open_disks, resolve
 from replica_store.points.exporter import Exported, ExportFormat, check_output, export_disk
 from replica_store.points.point_disk import FrameCache

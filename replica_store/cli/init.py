@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from asrfs.storage.system_clock import SystemClock
-from replica_store.cli.output import Invocation, pairs, pass_invocation
+from asrfs.terminal.output import pairs
+from replica_store.cli.invocation import Invocation, pass_invocation
 from replica_store.vault.vault import Vault
 
 

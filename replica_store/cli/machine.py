@@ -9,7 +9,8 @@ from rich.console import Console
 
 from asrfs.model.quantities import format_size, format_time
 from asrfs.storage.system_clock import SystemClock
-from replica_store.cli.output import Invocation, pairs, pass_invocation, table
+from asrfs.terminal.output import pairs, table
+from replica_store.cli.invocation import Invocation, pass_invocation
 from replica_store.vault.standing import Standing, standing_of
 
 

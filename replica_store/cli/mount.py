@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from replica_store.cli.output import Invocation, pass_invocation
+from replica_store.cli.invocation import Invocation, pass_invocation
 from replica_store.points.mount import mount_points
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import click
 
 from asrfs.model.quantities import format_time
-from replica_store.cli.output import Invocation, pass_invocation, table
+from asrfs.terminal.output import table
+from replica_store.cli.invocation import Invocation, pass_invocation
 from replica_store.vault.rows import PointRow
 
 

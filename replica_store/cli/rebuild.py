@@ -6,7 +6,8 @@ import click
 from rich.console import Console
 
 from asrfs.errors import IntegrityError
-from replica_store.cli.output import Invocation, pairs, pass_invocation, progress_bar
+from asrfs.terminal.output import pairs, progress_bar
+from replica_store.cli.invocation import Invocation, pass_invocation
 from replica_store.vault.rebuild import rebuild as rebuild_catalog
 
 

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from replica_store.cli.output import Invocation, pass_invocation
+from replica_store.cli.invocation import Invocation, pass_invocation
 from replica_store.daemon.serve import DATA_PORT, MANAGE_PORT, Addresses, run
 
 _PORT = click.IntRange(0, 65535)

@@ -6,7 +6,7 @@ import click
 
 from asrfs.model.quantities import parse_duration
 from asrfs.storage.system_clock import SystemClock
-from replica_store.cli.output import Invocation, pass_invocation
+from replica_store.cli.invocation import Invocation, pass_invocation
 from replica_store.vault.enrolment import make_token
 
 

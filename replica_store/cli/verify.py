@@ -9,7 +9,8 @@ from rich.console import Console
 
 from asrfs.errors import IntegrityError
 from asrfs.model.quantities import format_size
-from replica_store.cli.output import Invocation, pairs, pass_invocation, progress_bar
+from asrfs.terminal.output import pairs, progress_bar
+from replica_store.cli.invocation import Invocation, pass_invocation
 from replica_store.vault.scrub import Damage, Scrubbed, scrub
 
 

@@ -10,6 +10,7 @@ then the connections are closed; nothing that was acknowledged depends on that.
 from __future__ import annotations
 
 import logging
+import resource
 import signal
 import socket
 import ssl
@@ -34,6 +35,7 @@ from replica_store.vault.vault import Vault, describe, lock, open_objects
 DATA_PORT = 9443
 MANAGE_PORT = 443
 _GRACE_S = 0.5
+_READ_S = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,8 @@ class _ManageConfig(hypercorn.Config):
         self.bind = [f"fd://{listening.detach()}"]
         self.errorlog = logging.getLogger("replica_store.manage")
         self.graceful_timeout = _GRACE_S
+        self.ssl_handshake_timeout = stream.HANDSHAKE_S
+        self.read_timeout = _READ_S
         self.include_server_header = False
 
     def create_ssl_context(self) -> ssl.SSLContext:
@@ -66,12 +70,17 @@ class _ManageConfig(hypercorn.Config):
 
 def run(root: str, host: str, data_port: int, manage_port: int, announce: Callable[[Addresses], None]) -> None:
     """Serve until SIGTERM or SIGINT. Raises RefusedError if the vault is served or an address is taken."""
-    _start_logging()
     describe(root)
     with lock(root), Vault.open(root, writable=True) as vault:
         open_objects(root).sweep()
         data = stream.listen(host, data_port)
-        manage = stream.listen(host, manage_port)
+        try:
+            manage = stream.listen(host, manage_port)
+        except BaseException:
+            data.close()
+            raise
+        _start_logging()
+        _allow_descriptors()
         trio.run(_serve, vault, SystemClock(), data, manage, announce)
 
 
@@ -100,6 +109,12 @@ async def _serve(
             async for _ in signals:
                 break
             nursery.cancel_scope.cancel()
+
+
+def _allow_descriptors() -> None:
+    """As many open files as the system lets us have: a connection is one, an object being stored another."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _start_logging() -> None:

@@ -107,6 +107,9 @@ class Ingester:
         if entries:
             try:
                 self._catalogue(entries)
+            except FencedError as failure:
+                self._remove(entries)
+                return Taken([], failure)
             except AsrfsError as failure:
                 self._settled = False
                 return Taken([], failure)
@@ -119,6 +122,11 @@ class Ingester:
             if machine is None or machine.epoch != self._position.epoch:
                 raise FencedError("the machine was given a new epoch meanwhile: this side can add nothing any more")
             self._vault.catalog.append(entries)
+
+    def _remove(self, entries: Sequence[Entry]) -> None:
+        """What a superseded side has stored must not look like a history to a rebuild (I6)."""
+        for entry in entries:
+            self._vault.objects.delete(entry.row.name)
 
     def _check(self, received: ObjectReceived, position: Position) -> Entry | None:
         """All that must hold before anything is stored. None: it is here already."""

@@ -15,6 +15,7 @@ from asrfs.format.log_object import SALT_BYTES
 from asrfs.model.clock import Clock
 from asrfs.transport.stream import ByteStream
 from asrfs.transport.tls import machine_identity
+from replica_store.ingest.budget import Budget
 from replica_store.ingest.ingester import Ingester
 from replica_store.ingest.links import Links
 from replica_store.ingest.session import StoreSession
@@ -33,6 +34,7 @@ class Listener:
     def __init__(self, vault: Vault, clock: Clock) -> None:
         self.vault = vault
         self.links = Links(vault, clock)
+        self.budget = Budget()
         self.threads = trio.CapacityLimiter(THREADS)
         self._ingesters: dict[str, Ingester] = {}
         self._sessions: dict[str, StoreSession] = {}

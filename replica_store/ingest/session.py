@@ -24,6 +24,7 @@ from asrfs.protocol.messages import PROTOCOL_VERSION, Goodbye, Heartbeat, Hello,
 from asrfs.protocol.session import Event, ObjectReceived, Session, State
 from asrfs.transport.stream import ByteStream, LinkError
 from asrfs.transport.tls import MachineIdentity
+from replica_store.ingest.budget import Budget
 from replica_store.ingest.greeting import (
     check_hello,
     check_identity,
@@ -51,6 +52,7 @@ class Store(Protocol):
 
     vault: Vault
     links: Links
+    budget: Budget
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run what blocks; never abandoned."""
@@ -73,6 +75,7 @@ class StoreSession:
         self._events: list[Event] = []
         self._failure: AsrfsError | None = None
         self._is_torn = False
+        self._held = 0
         self._log = structlog.get_logger("replica_store.session").bind(machine=identity.name)
         self.scope = trio.CancelScope()
         self.finished = trio.Event()
@@ -93,6 +96,7 @@ class StoreSession:
             try:
                 await self._stream_objects(ingester)
             finally:
+                self._give_back(self._held)
                 self._store.links.disconnected(self._identity.machine_id)
             self._log.info("session ended", acknowledged_lsn=ingester.position.lsn)
         except LinkError as error:
@@ -184,6 +188,8 @@ class StoreSession:
             return False
         for event in self._session.receive(received):
             if isinstance(event, ObjectReceived):
+                await self._store.budget.take(len(event.content))
+                self._held += len(event.content)
                 await arriving.send(event)
             elif isinstance(event, Heartbeat):
                 self._store.links.heard(self._identity.machine_id, event)
@@ -208,12 +214,18 @@ class StoreSession:
             except (trio.WouldBlock, trio.EndOfChannel):
                 pass
             taken = await self._store.in_thread(ingester.take, batch)
+            self._give_back(sum(len(received.content) for received in batch))
             if taken.acknowledged:
                 position = ingester.position
                 self._store.links.received(self._identity.machine_id, position.lsn, position.time_ns)
                 await self._send(*taken.acknowledged)
             if taken.error is not None:
                 raise taken.error
+
+    def _give_back(self, count: int) -> None:
+        """To the store's budget, from what this session holds of it."""
+        self._held -= count
+        self._store.budget.give_back(count)
 
     async def _beat(self) -> None:
         while True:

@@ -16,7 +16,7 @@ from asrfs.format.record import CARRIES_EXTENT_BYTES, Kind
 from asrfs.model.machine import NO_SLOT, DiskRecord, MarkerRecord, encode_disk, encode_marker
 from asrfs.protocol.messages import PROTOCOL_VERSION, Hello, Message, ObjectBegin, Refused, Welcome
 from asrfs.protocol.session import Event, Session
-from asrfs.transport.stream import ByteStream
+from asrfs.transport.stream import ByteStream, LinkError
 from replica_store.vault.keys import MachineKeys
 
 BLOCK = 4096
@@ -161,6 +161,8 @@ class HostEnd:
     async def greet(self, hello: Hello) -> Welcome | Refused:
         await self.say(hello)
         answer = await self.hear()
+        if answer is None:
+            raise LinkError("the store closed the connection")
         assert isinstance(answer, Welcome | Refused)
         if isinstance(answer, Welcome):
             self.salt = answer.session_salt

@@ -29,7 +29,9 @@ IMPURE_MODULES = frozenset([
 ])
 # fmt: on
 IMPURE_CALLS = frozenset(["open", "print", "input", "uuid1", "uuid4", "now", "utcnow", "today", "urandom"])
-SHARED_FLOOR = frozenset(["errors", "model", "format", "protocol", "storage", "transport", "disk", "__version__"])
+SHARED_FLOOR = frozenset(
+    ["errors", "model", "format", "protocol", "storage", "transport", "disk", "terminal", "__version__"]
+)
 
 _UNFINISHED = re.compile(
     r"\b(?:"

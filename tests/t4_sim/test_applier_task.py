@@ -26,6 +26,7 @@ from asrfs.replication.ticker import AWAY_ALARM_S, Ticker
 from asrfs.replication.trimmer import Trimmer
 from tests.fakes.crash_storage import CrashStorage, Fault
 from tests.fakes.journal_world import MACHINE_ID, JournalWorld
+from tests.fakes.virtual_time import pass_time
 
 BLOCK = 4096
 AGE_S = 0.25
@@ -121,10 +122,10 @@ async def test_what_nobody_syncs_is_durable_within_its_age(
     autojump_clock: trio.testing.MockClock, rng: random.Random
 ) -> None:
     async with working(rng) as agent:
-        await trio.sleep(1)
+        await pass_time(1)
         assert agent.syncs == 0, "nothing to sync"
         agent.write(3)
-        await trio.sleep(AGE_S + 0.01)
+        await pass_time(AGE_S + 0.01)
         assert agent.world.journal.durable_lsn == 3
         assert agent.progress.durable.lsn == 3
         assert agent.syncs == 1
@@ -135,7 +136,7 @@ async def test_i4_segments_are_freed_in_order_and_only_behind_both_positions(
 ) -> None:
     async with working(rng) as agent:
         agent.write(20)
-        await trio.sleep(5)
+        await pass_time(5)
         assert agent.progress.applied.lsn == 20
         assert agent.dropped[-1] == (20, agent.progress.applied.segment - 1)
         kept = list_journal(agent.world.journal_storage).segments
@@ -143,11 +144,11 @@ async def test_i4_segments_are_freed_in_order_and_only_behind_both_positions(
         acknowledged = Cursor(lsn=10, segment=4, offset=0)
         agent.positions_file.change(acknowledged=acknowledged)
         agent.progress.note_acknowledged(acknowledged)
-        await trio.sleep(5)
+        await pass_time(5)
         assert list_journal(agent.world.journal_storage).segments[0] == 1, "in memory only"
         agent.positions_file.save()
         agent.progress.wake()
-        await trio.sleep(5)
+        await pass_time(5)
         assert list_journal(agent.world.journal_storage).segments[0] == 4
 
 
@@ -156,19 +157,19 @@ async def test_no_segment_is_freed_while_the_disk_server_may_read_it(
 ) -> None:
     async with working(rng) as agent:
         agent.write(20)
-        await trio.sleep(0.5)
+        await pass_time(0.5)
         agent.is_away = True
-        await trio.sleep(AWAY_ALARM_S + 5)
+        await pass_time(AWAY_ALARM_S + 5)
         assert agent.progress.applied.lsn == 20, "what is durable is applied all the same"
         end = agent.progress.applied
         agent.positions_file.change(acknowledged=end)
         agent.positions_file.save()
         agent.progress.note_acknowledged(end)
-        await trio.sleep(5)
+        await pass_time(5)
         assert "disk-server" in agent.alarms
         assert list_journal(agent.world.journal_storage).segments[0] == 1
         agent.is_away = False
-        await trio.sleep(5)
+        await pass_time(5)
         assert "disk-server" not in agent.alarms
         assert list_journal(agent.world.journal_storage).segments[0] == end.segment
 
@@ -180,11 +181,11 @@ async def test_images_that_cannot_be_written_are_tried_again(
         agent.write(2)
         agent.world.sync()
         fault = agent.world.storage.inject(Fault(at=0, kinds=frozenset(("write",))))
-        await trio.sleep(1.6)
+        await pass_time(1.6)
         assert fault.fired == 1
         assert "apply" in agent.alarms
         assert agent.progress.applied.lsn == 0
-        await trio.sleep(5)
+        await pass_time(5)
         assert "apply" not in agent.alarms
         assert agent.progress.applied.lsn == 2
 
@@ -194,10 +195,10 @@ async def test_a_journal_that_lost_records_raises_an_alarm(
 ) -> None:
     async with working(rng) as agent:
         agent.write(2)
-        await trio.sleep(5)
+        await pass_time(5)
         agent.progress.note_applied(Cursor(lsn=9, segment=1, offset=0))
         agent.write(1)
-        await trio.sleep(1)
+        await pass_time(1)
         alarm = next(alarm for alarm in agent.alarms.now() if alarm.id == "journal")
         assert "LSN 9" in alarm.text
         agent.progress.note_applied(Cursor(lsn=2, segment=1, offset=0))
@@ -211,7 +212,7 @@ async def test_applying_waits_for_company_unless_hurried(
         if hurried:
             agent.task.hurry()
         agent.write(2)
-        await trio.sleep(AGE_S + 0.05)
+        await pass_time(AGE_S + 0.05)
         assert agent.progress.applied.lsn == (2 if hurried else 0)
-        await trio.sleep(2)
+        await pass_time(2)
         assert agent.progress.applied.lsn == 2

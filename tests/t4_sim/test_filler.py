@@ -23,6 +23,7 @@ from asrfs.replication.progress import Progress
 from asrfs.storage.interface import File
 from tests.fakes.crash_storage import CrashStorage
 from tests.fakes.journal_world import JournalWorld, put_record
+from tests.fakes.virtual_time import pass_time
 
 BLOCK = 4096
 SIZES = (40 * BLOCK + 512, 16 * BLOCK)
@@ -93,7 +94,7 @@ class Server:
             positions = await self.sync()
             self.progress.note_host(appended_lsn=positions.appended_lsn, durable=positions.durable, epoch=1)
             self.progress.note_acknowledged(positions.durable)
-            await trio.sleep(0.25)
+            await pass_time(0.25)
 
 
 class InlineFiller(Filler):
@@ -140,7 +141,7 @@ async def test_all_content_is_in_the_history_when_the_gap_closes(
 ) -> None:
     machine = Machine(rng)
     async with filling(machine):
-        await trio.sleep(30)
+        await pass_time(30)
     assert not machine.adopted[0].gap
     assert machine.saved.fills == ()
     assert [record.gap for record in machine.announced] == [False]
@@ -152,7 +153,7 @@ async def test_all_content_is_in_the_history_when_the_gap_closes(
 async def test_nothing_is_filled_before_enrolment(autojump_clock: trio.testing.MockClock, rng: random.Random) -> None:
     machine = Machine(rng)
     async with filling(machine, enrolled=False):
-        await trio.sleep(60)
+        await pass_time(60)
     assert not machine.world.model.records
     machine.world.close()
 
@@ -170,7 +171,7 @@ async def test_killed_anywhere_it_resumes_and_newer_writes_win(
         async with filling(machine, calls=rng.randint(0, 12)):
             for _ in range(rng.randint(1, 6)):
                 machine.world.disks[0].write(rng.randrange(40) * BLOCK, rng.randbytes(BLOCK))
-                await trio.sleep(rng.random() * 3)
+                await pass_time(rng.random() * 3)
     assert lives > 1
     assert content_of_history(machine) == machine.world.content(0)
     assert machine.announced[-1].gap is False
@@ -191,7 +192,7 @@ async def test_progress_is_saved_only_for_durable_content(
 
     machine.save = save  # type: ignore[method-assign]
     async with filling(machine):
-        await trio.sleep(30)
+        await pass_time(30)
     assert saved
     machine.world.close()
 

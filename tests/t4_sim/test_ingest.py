@@ -9,6 +9,7 @@ import random
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from asrfs.protocol.messages import Acknowledge, Goodbye, Heartbeat, Hello, Obje
 from asrfs.storage.system_clock import SystemClock
 from asrfs.transport.enrolment import EnrolRequest, decode_token, encode_base64url
 from asrfs.transport.tls import make_key_and_request
+from replica_store.ingest.budget import Budget
 from replica_store.ingest.listener import Listener
 from replica_store.ingest.session import HEARTBEAT_S, OBJECTS_WAITING, SILENCE_S_MAX
 from replica_store.vault.enrolment import enrol, make_token
@@ -393,6 +395,53 @@ async def test_i6_a_second_session_of_a_machine_ends_the_first_one(
             await second.ship(each)
             assert isinstance(await second.hear_except(Heartbeat), Acknowledge)
         check_history(world.vault, history)
+
+
+async def test_i6_an_epoch_raised_while_an_object_is_being_stored_fences_it(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with make_world(scratch) as world:
+        history = world.enrol()
+        fill(history, 8)
+        await world.ship_all(history)
+        fill(history, 3, disk=False)
+        host, welcome = await world.begin(history)
+        with world.vault.catalog.transaction():
+            world.vault.catalog.put_machine(replace(world.vault.machine("web1"), epoch=2))
+        await host.ship(objects_of(history, welcome, 9)[0])
+        refused = await host.hear_except(Heartbeat)
+        assert isinstance(refused, Refused)
+        assert refused.code == "fenced"
+        assert world.received(history) == 9
+        assert len([name for name in world.vault.objects.list("") if "/log/" in name]) == 3, "nothing stays of it"
+        refused = await world.connect(history).greet(history.hello())
+        assert isinstance(refused, Refused)
+        assert refused.code == "fenced"
+
+
+async def test_received_bytes_that_wait_are_bounded_over_all_sessions(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with make_world(scratch) as world:
+        histories = [world.enrol(f"m{n}", n) for n in range(1, 4)]
+        world.listener.budget = Budget(40 * BLOCK)
+        world.listener.pause = trio.Event()
+        hosts = []
+        for history in histories:
+            fill(history, 60)
+            host, welcome = await world.begin(history)
+            hosts.append(host)
+            for each in objects_of(history, welcome, 10)[:4]:
+                await host.ship(each)
+        await trio.testing.wait_all_tasks_blocked()
+        assert 20 * BLOCK < world.listener.budget.used <= 40 * BLOCK
+        world.listener.pause.set()
+        await trio.testing.wait_all_tasks_blocked()
+        assert world.listener.budget.used == 0
+        assert [world.received(history) for history in histories] == [40, 40, 40]
+        await hosts[0].ship(histories[0].build(1, 3, bytes(32)))
+        assert isinstance(await hosts[0].hear_except(Heartbeat, Acknowledge), Refused)
+        assert world.listener.budget.used == 0, "also after an object that was refused"
 
 
 async def test_who_may_not_write_is_told_why(scratch: Path, autojump_clock: trio.testing.MockClock) -> None:

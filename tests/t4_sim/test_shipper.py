@@ -32,6 +32,7 @@ from asrfs.transport.backoff import Backoff
 from tests.fakes.crash_storage import CrashStorage
 from tests.fakes.journal_world import MACHINE_ID, JournalWorld
 from tests.fakes.scripted_store import Received, ScriptedStore
+from tests.fakes.virtual_time import pass_time
 
 BLOCK = 4096
 KEYS = MachineKeys(MACHINE_ID, b"i" * 32, b"p" * 32)
@@ -152,7 +153,7 @@ async def test_only_durable_records_are_shipped(autojump_clock: trio.testing.Moc
         await host.until_acknowledged(4)
         host.write(6)
         host.note()
-        await trio.sleep(60)
+        await pass_time(60)
         assert host.store.acknowledged_lsn == 4
         host.sync()
         await host.until_acknowledged(10)
@@ -164,7 +165,7 @@ async def test_i3_nothing_counts_as_acknowledged_before_the_store_says_so(
     async with shipping(begun=False, records=30) as host:
         host.store.withholds = True
         host.store.nursery.start_soon(host.shipper.run)
-        await trio.sleep(60)
+        await pass_time(60)
         assert len(host.store.withheld) == OBJECTS_UNACKNOWLEDGED_MAX, "bounded while nothing is acknowledged"
         assert host.progress.acknowledged.lsn == 0
         assert host.positions.current.acknowledged.lsn == 0
@@ -188,7 +189,7 @@ async def test_i4_a_segment_is_freed_only_when_applied_and_acknowledged(
         host.store.nursery.start_soon(host.shipper.run)
         await host.until_acknowledged()
         assert freeable(host.positions.saved, end.lsn).lsn < end.lsn, "acknowledged is not saved yet"
-        await trio.sleep(1)
+        await pass_time(1)
         assert not trimmer.trim(freeable(host.positions.saved, 0), 0.0), "the disk server still reads from them"
         freed = trimmer.trim(freeable(host.positions.saved, end.lsn), 0.0)
         assert freed == list(range(1, end.segment)), "all but the segment that is written to"
@@ -208,7 +209,7 @@ async def test_a_connection_that_breaks_at_any_byte(
         while store.acknowledged_lsn < 25:
             store.send_bytes_max = rng.choice((rng.randrange(1, 400), rng.randrange(400, 40_000)))
             store.receive_bytes_max = rng.choice((rng.randrange(1, 400), 10_000))
-            await trio.sleep(rng.random() * 5)
+            await pass_time(rng.random() * 5)
         store.send_bytes_max = store.receive_bytes_max = float("inf")
         host.write(3)
         host.sync()
@@ -252,7 +253,7 @@ async def test_store_set_back_behind_the_trimmed_journal_raises_an_alarm(
     async with shipping(records=30) as host:
         store = host.store
         await host.until_acknowledged()
-        await trio.sleep(1)
+        await pass_time(1)
         host.positions.change(applied=host.progress.durable)
         host.positions.save()
         freed = Trimmer(host.world.journal_storage, MACHINE_ID).trim(freeable(host.positions.saved, 30), 0.0)
@@ -263,7 +264,7 @@ async def test_store_set_back_behind_the_trimmed_journal_raises_an_alarm(
         host.write(2)
         host.sync()
         received = len(store.objects)
-        await trio.sleep(HOPELESS_RETRY_S * 3)
+        await pass_time(HOPELESS_RETRY_S * 3)
         alarm = next(alarm for alarm in host.alarms.now() if alarm.id == "store-lost")
         assert alarm.severity == "critical"
         assert "LSN 3 to " in alarm.text
@@ -289,7 +290,7 @@ async def test_a_history_that_is_not_ours_is_not_added_to(
         for name, value in store_side.items():
             setattr(host.store, name, value)
         host.store.nursery.start_soon(host.shipper.run)
-        await trio.sleep(HOPELESS_RETRY_S * 2.5)
+        await pass_time(HOPELESS_RETRY_S * 2.5)
         assert alarm in host.alarms
         assert not host.store.objects
         assert len(host.store.tries) == 3
@@ -303,7 +304,7 @@ async def test_another_digest_under_the_same_lsn_is_diverged(autojump_clock: tri
         host.store.last_digest = "ab" * 32
         host.write()
         host.sync()
-        await trio.sleep(100)
+        await pass_time(100)
         assert "diverged" in host.alarms
         assert host.store.acknowledged_lsn == 5
 
@@ -325,7 +326,7 @@ async def test_refused(
         store = host.store
         store.refusal = (code, "not you")
         store.nursery.start_soon(host.shipper.run)
-        await trio.sleep(HOPELESS_RETRY_S * 2.5)
+        await pass_time(HOPELESS_RETRY_S * 2.5)
         assert alarm in host.alarms
         assert "not you" in host.link.reason
         waits = [after - before for before, after in zip(store.tries, store.tries[1:], strict=False)]
@@ -346,7 +347,7 @@ async def test_backoff_and_the_return_of_the_store(autojump_clock: trio.testing.
         store.is_down = True
         lost_at = trio.current_time()
         await store.hang_up()
-        await trio.sleep(600)
+        await pass_time(600)
         waits = [after - before for before, after in zip(store.tries[1:], store.tries[2:], strict=False)]
         assert store.tries[1] - lost_at < 0.5, "a lost connection is tried again at once"
         assert max(waits) <= 30
@@ -366,14 +367,14 @@ async def test_a_silent_store_is_left_and_heartbeats_are_sent(autojump_clock: tr
     async with shipping(records=5) as host:
         store = host.store
         await host.until_acknowledged()
-        await trio.sleep(31)
+        await pass_time(31)
         assert store.sessions == 1
         assert len(store.heartbeats) >= 5
         assert store.heartbeats[-1].durable_lsn == 5
         store.is_silent = True
-        await trio.sleep(SILENCE_S_MAX * 2)
+        await pass_time(SILENCE_S_MAX * 2)
         store.is_silent = False
-        await trio.sleep(60)
+        await pass_time(60)
         assert store.sessions >= 2
         host.write()
         host.sync()
@@ -384,12 +385,12 @@ async def test_pause_and_resume(autojump_clock: trio.testing.MockClock) -> None:
     async with shipping(records=5) as host:
         await host.until_acknowledged()
         host.shipper.pause()
-        await trio.sleep(1)
+        await pass_time(1)
         assert host.link.state == "paused"
         assert host.store.goodbyes == ["paused or stopped"]
         host.write(3)
         host.sync()
-        await trio.sleep(600)
+        await pass_time(600)
         assert host.store.acknowledged_lsn == 5
         host.shipper.resume()
         await host.until_acknowledged()
@@ -402,7 +403,7 @@ async def test_a_corrupt_journal_is_never_shipped(autojump_clock: trio.testing.M
         segment.write_at([bytes([segment.read_at(1, at)[0] ^ 1])], at)
         segment.close()
         host.store.nursery.start_soon(host.shipper.run)
-        await trio.sleep(100)
+        await pass_time(100)
         alarm = next(alarm for alarm in host.alarms.now() if alarm.id == "corrupt")
         assert "LSN 2" in alarm.text
         assert host.store.acknowledged_lsn < 2
@@ -412,11 +413,11 @@ async def test_hurried_records_do_not_wait_for_their_age(autojump_clock: trio.te
     async with shipping(records=1) as host:
         host.source.settings = ShippingSettings(object_size=1 << 20, object_age=50.0)
         await host.until_acknowledged()
-        await trio.sleep(1)
+        await pass_time(1)
         began = trio.current_time()
         host.write()
         host.sync()
-        await trio.sleep(5)
+        await pass_time(5)
         assert host.progress.acknowledged.lsn == 1
         host.shipper.hurry(2)
         await host.until_acknowledged()

@@ -13,6 +13,7 @@ from typing import Any
 from asrfs.daemon import control
 from asrfs.daemon.disks import add_sized
 from asrfs.daemon.state import Role, StateDirectory
+from asrfs.errors import TemporaryError
 from asrfs.model.quantities import parse_size
 from tests.waiting import wait_until
 
@@ -118,7 +119,7 @@ class HostUnderTest:
                 return 0
             try:
                 control.call(self.state.socket_path(role), "positions" if role == "disk_server" else "status")
-            except control.TemporaryError:
+            except TemporaryError:
                 return 0
             return pid
 

@@ -5,6 +5,7 @@ The oracle is bytes: every export must be, block for block on all disks at once,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -97,6 +98,7 @@ def check_exports(lab: Lab, writer: StampWriter, rng: random.Random, exact: dict
         writer.stamper.check(export(lab, f"lsn:{rng.randint(len(DISKS), last)}"))
 
 
+@pytest.mark.timeout(300)
 def test_i9_every_export_is_a_prefix_while_each_process_is_killed(lab: Lab, rng: random.Random) -> None:
     writer = writer_of(lab, rng.randrange(1 << 30))
     exact: dict[str, int] = {}
@@ -156,7 +158,8 @@ def test_i2_and_i8_all_processes_killed_at_once_lose_nothing_acknowledged(lab: L
     wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes.values()), what="their end")
     with pytest.raises(OSError):
         writer.write(1)
-    writer.close()
+    with contextlib.suppress(OSError):  # the flush that closing is finds nobody
+        writer.close()
     lab.start_host()
     served = [lab.disks / f"{disk}.img" for disk in DISKS]
     k = writer.stamper.check(served, at_least=durable)

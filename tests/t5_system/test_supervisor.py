@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from asrfs.daemon import control
+from asrfs.errors import TemporaryError
 from tests.t5_system.machine import HostUnderTest, mounts_below, run_tool
 from tests.t5_system.stamps import Stamper, StampWriter
 from tests.waiting import wait_until
@@ -203,7 +204,7 @@ def test_busy_mount_is_detached_and_said(served: HostUnderTest) -> None:
         os.pwrite(fd, content, 0)
         assert served.stop() == 0
         assert "still in use" in served.said()
-        with pytest.raises(OSError, match="not connected|aborted"):
+        with pytest.raises(OSError, match=r"not connected|aborted"):
             os.pread(fd, 1, 0)
     finally:
         with suppress(OSError):  # the flush that closing is finds nobody
@@ -266,12 +267,9 @@ def test_fio_verifies_through_kills_of_the_disk_server(served: HostUnderTest) ->
     )
     try:
         kills = 0
-        while fio.poll() is None:
-            appended = positions(served)["appended"]
-            wait_until(lambda low=appended: positions(served)["appended"] > low + 300 or fio.poll() is not None)
-            if fio.poll() is None:
-                served.wait_for_next("disk_server", served.kill("disk_server"))
-                kills += 1
+        while wrote_more(served, 300, fio):
+            served.wait_for_next("disk_server", served.kill("disk_server"))
+            kills += 1
         assert fio.stdout is not None
         assert fio.wait() == 0, fio.stdout.read()
         assert kills >= 3
@@ -281,12 +279,19 @@ def test_fio_verifies_through_kills_of_the_disk_server(served: HostUnderTest) ->
         run_tool("losetup", "--detach", device)
 
 
-def positions(host: HostUnderTest) -> dict[str, int]:
-    """What the disk server says; what it said last while there is none."""
+def wrote_more(host: HostUnderTest, records: int, load: subprocess.Popen[str]) -> bool:
+    """Wait until the load has appended so many records more; False if it ends before that."""
+    goal = appended(host) + records
+    wait_until(lambda: appended(host) > goal or load.poll() is not None, what=f"{records} records")
+    return load.poll() is None
+
+
+def appended(host: HostUnderTest) -> int:
+    """The LSN appended; 0 while there is no disk server to ask."""
     try:
-        return control.call(host.state.socket_path("disk_server"), "positions")
-    except control.TemporaryError:
-        return {"appended": 0}
+        return int(control.call(host.state.socket_path("disk_server"), "positions")["appended"])
+    except TemporaryError:
+        return 0
 
 
 def test_sigkill_of_the_agent_is_nothing(served: HostUnderTest, rng: random.Random) -> None:
@@ -303,14 +308,15 @@ def test_sigkill_of_the_supervisor_is_nothing_and_the_next_one_adopts(
 ) -> None:
     with Load(served, rng.randrange(1 << 30)) as load:
         load.go_on()
-        before = [wait_until(lambda role=role: served.pid(role)) for role in ("disk_server", "agent")]
+        wait_until(lambda: served.pid("agent"), what="the agent")
+        before = (served.pid("disk_server"), served.pid("agent"))
         served.kill("supervisor")
         load.go_on()
         other = served.run("serve", "--mount", make(served.root / "other"))
         assert other.returncode == 4
         assert f"--mount {served.mount}" in other.stderr
         served.serve()
-        assert [served.pid(role) for role in ("disk_server", "agent")] == before
+        assert (served.pid("disk_server"), served.pid("agent")) == before
         load.go_on()
         disk_server = served.kill("disk_server")
         agent = served.kill("agent")
@@ -347,7 +353,7 @@ def test_i2_nothing_fsynced_is_lost_when_all_are_killed(served: HostUnderTest, r
     served.kill("supervisor")
     served.kill("agent")
     served.kill("disk_server")
-    with pytest.raises(OSError, match="not connected|aborted"):
+    with pytest.raises(OSError, match=r"not connected|aborted"):
         writer.write(1)
     with suppress(OSError):  # the flush that closing is finds nobody
         writer.close()

@@ -1,0 +1,88 @@
+"""Messages: what is encoded is decoded, and anything else is a ProtocolError, whatever the bytes."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asrfs.protocol.frames import FrameType, ProtocolError
+from asrfs.protocol.messages import (
+    TYPE_OF,
+    Acknowledge,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Message,
+    ObjectBegin,
+    Refused,
+    Welcome,
+    decode_message,
+    encode_message,
+)
+
+MESSAGES: list[Message] = [
+    Hello(
+        protocol=1,
+        machine_id="a" * 32,
+        machine_name="web1",
+        epoch=1,
+        appended_lsn=3,
+        durable_lsn=2,
+        acknowledged_lsn=1,
+        last_digest="",
+    ),
+    Welcome(protocol=1, store_id="b" * 32, session_salt=bytes(32), epoch=1, acknowledged_lsn=1, last_digest=""),
+    Refused(code="space", text="full"),
+    ObjectBegin(first_lsn=1, last_lsn=2, length=1000),
+    Acknowledge(lsn=2, digest="c" * 64),
+    Heartbeat(appended_lsn=1, durable_lsn=1, durable_time_ns=1),
+    Goodbye(reason="done"),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
+def test_what_is_encoded_is_decoded(message: Message) -> None:
+    assert decode_message(TYPE_OF[type(message)], encode_message(message)) == message
+
+
+def test_every_type_but_object_bytes_has_a_message() -> None:
+    assert set(TYPE_OF.values()) == set(FrameType) - {FrameType.OBJECT_BYTES}
+    assert {type(message) for message in MESSAGES} == set(TYPE_OF)
+
+
+def test_fields_that_later_versions_add_are_passed_over() -> None:
+    later = msgspec.msgpack.encode({"lsn": 2, "digest": "", "mood": "good"})
+    assert decode_message(FrameType.ACKNOWLEDGE, later) == Acknowledge(lsn=2, digest="")
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"\xc1",
+        msgspec.msgpack.encode([]),
+        msgspec.msgpack.encode({"lsn": "2", "digest": ""}),
+        msgspec.msgpack.encode({"lsn": 2}),
+        msgspec.msgpack.encode({"lsn": 2.5, "digest": ""}),
+        b"\x91" * 5000,
+    ],
+)
+def test_what_is_no_message_is_a_protocol_error(payload: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode_message(FrameType.ACKNOWLEDGE, payload)
+
+
+def test_a_refusal_has_a_code_we_know() -> None:
+    with pytest.raises(ProtocolError):
+        decode_message(FrameType.REFUSED, msgspec.msgpack.encode({"code": "because", "text": ""}))
+
+
+@given(frame_type=st.sampled_from(sorted(TYPE_OF.values())), payload=st.binary(max_size=100))
+def test_random_bytes_are_a_message_or_a_protocol_error(frame_type: FrameType, payload: bytes) -> None:
+    try:
+        message = decode_message(frame_type, payload)
+    except ProtocolError:
+        return
+    assert TYPE_OF[type(message)] is frame_type

@@ -1,0 +1,74 @@
+"""The command-line contract of `replica-store`: exit codes, one line on stderr, options anywhere, `--json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from replica_store.cli.main import run
+
+
+def test_bad_input_is_one_line_and_a_code_and_changes_nothing(
+    scratch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vault = scratch / "vault"
+    vault.mkdir()
+    (vault / "somebody's").write_text("own")
+    cases: list[tuple[Callable[[], object] | None, tuple[str, ...], int]] = [
+        (None, ("init",), 4),
+        (None, ("machine", "list"), 3),
+        (None, ("serve",), 3),
+        (None, ("token", "web1"), 3),
+        (None, ("rebuild",), 3),
+        ((vault / "somebody's").unlink, ("init", "--name", "../x"), 2),
+        (lambda: run(["--vault", str(vault), "init"]), ("init",), 4),
+        (None, ("token", ""), 2),
+        (None, ("token", "x" * 64), 2),
+        (None, ("token", "a%2Fb"), 2),
+        (None, ("token", "web1", "--expires", "soon"), 2),
+        (None, ("token", "web1", "--expires", "0s"), 2),
+        (None, ("machine", "show", "nobody"), 3),
+        (None, ("machine", "show", "../x"), 2),
+        (None, ("verify", "nobody"), 3),
+        (None, ("serve", "--data-port", "70000"), 2),
+        (None, ("serve", "--host", "192.0.2.1"), 4),
+        (None, ("no-such-verb",), 2),
+        (lambda: (vault / "vault.json").write_text("{"), ("machine", "list"), 5),
+    ]
+    for prepare, arguments, code in cases:
+        if prepare is not None:
+            prepare()
+        capsys.readouterr()
+        assert run([*arguments, "--vault", str(vault)]) == code, f"{arguments}: {capsys.readouterr().err}"
+        error = capsys.readouterr().err
+        assert error.startswith("asrfs: error: ") and error.count("\n") == 1, error
+
+
+def test_global_options_go_anywhere_and_json_is_one_document(
+    scratch: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vault = str(scratch / "vault")
+    assert run(["--vault", vault, "init", "--name", "site-b", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "site-b"
+    monkeypatch.setenv("REPLICA_STORE_VAULT", vault)
+    for line in (["machine", "list", "--json"], ["machine", "--json", "list"], ["--json", "machine", "list"]):
+        assert run(line) == 0
+        assert json.loads(capsys.readouterr().out) == []
+    assert run(["verify", "--json", f"--vault={vault}"]) == 0
+    assert json.loads(capsys.readouterr().out)["damages"] == []
+    assert run(["rebuild"]) == 0
+    assert "machines" in capsys.readouterr().out
+    assert run(["--vault"]) == 2
+    assert run([]) == 2
+    assert run(["--help"]) == 0
+
+
+def test_the_vault_is_its_owners_alone(scratch: Path) -> None:
+    vault = scratch / "vault"
+    assert run(["--vault", str(vault), "init"]) == 0
+    for path in (vault, *vault.rglob("*")):
+        mode = path.stat().st_mode & 0o777
+        assert mode & 0o077 == 0 or path.name == "vault.json", f"{path}: {mode:o}"
