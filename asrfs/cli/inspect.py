@@ -14,7 +14,13 @@ from asrfs.cli.invocation import Invocation, pass_invocation
 from asrfs.errors import BadInputError, FormatError, IntegrityError, NotFoundError
 from asrfs.format.log_object import OBJECT_BYTES_MAX, OBJECT_MAGIC, check_digest, decode_object_header
 from asrfs.format.record import RECORD_HEADER_BYTES, Kind, check_payload, decode_record_header, segment_seed
-from asrfs.format.segment import SEGMENT_BYTES, SEGMENT_HEADER_BYTES, SEGMENT_MAGIC, decode_segment_header
+from asrfs.format.segment import (
+    SEGMENT_BYTES,
+    SEGMENT_HEADER_BYTES,
+    SEGMENT_MAGIC,
+    SegmentHeader,
+    decode_segment_header,
+)
 from asrfs.model.quantities import format_time
 from asrfs.storage.directory import open_path
 from asrfs.terminal.output import pairs, table
@@ -85,7 +91,7 @@ def describe_segment(content: bytes, path: str) -> dict[str, Any]:
     header = decode_segment_header(content, path)
     records: list[dict[str, Any]] = []
     damaged = None
-    for record in segment_records(content, header.number, header.first_lsn):
+    for record in segment_records(content, header):
         at = record["at"]
         try:
             check_payload(record.pop("header"), record.pop("payload"), f"byte {at}")
@@ -106,11 +112,11 @@ def describe_segment(content: bytes, path: str) -> dict[str, Any]:
     }
 
 
-def segment_records(content: bytes, number: int, first_lsn: int) -> Iterator[dict[str, Any]]:
+def segment_records(content: bytes, segment: SegmentHeader) -> Iterator[dict[str, Any]]:
     view = memoryview(content)
-    seed = segment_seed(number)
+    seed = segment_seed(segment.number, segment.salt)
     at = SEGMENT_HEADER_BYTES
-    lsn = first_lsn
+    lsn = segment.first_lsn
     while (header := decode_record_header(view, at, seed)) is not None and header.lsn == lsn:
         start = at + RECORD_HEADER_BYTES
         payload = view[start : start + header.payload_length]

@@ -67,7 +67,7 @@ from asrfs.storage.interface import write_atomically
 from asrfs.storage.system_clock import SystemClock
 from asrfs.transport.backoff import Backoff
 
-NICE = 5
+NICE = 10
 THREADS = 5
 """Applying, building, saving, filling and looking may go on at once; each is one thread's."""
 FINAL_S_MAX = 600.0

@@ -33,10 +33,11 @@ def add_sized(state: StateDirectory, name: str, size_bytes: int) -> DiskConfig:
         disk = DiskConfig(slot=next_slot(machine), id=uuid.uuid4().hex, name=name, size_bytes=size_bytes)
         try:
             state.make_image(disk)
+            _enter(state, machine, disk)
         except AsrfsError:
-            _remove_image(state, disk)
+            if not _is_entered(state, disk):
+                _remove_image(state, disk)
             raise
-        _enter(state, machine, disk)
     _tell_disk_server(state)
     return disk
 
@@ -68,7 +69,8 @@ def add_adopted(state: StateDirectory, name: str, image: str) -> DiskConfig:
         try:
             _enter(state, machine, disk)
         except AsrfsError:
-            release(path, owner)
+            if not _is_entered(state, disk):
+                release(path, owner)
             raise
     _tell_disk_server(state)
     return disk
@@ -90,6 +92,11 @@ def remove(state: StateDirectory, name: str) -> DiskConfig:
 
 def _enter(state: StateDirectory, machine: MachineConfig, disk: DiskConfig) -> None:
     state.save_machine(msgspec.structs.replace(machine, disks=(*machine.disks, disk)))
+
+
+def _is_entered(state: StateDirectory, disk: DiskConfig) -> bool:
+    """Whether `machine.json` names the disk although `_enter` failed: its last step is a sync of the directory."""
+    return any(each.id == disk.id for each in state.load_machine().disks)
 
 
 def _check_name_is_free(machine: MachineConfig, name: str) -> None:

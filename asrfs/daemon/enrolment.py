@@ -60,7 +60,7 @@ def load_enrolment(state: StateDirectory) -> Enrolment | None:
     try:
         return msgspec.json.decode(content, type=Enrolment)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise IntegrityError(f"{state.keys}/{STORE_FILE} cannot be read: {error}; enrol again") from None
+        raise IntegrityError(f"{state.keys}/{STORE_FILE} cannot be read: {error}: remove it and enrol again") from None
 
 
 def save_enrolment(

@@ -1,10 +1,12 @@
 """What a disk server serves: the journal of a machine and its disks, opened after recovery, and the control verbs.
 
-    recover → maps → journal → images → DISK records → volume
+    images → recover → maps → journal → DISK records → volume
+
+The images come first, before anything is changed: another machine may have them.
 
 `machine.json` may change while we serve; `reconcile` takes the change over. A disk appears in the volume only after
 its DISK record is in the history, so the store never meets a write of a disk it has not heard of. Where the journal
-has no room for that record at the start, the disk appears all the same, readable, and its first change appends it.
+has no room for that record, the disk appears all the same, readable, and its first change appends it.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Served:
-    """A disk in the volume. `name`: the one it has there."""
+    """A disk in the volume. `config`: what it was when it came."""
 
-    name: str
+    config: DiskConfig
     disk: JournaledDisk
     image: OpenFile
 
@@ -55,28 +57,39 @@ class ServedMachine:
     def __init__(self, state: StateDirectory, clock: Clock) -> None:
         self._state = state
         machine = state.load_machine()
-        positions = state.load_positions()
-        storage = DirectoryStorage(state.journal)
+        self._served: dict[int, _Served] = {}
+        self._announced: dict[int, DiskRecord] = {}
+        self._changing = threading.Lock()
+        self._images: dict[int, OpenFile] = {}
+        try:
+            for config in machine.live_disks():
+                self._images[config.slot] = self._open_image(config)
+            self._open_journal(machine, clock)
+        except BaseException:
+            for image in self._images.values():
+                image.close()
+            raise
+        self._take_over(machine)
+        log.info("machine %s: LSN %d, %d disks", machine.name, self.journal.appended_lsn, len(self._served))
+
+    def _open_journal(self, machine: MachineConfig, clock: Clock) -> None:
+        positions = self._state.load_positions()
+        storage = DirectoryStorage(self._state.journal)
         try:
             recovered = recover(storage, positions, id_bytes(machine.id))
         except IntegrityError as error:
             raise IntegrityError(f"{storage.root}: {error}") from None
         if recovered.cut is not None:
             log.warning("a torn tail was cut: %s", recovered.cut)
+        self._applied_lsn = positions.applied.lsn
         self._maps = {disk.slot: BlockMap() for disk in machine.live_disks()}
         rebuild_maps(recovered, self._maps)
         self.journal = Journal(storage, id_bytes(machine.id), recovered, clock)
         self.volume = Volume(self.journal.request_sync)
-        self._applied_lsn = positions.applied.lsn
-        self._served: dict[int, _Served] = {}
-        self._announced: dict[int, DiskRecord] = {}
-        self._changing = threading.Lock()
-        self._take_over(machine, starting=True)
-        log.info("machine %s: LSN %d, %d disks", machine.name, recovered.last_lsn, len(self._served))
 
     def reconcile(self) -> None:
         """Take over what changed in `machine.json`."""
-        self._take_over(self._state.load_machine(), starting=False)
+        self._take_over(self._state.load_machine())
 
     def announce(self, config: DiskConfig) -> None:
         """Have the disk's present DISK record in the history. Raises OSError."""
@@ -97,36 +110,38 @@ class ServedMachine:
 
     # ---- disks ------------------------------------------------------------------------------------------------
 
-    def _take_over(self, machine: MachineConfig, *, starting: bool) -> None:
+    def _take_over(self, machine: MachineConfig) -> None:
         with self._changing:
             for config in machine.disks:
                 if config.removed:
                     self._withdraw(config)
                 elif config.slot not in self._served:
-                    self._serve(config, starting)
+                    self._serve(config)
                 try:
                     self.announce(config)
                 except OSError as error:
-                    if not starting or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    changes = config.slot in self._announced and not config.removed
+                    if changes or error.errno not in (errno.ENOSPC, errno.EDQUOT):
                         raise
-                    log.warning("disk %s is not in the history yet: %s", config.name, error.strerror)
+                    log.warning("disk %s is not in the history as it is yet: %s", config.name, error.strerror)
+                    if not config.removed:
+                        late = _UnannouncedDisk(self, config, self._served[config.slot].disk)
+                        self.volume.add(config.name, config.slot, late)
                     continue
                 if not config.removed:
                     self.volume.add(config.name, config.slot, self._served[config.slot].disk)
 
-    def _serve(self, config: DiskConfig, starting: bool) -> None:
-        image = self._open_image(config)
+    def _serve(self, config: DiskConfig) -> None:
+        image = self._images.pop(config.slot, None) or self._open_image(config)
         block_map = self._maps.setdefault(config.slot, BlockMap())
         disk = JournaledDisk(config.slot, config.size_bytes, image, self.journal, block_map)
-        self._served[config.slot] = _Served(config.name, disk, image)
-        if starting:
-            self.volume.add(config.name, config.slot, _UnannouncedDisk(self, config, disk))
+        self._served[config.slot] = _Served(config, disk, image)
 
     def _withdraw(self, config: DiskConfig) -> None:
         """The disk vanishes; its image stays open for a request under way, but others may have it."""
         served = self._served.pop(config.slot, None)
         if served is not None:
-            self.volume.remove(served.name)
+            self.volume.remove(served.config.name)
             fcntl.flock(served.image.fd, fcntl.LOCK_UN)
 
     def _open_image(self, config: DiskConfig) -> OpenFile:
@@ -200,6 +215,8 @@ class ServedMachine:
             raise NotFoundError(f"there is no disk in slot {slot}")
         if not 0 < length <= FILL_BYTES_MAX:
             raise BadInputError(f"a fill has 1 to {FILL_BYTES_MAX} bytes, not {length}")
+        if slot not in self._announced:
+            self.announce(served.config)
         return {"lsn": served.disk.fill(offset, length)}
 
     def disks(self, request: Fields) -> Fields:

@@ -19,8 +19,8 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from asrfs.daemon.settings import Settings, parse_overrides
-from asrfs.errors import IntegrityError, NoSpaceError, NotFoundError, RefusedError
-from asrfs.model.machine import SLOT_MAX, DiskConfig, MachineConfig
+from asrfs.errors import BadInputError, FormatError, IntegrityError, NoSpaceError, NotFoundError, RefusedError
+from asrfs.model.machine import SLOT_MAX, DiskConfig, MachineConfig, check_machine
 from asrfs.model.names import check_name
 from asrfs.model.positions import Positions
 from asrfs.storage.directory import DirectoryStorage
@@ -98,6 +98,12 @@ class StateDirectory:
             state.save_machine(MachineConfig(id=uuid.uuid4().hex, name=machine_name))
         return state
 
+    def check(self) -> None:
+        """Raise IntegrityError if a file that serving needs cannot be read: one that only the agent reads, too."""
+        self.load_machine()
+        self.load_settings()
+        self.load_positions()
+
     # ---- paths --------------------------------------------------------------------------------------------
 
     def path(self, *parts: str) -> str:
@@ -134,7 +140,12 @@ class StateDirectory:
 
     def load_machine(self) -> MachineConfig:
         """Raises NotFoundError or IntegrityError."""
-        return self._load(MACHINE_FILE, MachineConfig)
+        machine = self._load(MACHINE_FILE, MachineConfig)
+        try:
+            check_machine(machine)
+        except FormatError as error:
+            raise IntegrityError(f"{self.path(MACHINE_FILE)}: {error}") from None
+        return machine
 
     def save_machine(self, machine: MachineConfig) -> None:
         """Replace `machine.json`. Only under `edit_machine` or `machine_lock`."""
@@ -179,8 +190,11 @@ class StateDirectory:
         return self._load(SETTINGS_FILE, dict[str, str])
 
     def load_settings(self) -> Settings:
-        """Defaults with the overrides of this machine."""
-        return parse_overrides(self.load_overrides())
+        """Defaults with the overrides of this machine. Raises IntegrityError."""
+        try:
+            return parse_overrides(self.load_overrides())
+        except BadInputError as error:
+            raise IntegrityError(f"{self.path(SETTINGS_FILE)}: {error}") from None
 
     def change_settings(self, given: dict[str, str]) -> Settings:
         """Add overrides, all or none; an empty text takes one back. Raises BadInputError."""

@@ -44,6 +44,7 @@ log = logging.getLogger("asrfs.supervisor")
 
 def run(state: StateDirectory, mount: str) -> int:
     """Serve the machine at `mount` until SIGTERM or SIGINT; the exit code. Raises AsrfsError if it cannot start."""
+    state.check()
     lock = state.take_lock("supervisor")
     if lock is None:
         machine = state.load_machine().name

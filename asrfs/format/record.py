@@ -1,8 +1,9 @@
 """A record: one entry of the history as it lies in a journal segment. 64 bytes of header, then the payload.
 
-The header's checksum also covers the number of the segment, so that what a recycled segment held before is never
-taken for new. `durable_lsn` is what was known durable when the record was appended: a later record that claims
-more than a scan can read proves that something is corrupt, and not merely torn.
+The header's checksum also covers the number and the salt of the segment, so that neither what a recycled segment held
+before nor what a guest wrote into a payload is ever taken for a record. `durable_lsn` is what was known durable when
+the record was appended: a later record that claims more than a scan can read proves that something is corrupt, and not
+merely torn.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ READS_AS_ZEROS = frozenset((Kind.ZERO, Kind.DISCARD))
 
 _BODY = struct.Struct("<QQQQQIIHHI")
 _PREFIX = struct.Struct("<4sI")
-_SEGMENT = struct.Struct("<Q")
+_SEGMENT = struct.Struct("<QQ")
 
 
 class RecordHeader(NamedTuple):
@@ -54,9 +55,9 @@ class RecordHeader(NamedTuple):
     slot: int
 
 
-def segment_seed(segment: int) -> int:
-    """Checksum state every header of segment number `segment` starts from."""
-    return crc32c(_SEGMENT.pack(segment))
+def segment_seed(number: int, salt: int) -> int:
+    """Checksum state every record header of a segment starts from: its number and its salt, see `SegmentHeader`."""
+    return crc32c(_SEGMENT.pack(number, salt))
 
 
 def encode_record_header(header: RecordHeader, seed: int) -> bytes:

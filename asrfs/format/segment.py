@@ -11,18 +11,23 @@ from asrfs.errors import FormatError
 
 SEGMENT_MAGIC = b"ASRSEG1\n"
 SEGMENT_VERSION = 1
-SEGMENT_HEADER_BYTES = 4096
-"""The first record begins here; only the first `_HEADER.size + 4` bytes carry meaning, the rest are zeros."""
+SEGMENT_HEADER_BYTES = 8192
+"""The first record begins here. Without its header no record of a segment can be checked, so there are two copies."""
+SECOND_COPY_OFFSET = SEGMENT_HEADER_BYTES // 2
 SEGMENT_BYTES = 64 << 20
 POSITION_SHIFT = 26
 POSITION_MASK = (1 << POSITION_SHIFT) - 1
 """A place in the journal is one integer: `segment << 26 | offset`. Offset 0 (the header) stands for zeros."""
 
-_HEADER = struct.Struct("<8sIIQQQQ16s")
+_HEADER = struct.Struct("<8sIIQQQQ16sQ")
 
 
 class SegmentHeader(NamedTuple):
-    """`first_lsn` is the LSN its first record has, or would have. `durable_lsn`: known durable at its creation."""
+    """`first_lsn` is the LSN its first record has, or would have. `durable_lsn`: known durable at its creation.
+
+    `salt` is drawn anew for each segment; the checksums of its record headers start from it, so nobody who only
+    writes to the disk can make bytes that look like a record.
+    """
 
     epoch: int
     number: int
@@ -30,16 +35,28 @@ class SegmentHeader(NamedTuple):
     durable_lsn: int
     created_ns: int
     machine_id: bytes
+    salt: int
 
 
 def encode_segment_header(header: SegmentHeader) -> bytes:
-    """All 4096 bytes."""
+    """All 8192 bytes: the fields twice, in two blocks."""
     fields = _HEADER.pack(SEGMENT_MAGIC, SEGMENT_VERSION, *header)
-    return (fields + crc32c(fields).to_bytes(4, "little")).ljust(SEGMENT_HEADER_BYTES, b"\0")
+    return (fields + crc32c(fields).to_bytes(4, "little")).ljust(SECOND_COPY_OFFSET, b"\0") * 2
 
 
 def decode_segment_header(buffer: bytes | bytearray | memoryview, where: str) -> SegmentHeader:
-    """Raises FormatError, naming `where`, for anything that is not a whole valid header of this version."""
+    """The first valid copy. Raises FormatError, naming `where`, where none is a whole header of this version."""
+    try:
+        return _decode_copy(buffer, where)
+    except FormatError:
+        try:
+            return _decode_copy(memoryview(buffer)[SECOND_COPY_OFFSET:], where)
+        except FormatError:
+            pass
+        raise
+
+
+def _decode_copy(buffer: bytes | bytearray | memoryview, where: str) -> SegmentHeader:
     size = _HEADER.size
     if len(buffer) < size + 4:
         raise FormatError(f"{where}: {len(buffer)} bytes are too few for a segment header")

@@ -136,7 +136,7 @@ class JournalReader:
         found = scan(
             piece,
             0,
-            segment_seed(segment.number),
+            segment_seed(segment.number, segment.salt),
             cursor.lsn + 1,
             lsn_max=lsn_max,
             payload_bytes_max=bytes_max,

@@ -1,6 +1,6 @@
 """What a crash left: finds the end of the history, tells a torn tail from corruption, makes the rest durable.
 
-    list → scan from the applied cursor → first bad place → torn or corrupt → datasync → cut → sync the directory
+    list → scan from the applied cursor → first bad place → torn or corrupt → write again, datasync → cut → sync names
 
 A history goes on as long as records are valid and consecutive; a segment ends at its first invalid record, and the next
 one continues it iff its header names the expected LSN. The first place where this breaks is a **torn tail** if nothing
@@ -9,8 +9,9 @@ acknowledged position, or the `durable_lsn` in any later valid header of a recor
 and IntegrityError names file, offset and LSN.
 
 What was found is synced before it counts as durable, else power could be lost under a history that was already
-shipped (I1). Segments cut as a whole become spares, under their old numbers (`segments.py`). A recovered segment is
-never appended to: the journal goes on in a new one.
+shipped (I1). And whatever nothing says was durable is written again first: had a sync failed before this start, the
+kernel might hold these bytes for clean, and a sync alone would prove nothing. Segments cut as a whole become spares,
+under their old numbers (`segments.py`). A recovered segment is never appended to: the journal goes on in a new one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from asrfs.format.record import (
     decode_record_header,
     segment_seed,
 )
-from asrfs.format.segment import POSITION_SHIFT, SEGMENT_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader
+from asrfs.format.segment import POSITION_MASK, POSITION_SHIFT, SEGMENT_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader
 from asrfs.journal.segments import (
     Stop,
     list_journal,
@@ -81,6 +82,11 @@ class Recovered:
         places = iter(self._places)
         for kind_and_slot, offset, length, position in zip(self._kinds, places, places, places, strict=True):
             yield RecoveredRecord(kind_and_slot >> 16, kind_and_slot & 0xFFFF, offset, length, position)
+
+    def offset_of(self, lsn: int) -> int:
+        """Byte of its segment at which record `lsn`, one of those found, begins."""
+        behind = self.last_lsn - lsn + 1
+        return (self._places[-3 * behind + 2] & POSITION_MASK) - RECORD_HEADER_BYTES
 
     def add(self, headers: list[RecordHeader], position: int) -> None:
         """The next records of the history; they lie end to end, the first one's header at `position`."""
@@ -138,6 +144,7 @@ class _Recovery:
         self._torn: list[int] = []
         self._is_torn = False
         self._last_epoch = 0
+        self._tail_segment: SegmentHeader | None = None
         self._buffer = memoryview(bytearray(min(_PIECE_BYTES, segment_bytes)))
         known = max(positions.applied.segment, positions.acknowledged.segment)
         listing = list_journal(storage)
@@ -152,9 +159,12 @@ class _Recovery:
                 header = read_header(file, number, self._machine_id, self._last_epoch)
                 if header is not None:
                     self._last_epoch = header.epoch
-                if self._bad is None and self._continues(number, header, tail):
-                    tail = (number, self._follow(file, number))
+                if self._bad is None and header is not None and self._continues(header, tail):
+                    tail = (number, self._follow(file, header))
+                    self._tail_segment = header
                 else:
+                    if self._bad is None and header is None:
+                        self._note_missing_header(number)
                     self._collect_claims(file, number, header)
                     self._torn.append(number)
             finally:
@@ -171,38 +181,41 @@ class _Recovery:
 
     # ---- reading ----
 
-    def _continues(self, number: int, header: SegmentHeader | None, tail: tuple[int, int] | None) -> bool:
+    def _continues(self, header: SegmentHeader, tail: tuple[int, int] | None) -> bool:
         """Whether the history goes on in this segment; if not, notes why."""
+        number = header.number
         expected = self._found.last_lsn + 1
         is_cursor = number == self._applied.segment
-        if header is not None and (header.first_lsn == expected or (is_cursor and header.first_lsn < expected)):
+        if header.first_lsn == expected or (is_cursor and header.first_lsn < expected):
             return True
-        if header is None and is_cursor and self._applied.offset > SEGMENT_HEADER_BYTES:
-            raise IntegrityError(
-                f"{segment_name(number)} offset 0: its header is damaged, although LSN {expected - 1} was durable in it"
-            )
-        if header is None:
-            self._bad = _Bad(number, 0, expected, "the segment has no valid header")
-        elif header.first_lsn < expected:
+        if header.first_lsn < expected:
             raise IntegrityError(
                 f"{segment_name(number)} offset 0: begins with LSN {header.first_lsn}, "
                 f"but the segments before it hold LSN {expected - 1}"
             )
-        else:
-            at = tail or (number, 0)
-            why = f"not valid, and {segment_name(number)} begins with LSN {header.first_lsn}"
-            self._bad = _Bad(*at, expected, why)
-            self._is_torn = True
+        at = tail or (number, 0)
+        why = f"not valid, and {segment_name(number)} begins with LSN {header.first_lsn}"
+        self._bad = _Bad(*at, expected, why)
+        self._is_torn = True
         return False
 
-    def _follow(self, file: File, number: int) -> int:
+    def _note_missing_header(self, number: int) -> None:
+        """The history does not go on in a segment whose header says nothing; raises IntegrityError if it must have."""
+        expected = self._found.last_lsn + 1
+        if number == self._applied.segment and self._applied.offset > SEGMENT_HEADER_BYTES:
+            raise IntegrityError(
+                f"{segment_name(number)} offset 0: its header is damaged, although LSN {expected - 1} was durable in it"
+            )
+        self._bad = _Bad(number, 0, expected, "the segment has no valid header")
+
+    def _follow(self, file: File, segment: SegmentHeader) -> int:
         """Take the records of a segment; returns the byte behind the last one."""
-        found = self._found
+        found, number = self._found, segment.number
         at = SEGMENT_HEADER_BYTES
         if number == self._applied.segment:
             at = max(at, self._applied.offset)
         first = found.last_lsn + 1
-        seed = segment_seed(number)
+        seed = segment_seed(number, segment.salt)
         base = number << POSITION_SHIFT
         while True:
             size = file.read_into(self._buffer, at)
@@ -220,7 +233,8 @@ class _Recovery:
         """Look for valid records behind the last one: they show that something was torn, and what was durable."""
         file = self._storage.open(segment_name(number))
         try:
-            valid = self._claims_behind(file, number, at)
+            assert self._tail_segment is not None
+            valid = self._claims_behind(file, self._tail_segment, at)
         finally:
             file.close()
         if self._bad is None:
@@ -228,18 +242,19 @@ class _Recovery:
         self._is_torn = self._is_torn or valid > 0
 
     def _collect_claims(self, file: File, number: int, header: SegmentHeader | None) -> None:
-        """A segment behind the bad place: only what it says of durability counts, even when its own header is bad."""
-        if header is not None:
-            self._believe(header.durable_lsn, number)
-        if self._claims_behind(file, number, SEGMENT_HEADER_BYTES):
+        """A segment behind the bad place: only what it says of durability counts."""
+        if header is None:
+            return
+        self._believe(header.durable_lsn, number)
+        if self._claims_behind(file, header, SEGMENT_HEADER_BYTES):
             self._is_torn = True
 
-    def _claims_behind(self, file: File, number: int, at: int) -> int:
+    def _claims_behind(self, file: File, segment: SegmentHeader, at: int) -> int:
         """Believe what valid record headers from byte `at` on say; returns how many there are.
 
         A header counts only with an LSN that the journal's bytes can hold and a durable LSN below its own.
         """
-        seed = segment_seed(number)
+        seed = segment_seed(segment.number, segment.salt)
         expected = self._found.last_lsn + 1
         lsn_end = expected + len(self._numbers) * (SEGMENT_BYTES // RECORD_HEADER_BYTES)
         valid = 0
@@ -254,7 +269,7 @@ class _Recovery:
                     continue
                 if expected <= header.lsn < lsn_end and header.durable_lsn < header.lsn:
                     valid += 1
-                    self._believe(header.durable_lsn, number)
+                    self._believe(header.durable_lsn, segment.number)
                 # Its payload is the guest's: what looks like a header in there is not one.
                 after = max(after, place + RECORD_HEADER_BYTES + header.payload_length)
                 place = piece.find(RECORD_MAGIC, place + RECORD_HEADER_BYTES + header.payload_length)
@@ -281,6 +296,7 @@ class _Recovery:
         for segment in self._found.segments:
             file = self._storage.open(segment_name(segment.number), write=True)
             try:
+                self._write_again(file, segment)
                 file.datasync()
             finally:
                 file.close()
@@ -292,6 +308,21 @@ class _Recovery:
             s for s in self._found.segments if s.number not in empty or s.number == self._applied.segment
         ]
         self._storage.sync_directory("")
+
+    def _write_again(self, file: File, segment: RecoveredSegment) -> None:
+        """Put the segment's records above every claim of durability where they are, so that a sync takes them."""
+        lsn = max(self._claim + 1, segment.first_lsn)
+        if lsn > segment.last_lsn:
+            return
+        at = self._found.offset_of(lsn)
+        if at == SEGMENT_HEADER_BYTES:
+            at = 0
+        while at < segment.end:
+            piece = self._buffer[: min(len(self._buffer), segment.end - at)]
+            size = file.read_into(piece, at)
+            assert size == len(piece), "what was just scanned is there"
+            file.write_at((piece,), at)
+            at += size
 
     def _set_free(self, number: int) -> None:
         file = self._storage.open(segment_name(number))

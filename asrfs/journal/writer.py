@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import struct
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from crc32c import crc32c
 
@@ -50,6 +52,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _BODY = struct.Struct("<QQQQQIIHHI")
 _CRC = struct.Struct("<I")
 
+draw_salt = partial(secrets.randbits, 64)
 SyncCallback = Callable[[OSError | None], None]
 
 
@@ -67,6 +70,7 @@ class Journal:
         clock: Clock,
         *,
         epoch: int | None = None,
+        make_salt: Callable[[], int] = draw_salt,
         segment_bytes: int = SEGMENT_BYTES,
         zero_blocks_max: int = ZERO_BLOCKS_MAX,
         prepare_ahead: bool = True,
@@ -79,6 +83,7 @@ class Journal:
         self.last_time_ns = recovered.last_time_ns
         self._storage = storage
         self._machine_id = machine_id
+        self._make_salt = make_salt
         self._time_ns = clock.time_ns
         self._segment_bytes = segment_bytes
         self._zero_blocks_max = zero_blocks_max
@@ -142,7 +147,7 @@ class Journal:
         size = len(payload)
         at = self._tail
         if at + RECORD_HEADER_BYTES + size > self._segment_bytes or self._zero_blocks > self._zero_blocks_max:
-            assert size <= PAYLOAD_BYTES_MAX
+            assert size <= min(PAYLOAD_BYTES_MAX, self._segment_bytes - SEGMENT_HEADER_BYTES - RECORD_HEADER_BYTES)
             self._roll()
             at = self._tail
         lsn = self.appended_lsn + 1
@@ -293,7 +298,9 @@ class Journal:
         """Seal the open segment and begin the next one. Raises OSError and changes nothing when that fails."""
         number = self._number + 1
         now = max(self._time_ns(), self.last_time_ns)
-        header = SegmentHeader(self.epoch, number, self.appended_lsn + 1, self.durable_lsn, now, self._machine_id)
+        salt = self._make_salt()
+        first_lsn = self.appended_lsn + 1
+        header = SegmentHeader(self.epoch, number, first_lsn, self.durable_lsn, now, self._machine_id, salt)
         try:
             file = self._next.take(number)
             try:
@@ -311,7 +318,7 @@ class Journal:
         self._number = number
         self._tail = SEGMENT_HEADER_BYTES
         self._zero_blocks = 0
-        self._seed = segment_seed(number)
+        self._seed = segment_seed(number, salt)
         self._base = number << POSITION_SHIFT
         self._write_at = file.write_at
         self._next.want(number + 1)

@@ -91,6 +91,25 @@ class MarkerRecord(msgspec.Struct, frozen=True, kw_only=True):
     note: str | None = None
 
 
+def check_machine(machine: MachineConfig) -> None:
+    """Raise FormatError for a machine that `asrfs` never wrote: names, ids, sizes or slots that cannot be."""
+    try:
+        check_name(machine.name, "machine")
+        for disk in machine.disks:
+            check_name(disk.name, "disk")
+            check_disk_size(disk.size_bytes, f"disk {disk.name}")
+    except BadInputError as error:
+        raise FormatError(str(error)) from None
+    slots = [disk.slot for disk in machine.disks]
+    if not all(0 <= slot <= SLOT_MAX for slot in slots) or len(set(slots)) < len(slots):
+        raise FormatError(f"its disks cannot have the slots {slots}"[:200])
+    if not all(is_id(id) for id in (machine.id, *(disk.id for disk in machine.disks))):
+        raise FormatError("the machine or a disk has no id of 32 hexadecimal digits")
+    names = [disk.name for disk in machine.live_disks()]
+    if len(set(names)) < len(names):
+        raise FormatError("two disks have one name")
+
+
 def encode_disk(record: DiskRecord) -> bytes:
     return msgspec.msgpack.encode(record)
 

@@ -6,8 +6,12 @@ Order of a span, which is what keeps I1 and I4:
                                                       ─▶ (caller) tell the disk server ─▶ (caller) free segments
 
 A crash anywhere repeats the span from the persisted position: the same bytes reach the same blocks again, and
-until then the disk server reads those blocks from the journal. A failed write or datasync drops the open image, so
-that the repetition rewrites every byte since the last good datasync through a fresh descriptor.
+until then the disk server reads those blocks from the journal. When only the save failed, the span is not repeated: an
+image never goes back while another task may save a position that is true of its newer state.
+
+A failed datasync is final for what was written before it: asked again, the kernel may say yes to pages it gave up. So a
+failed write or datasync drops the open images, and the next span writes every byte since the last good datasync again
+through a fresh descriptor, from the journal, before it syncs. It never covers less than the one that failed.
 """
 
 from __future__ import annotations
@@ -70,12 +74,12 @@ class Applier:
         self._rounds_max = rounds_max
 
     def apply_span(self, durable_lsn: int) -> Cursor:
-        """Apply records above the persisted position, none above `durable_lsn` (I1); returns the new position.
+        """Apply records above the last good datasync, none above `durable_lsn` (I1); returns the new position.
 
         Covers at most a few rounds, so call again while the result is below `durable_lsn`. Raises OSError or
         TemporaryError (nothing lost, call again), IntegrityError for a corrupt journal or a record that fits no disk.
         """
-        cursor = self._positions.saved.applied
+        cursor = self._positions.current.applied
         touched: set[int] = set()
         try:
             for _ in range(self._rounds_max):

@@ -52,7 +52,7 @@ class ApplierTask:
         self._threads = threads
         self._journal_turn = journal_turn
         self._is_hurried = False
-        self._dropped_lsn = 0
+        self._dropped = Limit(0, -1)
         self._trimmed = Limit(0, 0)
 
     def hurry(self) -> None:
@@ -103,16 +103,17 @@ class ApplierTask:
 
     async def _drop_maps(self) -> None:
         applied = self._positions.saved.applied
-        if applied.lsn > self._dropped_lsn:
-            await self._server.applied(applied.lsn, applied.segment - 1)
-            self._dropped_lsn = applied.lsn
+        if applied.lsn > self._dropped.lsn:
+            dropped = Limit(applied.lsn, applied.segment - 1)
+            await self._server.applied(dropped.lsn, dropped.segment)
+            self._dropped = dropped
 
     async def _trim(self) -> None:
-        limit = freeable(self._positions.saved, self._dropped_lsn)
+        limit = freeable(self._positions, self._dropped)
         if limit.segment <= self._trimmed.segment or limit.lsn <= 0:
             return
         async with self._journal_turn:
-            limit = freeable(self._positions.saved, self._dropped_lsn)
+            limit = freeable(self._positions, self._dropped)
             await self._in_thread(self._trimmer.trim, limit, time.monotonic())
         self._trimmed = limit
 

@@ -1,7 +1,8 @@
 """Frees journal segments nobody needs (I4) and keeps spares ahead of the writer. Blocks; one call at a time.
 
 A segment is freed when all of it is applied and acknowledged by the *saved* positions, and only after the disk server
-has dropped its map: the caller asks for that first and passes on what it answered.
+has dropped its map: the caller asks for that first and passes on what it answered. Where the store has gone back and
+that is not saved yet, the lower position in memory counts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 from asrfs.journal.segments import list_journal
 from asrfs.journal.spares import prepare_spare, trim
-from asrfs.model.positions import Positions
+from asrfs.replication.positions_file import PositionsFile
 from asrfs.storage.interface import Storage
 
 SPARES_MIN = 2
@@ -26,14 +27,17 @@ class Limit(NamedTuple):
     segment: int
 
 
-def freeable(saved: Positions, dropped_lsn: int) -> Limit:
-    """What may be freed: applied and acknowledged (I4), and not read through the disk server's maps any more.
+def freeable(positions: PositionsFile, dropped: Limit) -> Limit:
+    """What may be freed: applied and acknowledged (I4), and `dropped` from the disk server's maps.
 
-    The segment a saved cursor points into stays, so that a restart finds it.
+    The segment a cursor points into stays, so that a restart finds it. `dropped` is asked for by itself: the saved
+    position may have moved on since the disk server was told, and it would read what was freed.
     """
+    saved = positions.saved
+    cursors = (saved.applied, saved.acknowledged, positions.current.acknowledged)
     return Limit(
-        min(saved.applied.lsn, saved.acknowledged.lsn, dropped_lsn),
-        min(saved.applied.segment, saved.acknowledged.segment) - 1,
+        min(dropped.lsn, *(cursor.lsn for cursor in cursors)),
+        min(dropped.segment, *(cursor.segment - 1 for cursor in cursors)),
     )
 
 

@@ -9,7 +9,9 @@ contract suite runs on both:
 - `create`, `rename`, `link` and `unlink` are visible at once. Until `sync_directory` of the directory returns, a power
   loss may undo each of them. A rename is never half-done: the name means the old file or the new one.
 - A file's size and its holes are made durable by `datasync` together with its bytes.
-- A failed `datasync` or `sync` leaves it unknown what is durable. It is never tried again on the same file.
+- A failed `datasync` leaves it unknown what is durable of all that was written before it, for good: the kernel may hold
+  those bytes for clean, and a second try would say yes. It is never tried again on the same descriptor; whoever goes on
+  writes everything since the last good one again, through a fresh descriptor, before that one is synced.
 
 Names are relative to the storage's root, parts joined by `/`. Errors are `OSError`, as from the system; calls that
 were interrupted or wrote less than asked go on by themselves until done, except that a full disk raises ENOSPC.
@@ -18,6 +20,7 @@ were interrupted or wrote less than asked go on by themselves until done, except
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 Bytes = bytes | bytearray | memoryview
@@ -88,18 +91,26 @@ class Storage(Protocol):
 
 
 def write_atomically(storage: Storage, name: str, content: bytes) -> None:
-    """Replace or make `name` so that a crash leaves the old content or the new, and the new once this returns."""
+    """Replace or make `name` so that a crash leaves the old content or the new, and the new once this returns.
+
+    Raises OSError; then nothing else is left of it.
+    """
     directory, _, base = name.rpartition("/")
     temporary = f"{directory}/.{base}.new" if directory else f".{base}.new"
     if storage.exists(temporary):
         storage.unlink(temporary)
     file = storage.create(temporary)
     try:
-        file.write_at([content], 0)
-        file.datasync()
-    finally:
-        file.close()
-    storage.rename(temporary, name)
+        try:
+            file.write_at([content], 0)
+            file.datasync()
+        finally:
+            file.close()
+        storage.rename(temporary, name)
+    except OSError:
+        with suppress(OSError):
+            storage.unlink(temporary)
+        raise
     storage.sync_directory(directory)
 
 

@@ -266,7 +266,10 @@ async def _accept(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 takes a free one. Raises RefusedError when the address cannot be had."""
+    """A listening TCP socket; port 0 takes a free one.
+
+    Raises TemporaryError while somebody else has the port, RefusedError for an address that cannot be had.
+    """
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -280,7 +283,9 @@ def listen(host: str, port: int) -> socket.socket:
         listening.listen(_BACKLOG)
     except (OSError, OverflowError) as error:
         listening.close()
-        raise RefusedError(f"{format_address(host, port)} cannot be listened on: {describe(error)}") from None
+        is_taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        kind = TemporaryError if is_taken else RefusedError
+        raise kind(f"{format_address(host, port)} cannot be listened on: {describe(error)}") from None
     listening.setblocking(False)
     return listening
 

@@ -139,6 +139,24 @@ def fingerprint(certificate: bytes) -> bytes:
     return sha256(certificate).digest()
 
 
+def check_key(pem: bytes, where: str) -> None:
+    """Raise IntegrityError naming `where` unless this is a private key of ours."""
+    try:
+        key = load_pem_private_key(pem, None)
+    except (ValueError, TypeError) as error:
+        raise IntegrityError(f"{where}: not a private key: bring it back from a copy ({error})"[:300]) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise IntegrityError(f"{where}: not an EC private key: bring it back from a copy")
+
+
+def check_certificate(pem: bytes, where: str) -> None:
+    """Raise IntegrityError naming `where` unless this is a certificate."""
+    try:
+        x509.load_pem_x509_certificate(pem)
+    except ValueError as error:
+        raise IntegrityError(f"{where}: not a certificate: bring it back from a copy ({error})"[:300]) from None
+
+
 # ---- contexts ------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +214,13 @@ def _load(load: object, *files: str) -> None:
     try:
         load(*files)
     except ssl.SSLError as error:
-        raise IntegrityError(f"{' or '.join(files)}: cannot be used for TLS ({error.reason or error})") from None
+        raise IntegrityError(f"{_either(files)}: cannot be used for TLS ({error.reason or error})") from None
+    except OSError as error:
+        raise IntegrityError(f"{_either(files)}: cannot be read ({error.strerror})") from None
+
+
+def _either(files: tuple[str, ...]) -> str:
+    return " or ".join(dict.fromkeys(files))
 
 
 def _sign(

@@ -69,9 +69,12 @@ class _ManageConfig(hypercorn.Config):
 
 
 def run(root: str, host: str, data_port: int, manage_port: int, announce: Callable[[Addresses], None]) -> None:
-    """Serve until SIGTERM or SIGINT. Raises RefusedError if the vault is served or an address is taken."""
+    """Serve until SIGTERM or SIGINT. Raises RefusedError if the vault is served or an address is taken,
+    IntegrityError for a damaged catalog."""
     describe(root)
     with lock(root), Vault.open(root, writable=True) as vault:
+        vault.catalog.check_whole()
+        vault.keys.check()
         open_objects(root).sweep()
         data = stream.listen(host, data_port)
         try:

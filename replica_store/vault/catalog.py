@@ -102,6 +102,13 @@ class Catalog:
         found = [str(row[0]) for row in self.select("PRAGMA integrity_check(20)")]
         return [] if found == ["ok"] else found
 
+    def check_whole(self) -> None:
+        """Raise IntegrityError if SQLite finds anything wrong: before writing, so that damage does not spread."""
+        if found := self.check():
+            raise IntegrityError(
+                f"{self.path}: the catalog is damaged ({found[0]}): make it again with `replica-store rebuild`"
+            )
+
     def table(self, name: str) -> list[tuple[Any, ...]]:
         """A whole table in the order of its key, for comparing catalogs."""
         assert name.isidentifier()

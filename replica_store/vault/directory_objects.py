@@ -126,7 +126,7 @@ class DirectoryObjects:
     def _walk(self, directory: str, prefix: str) -> Iterator[str]:
         try:
             names = self._storage.names(directory)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):  # the latter: a file that somebody else put there
             return
         for base in names:
             name = f"{directory}/{base}" if directory else base

@@ -42,14 +42,16 @@ def make_token(vault: Vault, machine_name: str, clock: Clock, lifetime_s: float 
     check_name(machine_name, "machine")
     if not 0 < lifetime_s <= TOKEN_LIFETIME_S_MAX:
         raise BadInputError("a token is good for more than nothing and at most 366 days")
-    secret = secrets.token_bytes(SECRET_BYTES)
+    token = Token(
+        machine=machine_name, secret=secrets.token_bytes(SECRET_BYTES), fingerprint=vault.keys.server_fingerprint()
+    )
     now_ns = clock.time_ns()
     with vault.catalog.transaction():
         vault.catalog.change(
             "INSERT INTO tokens VALUES (?, ?, ?, ?, NULL)",
-            (_digest(secret), machine_name, now_ns, now_ns + int(lifetime_s * NS_PER_SECOND)),
+            (_digest(token.secret), machine_name, now_ns, now_ns + int(lifetime_s * NS_PER_SECOND)),
         )
-    return encode_token(Token(machine=machine_name, secret=secret, fingerprint=vault.keys.server_fingerprint()))
+    return encode_token(token)
 
 
 def enrol(vault: Vault, request: EnrolRequest, clock: Clock, data_port: int) -> EnrolReply:

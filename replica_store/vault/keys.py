@@ -19,7 +19,14 @@ from asrfs.errors import IntegrityError
 from asrfs.format.log_object import KEY_BYTES
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import read_whole, write_atomically
-from asrfs.transport.tls import Credential, fingerprint, make_authority, make_server
+from asrfs.transport.tls import (
+    Credential,
+    check_certificate,
+    check_key,
+    fingerprint,
+    make_authority,
+    make_server,
+)
 
 _NONCE_BYTES = 12
 _KEYS_TYPE = b"asrfs machine keys 1"
@@ -79,11 +86,24 @@ class KeyFiles:
             raise IntegrityError(f"{self.path(name)} is missing: bring it back from a copy of the vault") from None
 
     def authority(self) -> Credential:
-        return Credential(self.read("ca.key"), self.read("ca.crt"))
+        """Raises IntegrityError."""
+        return self._credential("ca")
 
     def server_fingerprint(self) -> bytes:
-        """SHA-256 of the server certificate, which tokens carry."""
-        return fingerprint(self.read("server.crt"))
+        """SHA-256 of the server certificate, which tokens carry. Raises IntegrityError."""
+        return fingerprint(self._credential("server").certificate)
+
+    def check(self) -> None:
+        """Raise IntegrityError if a file of keys that serving will need some day is not sound."""
+        self.authority()
+        self._credential("server")
+        self.sealer()
+
+    def _credential(self, name: str) -> Credential:
+        credential = Credential(self.read(f"{name}.key"), self.read(f"{name}.crt"))
+        check_key(credential.key, self.path(f"{name}.key"))
+        check_certificate(credential.certificate, self.path(f"{name}.crt"))
+        return credential
 
     def sealer(self) -> Sealer:
         """Raises IntegrityError."""

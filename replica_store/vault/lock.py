@@ -21,8 +21,7 @@ class VaultLock:
             raise RefusedError(
                 f"{os.path.dirname(path)} is being served{f' by process {holder}' if holder else ''}: stop it first"
             ) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        os.pwrite(self._fd, f"{os.getpid():<20}\n".encode(), 0)  # in place: needs no space on a full disk
 
     def close(self) -> None:
         os.close(self._fd)

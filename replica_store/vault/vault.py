@@ -214,7 +214,7 @@ def describe(root: str) -> VaultFile:
         raise NotFoundError(f"{root} is not a vault: make one with `replica-store init`")
     try:
         description = msgspec.json.decode(read_whole(DirectoryStorage(root), VAULT_FILE), type=VaultFile)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise IntegrityError(f"{path} cannot be read: {error}") from None
     if description.format != 1:
         raise RefusedError(f"{path}: vault format {description.format} is not known to this program: upgrade it")

@@ -54,14 +54,25 @@ class Inode:
     visible: bytearray = field(default_factory=bytearray)
     durable: bytes = b""
     unsynced: list[Change] = field(default_factory=list)
-    datasync_failed: bool = False
 
     def change(self, change: Change) -> None:
         self.unsynced.append(change)
         change.apply(self.visible)
 
     def copy(self) -> Inode:
-        return Inode(bytearray(self.visible), self.durable, list(self.unsynced), self.datasync_failed)
+        return Inode(bytearray(self.visible), self.durable, list(self.unsynced))
+
+    def datasync(self) -> None:
+        """What was written since the last one, failed ones too, is durable now; nothing from before a failed one is."""
+        content = bytearray(self.durable)
+        for change in self.unsynced:
+            change.apply(content)
+        self.durable = bytes(content)
+        self.unsynced.clear()
+
+    def fail_datasync(self) -> None:
+        """As the kernel does: the bytes stay visible and count as clean, and no later datasync writes them."""
+        self.unsynced.clear()
 
     def after_power_loss(self, fate: Fate, rng: random.Random) -> Inode:
         if fate is Fate.KEPT:

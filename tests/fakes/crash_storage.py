@@ -67,6 +67,7 @@ class CrashFile:
         self._name = name
         self._write = write
         self._open = True
+        self._sync_failed = False
 
     def _at(self, kind: str) -> Inode:
         assert self._open, f"{kind} of {self._name}, which was closed"
@@ -109,15 +110,15 @@ class CrashFile:
         with self._storage.lock:
             assert self._open
             inode = self._storage.inode(self._inode)
-            assert not inode.datasync_failed, f"datasync of {self._name} tried again after it had failed"
+            assert not self._sync_failed, f"datasync of {self._name} tried again after it had failed"
             try:
                 self._storage.enter("datasync", self._name)
             except OSError:
-                inode.datasync_failed = True
+                self._sync_failed = True
+                inode.fail_datasync()
                 raise
             if self._storage.honours_datasync:
-                inode.durable = bytes(inode.visible)
-                inode.unsynced.clear()
+                inode.datasync()
             self._storage.leave("datasync", self._name)
 
     def punch(self, offset: int, length: int) -> None:

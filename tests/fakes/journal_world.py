@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from asrfs.format.record import CARRIES_EXTENT_BYTES, READS_AS_ZEROS, Kind
+from asrfs.format.record import CARRIES_EXTENT_BYTES, READS_AS_ZEROS, RECORD_HEADER_BYTES, Kind
+from asrfs.format.segment import SEGMENT_HEADER_BYTES
 from asrfs.journal.block_map import BlockMap
 from asrfs.journal.disk import JournaledDisk, drop_applied, rebuild_maps
 from asrfs.journal.reader import JournalReader
@@ -25,8 +26,8 @@ from asrfs.storage.interface import Bytes, write_atomically
 from tests.fakes.crash_storage import CrashStorage
 
 MACHINE_ID = b"machine-of-tests"
-RECORDS_A_SEGMENT = 3
-SEGMENT_BYTES = 4096 + RECORDS_A_SEGMENT * (64 + 4096) + 512
+RECORDS_A_SEGMENT = 4
+SEGMENT_BYTES = SEGMENT_HEADER_BYTES + RECORDS_A_SEGMENT * (RECORD_HEADER_BYTES + 4096) + 512
 SECTOR_BYTES = 512
 
 

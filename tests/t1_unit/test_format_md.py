@@ -83,7 +83,7 @@ def test_frame_types() -> None:
 
 def test_sizes_named_in_the_text() -> None:
     assert record.RECORD_HEADER_BYTES == 64
-    assert segment.SEGMENT_HEADER_BYTES == 4096
+    assert segment.SEGMENT_HEADER_BYTES == 8192
     assert segment.SEGMENT_BYTES == 64 << 20
     assert log_object.OBJECT_HEADER_BYTES == 256
     assert frames.FRAME_PAYLOAD_BYTES_MAX == 4 << 20

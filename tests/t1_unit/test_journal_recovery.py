@@ -8,7 +8,7 @@ import pytest
 
 from asrfs.errors import FormatError, IntegrityError
 from asrfs.format.record import Kind
-from asrfs.format.segment import POSITION_MASK, POSITION_SHIFT, SEGMENT_HEADER_BYTES
+from asrfs.format.segment import POSITION_MASK, POSITION_SHIFT, SECOND_COPY_OFFSET, SEGMENT_HEADER_BYTES
 from asrfs.journal.block_map import BlockMap
 from asrfs.journal.disk import rebuild_maps
 from asrfs.journal.recovery import Recovered, recover
@@ -55,6 +55,12 @@ def damage(storage: CrashStorage, name: str, at: int, length: int = 1) -> None:
     found = file.read_at(length, at)
     file.write_at([bytes(byte ^ 0x40 for byte in found)], at)
     file.close()
+
+
+def damage_segment_header(storage: CrashStorage, number: int) -> None:
+    """Both copies."""
+    for copy in (0, SECOND_COPY_OFFSET):
+        damage(storage, segment_name(number), copy + 40)
 
 
 def damage_header(storage: CrashStorage, lsn: int) -> None:
@@ -185,11 +191,13 @@ def test_damage_at_what_the_store_acknowledged_is_corruption(harm: Damage) -> No
 
 def test_a_lost_segment_header_hides_no_durable_record() -> None:
     storage = written(11, synced=6)
-    damage(storage, segment_name(3), 40)
+    damage_segment_header(storage, 3)
     assert look(storage.killed()).last_lsn == 8, "LSN 9 was never durable"
     storage = written(11, synced=9)
     damage(storage, segment_name(3), 40)
-    with pytest.raises(IntegrityError, match="LSN 9 is missing"):
+    assert look(storage.killed()).last_lsn == 11, "one copy of the header is enough"
+    damage_segment_header(storage, 2)
+    with pytest.raises(IntegrityError, match="LSN 5 is missing"):
         look(storage)
 
 
@@ -207,7 +215,7 @@ def test_a_missing_segment_is_corruption_only_if_it_was_durable() -> None:
 
 def test_segments_that_were_cut_become_spares_and_their_numbers_are_not_used_again() -> None:
     storage = written(11, synced=2)
-    damage(storage, segment_name(2), 40)
+    damage_segment_header(storage, 2)
     recovered = look(storage)
     assert recovered.last_lsn == 4
     assert list_journal(storage) == ([1], [2, 3])
@@ -287,7 +295,7 @@ def test_the_applied_segment_stays_even_when_nothing_follows_in_it() -> None:
 
 def test_a_damaged_header_of_the_applied_segment_is_corruption() -> None:
     storage = written(3, synced=3)
-    damage(storage, segment_name(1), 40)
+    damage_segment_header(storage, 1)
     with pytest.raises(IntegrityError, match=f"{segment_name(1)} offset 0"):
         look(storage, Positions(applied=Cursor(lsn=2, segment=1, offset=SEGMENT_HEADER_BYTES + 2 * STEP)))
 
@@ -304,7 +312,8 @@ def test_another_machine() -> None:
 def test_an_unknown_format_is_not_taken_for_a_torn_segment() -> None:
     storage = written(3)
     file = storage.open(segment_name(1), write=True)
-    file.write_at([(7).to_bytes(4, "little")], 8)
+    for copy in (0, SECOND_COPY_OFFSET):
+        file.write_at([(7).to_bytes(4, "little")], copy + 8)
     file.close()
     with pytest.raises(FormatError):
         look(storage)

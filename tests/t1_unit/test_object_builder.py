@@ -17,7 +17,8 @@ from asrfs.format.log_object import (
     decode_index,
     decode_object_header,
 )
-from asrfs.format.record import Kind
+from asrfs.format.record import RECORD_HEADER_BYTES, Kind
+from asrfs.format.segment import SEGMENT_HEADER_BYTES
 from asrfs.journal.reader import JournalReader
 from asrfs.journal.recovery import recover
 from asrfs.journal.writer import Journal
@@ -147,8 +148,8 @@ def test_a_damaged_payload_is_never_built(world: JournalWorld, rng: random.Rando
         world.disks[0].write(0, rng.randbytes(BLOCK))
     world.sync()
     file = world.journal_storage.open(f"{1:016x}.segment", write=True)
-    file.write_at([b"\0"], BLOCK + 64 + 7)
-    file.write_at([b"\1"], BLOCK + 64 + 8)
+    file.write_at([b"\0"], SEGMENT_HEADER_BYTES + RECORD_HEADER_BYTES + 7)
+    file.write_at([b"\1"], SEGMENT_HEADER_BYTES + RECORD_HEADER_BYTES + 8)
     file.close()
     with pytest.raises(IntegrityError, match="LSN 1 "):
         build(world, Cursor())

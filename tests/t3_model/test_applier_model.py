@@ -201,3 +201,68 @@ def test_i4_a_failed_round_moves_no_position(fail: Callable[[CrashStorage], Faul
         after.check()
         finish(AppliedWorld(after, rng))
         after.close()
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_i1_i9_after_a_failed_sync_everything_since_the_last_good_one_is_written_again(
+    at: int, rng: random.Random
+) -> None:
+    """A failed datasync is final for the bytes before it; the applier goes on only by writing them anew."""
+    world = new_world(rng)
+    applied = AppliedWorld(world, rng)
+    applied.applier = Applier(
+        JournalReader(world.journal_storage, MACHINE_ID),
+        applied.positions,
+        applied.images,
+        round_bytes_max=BLOCK,
+        rounds_max=2,
+    )
+    for i in range(8):
+        world.disks[i % 2].write(i * BLOCK, rng.randbytes(BLOCK))
+    world.sync()
+    fault = world.storage.inject(Fault(at=at, kinds=frozenset(("datasync",))))
+    failures = 0
+    while applied.positions.saved.applied.lsn < world.journal.durable_lsn:
+        try:
+            applied.apply_once()
+        except OSError:
+            failures += 1
+    assert failures == fault.fired
+    assert at >= 10 or fault.fired == 1, "two images and the positions are synced in each of four spans"
+    expected = world.model.disks_at(8)
+    lost = world.storage.crash(Fate.LOST, rng)
+    for slot in range(len(SIZES)):
+        assert lost.open(f"images/{slot}").read_at(SIZES[slot], 0) == expected[slot], "I9: applied, but not durable"
+    world.close()
+
+
+def test_i9_an_image_never_goes_back_while_positions_may_be_saved(rng: random.Random) -> None:
+    """Only the save failed. Whoever saves next, whenever, saves what is true of the images at that instant."""
+    world = new_world(rng)
+    applied = AppliedWorld(world, rng)
+    applied.applier = Applier(
+        JournalReader(world.journal_storage, MACHINE_ID), applied.positions, applied.images, round_bytes_max=1
+    )
+    for _ in range(4):
+        world.disks[0].write(0, rng.randbytes(BLOCK))
+    world.sync()
+    fault = world.storage.inject(Fault(at=0, error=errno.ENOSPC, kinds=frozenset(("rename",))))
+    with pytest.raises(OSError):
+        applied.apply_once()
+    assert fault.fired == 1
+
+    def another_task_saves_and_all_are_killed(kind: str, name: str) -> None:
+        if not name.startswith("images/"):
+            return
+        world.storage.after_operation = None
+        applied.positions.save()
+        after = JournalWorld(world.storage.killed(), world.model.copy(), sizes=SIZES)
+        after.check()
+        after.close()
+        world.storage.after_operation = another_task_saves_and_all_are_killed
+
+    world.storage.after_operation = another_task_saves_and_all_are_killed
+    applied.apply_once()
+    world.storage.after_operation = None
+    assert applied.positions.saved.applied.lsn == 4
+    world.close()

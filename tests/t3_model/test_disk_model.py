@@ -10,11 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from asrfs.errors import BadInputError
+from asrfs.format.record import RECORD_HEADER_BYTES
+from asrfs.format.segment import SEGMENT_HEADER_BYTES
 from tests.fakes.crash_storage import CrashStorage, Fate
-from tests.fakes.journal_world import SEGMENT_BYTES, JournalWorld
+from tests.fakes.journal_world import JournalWorld
 
 BLOCK = 4096
 SIZES = (15 * BLOCK + 512, 10 * BLOCK)
+# Room for the longest request here, widened to whole blocks.
+SEGMENT_BYTES = SEGMENT_HEADER_BYTES + RECORD_HEADER_BYTES + 5 * BLOCK + 512
 SLOTS = st.integers(0, 1)
 WHERE = st.floats(0, 1, exclude_max=True)
 LENGTHS = st.one_of(st.sampled_from([1, 512, BLOCK, 2 * BLOCK]), st.integers(1, 4 * BLOCK))
@@ -26,7 +30,7 @@ class DiskAgainstBytes(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 1 << 16))
     def begin(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.world = JournalWorld(CrashStorage(), sizes=SIZES, seed=seed)
+        self.world = JournalWorld(CrashStorage(), sizes=SIZES, seed=seed, segment_bytes=SEGMENT_BYTES)
         self.disks = [bytearray(content) for content in self.world.model.initial]
 
     def _extent(self, slot: int, where: float, length: int, aligned: bool) -> tuple[int, int]:

@@ -259,6 +259,31 @@ def test_i2_power_loss_during_recovery(rng: random.Random) -> None:
     assert crashes >= 600
 
 
+@pytest.mark.parametrize("at", range(4))
+def test_i2_after_a_failed_sync_the_next_start_writes_what_it_finds_again(at: int, rng: random.Random) -> None:
+    """The kernel holds bytes for clean whose sync failed: visible to the next start, gone at the next power loss."""
+    world = JournalWorld(CrashStorage())
+    for i in range(at):
+        world.disks[0].write(i * BLOCK, _block(rng))
+        world.sync()
+    fault = world.storage.inject(Fault(0, kinds=frozenset(("datasync",))))
+    for i in range(8):
+        world.disks[i % 2].write(i * BLOCK, _block(rng))
+    with pytest.raises(OSError, match="sync failed"):
+        world.sync()
+    assert fault.fired == 1
+    with pytest.raises(OSError, match="sync failed"):
+        world.disks[0].write(0, _block(rng))
+    world = world.restart()
+    found = world.recovered.last_lsn
+    assert found == at + 8, "a killed process loses nothing"
+    assert world.journal.durable_lsn == found, "so it may be shipped and applied"
+    world.model.promised_lsn = found
+    world.close()
+    for fate in Fate:
+        check_next_start(world.storage.crash(fate, rng), world.model)
+
+
 # ---- planted bugs: the harness must notice ----
 
 
@@ -297,6 +322,15 @@ def test_i2_negative_control_recovery_does_not_sync_what_it_found(
     with pytest.raises(AssertionError, match=r"I2|durable|I1"):
         for _ in range(3):
             lose_power_everywhere(killed_again_and_again, rng)
+
+
+def test_i2_negative_control_recovery_only_syncs_what_a_failed_sync_left(
+    rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recovery_room._Recovery, "_write_again", lambda recovery, file, segment: None)
+    with pytest.raises(AssertionError, match=r"I2|durable"):
+        for at in range(4):
+            test_i2_after_a_failed_sync_the_next_start_writes_what_it_finds_again(at, rng)
 
 
 def test_i1_negative_control_an_applier_that_steals(rng: random.Random) -> None:

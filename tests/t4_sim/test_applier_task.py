@@ -12,9 +12,10 @@ import trio
 import trio.testing
 
 from asrfs.errors import TemporaryError
+from asrfs.format.segment import SegmentHeader
 from asrfs.journal.disk import drop_applied
 from asrfs.journal.reader import JournalReader
-from asrfs.journal.segments import list_journal
+from asrfs.journal.segments import list_journal, read_header, segment_name
 from asrfs.model.positions import Cursor, Positions
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.applier import Applier, Image
@@ -23,9 +24,9 @@ from asrfs.replication.disk_server import HostPositions
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.ticker import AWAY_ALARM_S, Ticker
-from asrfs.replication.trimmer import Trimmer
+from asrfs.replication.trimmer import Limit, Trimmer, freeable
 from tests.fakes.crash_storage import CrashStorage, Fault
-from tests.fakes.journal_world import MACHINE_ID, JournalWorld
+from tests.fakes.journal_world import MACHINE_ID, RECORDS_A_SEGMENT, JournalWorld
 from tests.fakes.virtual_time import pass_time
 
 BLOCK = 4096
@@ -131,6 +132,27 @@ async def test_what_nobody_syncs_is_durable_within_its_age(
         assert agent.syncs == 1
 
 
+async def test_i1_nothing_that_is_only_appended_is_applied(
+    autojump_clock: trio.testing.MockClock, rng: random.Random
+) -> None:
+    """The disk server has told of twelve records, of which five are durable; nobody syncs the rest."""
+    agent = Agent(rng)
+    agent.write(5)
+    agent.world.sync()
+    durable = (await agent.positions()).durable
+    agent.write(7)
+    async with trio.open_nursery() as nursery:
+        agent.task.hurry()
+        nursery.start_soon(agent.task.run)
+        agent.progress.note_host(appended_lsn=12, durable=durable, epoch=1)
+        await pass_time(30)
+        nursery.cancel_scope.cancel()
+    assert agent.positions_file.saved.applied.lsn == 5
+    images = [image.read_at(image.size(), 0) for image in agent.world.images]
+    agent.world.model.assert_image_never_ahead(images, 5)
+    agent.world.close()
+
+
 async def test_i4_segments_are_freed_in_order_and_only_behind_both_positions(
     autojump_clock: trio.testing.MockClock, rng: random.Random
 ) -> None:
@@ -141,7 +163,7 @@ async def test_i4_segments_are_freed_in_order_and_only_behind_both_positions(
         assert agent.dropped[-1] == (20, agent.progress.applied.segment - 1)
         kept = list_journal(agent.world.journal_storage).segments
         assert kept[0] == 1, "the store has nothing yet"
-        acknowledged = Cursor(lsn=10, segment=4, offset=0)
+        acknowledged = Cursor(lsn=3 * RECORDS_A_SEGMENT, segment=4, offset=0)
         agent.positions_file.change(acknowledged=acknowledged)
         agent.progress.note_acknowledged(acknowledged)
         await pass_time(5)
@@ -150,6 +172,60 @@ async def test_i4_segments_are_freed_in_order_and_only_behind_both_positions(
         agent.progress.wake()
         await pass_time(5)
         assert list_journal(agent.world.journal_storage).segments[0] == 4
+
+
+async def test_i4_a_machine_without_a_store_keeps_every_segment(
+    autojump_clock: trio.testing.MockClock, rng: random.Random
+) -> None:
+    async with working(rng) as agent:
+        for _ in range(5):
+            agent.write(12)
+            await pass_time(5)
+        agent.positions_file.save()
+        agent.progress.wake()
+        await pass_time(5)
+        assert agent.positions_file.saved.applied.lsn == 60
+        segments = list_journal(agent.world.journal_storage).segments
+        assert segments == list(range(1, agent.world.journal.segment + 1)), "nothing of it is at a store"
+
+
+def test_i4_what_the_disk_server_has_not_dropped_stays_although_more_is_applied(rng: random.Random) -> None:
+    """The applied position moves on between the disk server's answer and the trim."""
+    agent = Agent(rng)
+    agent.write(20)
+    agent.world.sync()
+    first = [s.first_lsn for s in headers(agent)]
+    told = Cursor(lsn=first[2] - 1, segment=2, offset=1 << 20)  # all of segment 2, which the cursor still points into
+    end = Cursor(lsn=20, segment=agent.world.journal.segment, offset=1 << 20)
+    agent.positions_file.change(applied=end, acknowledged=end)
+    agent.positions_file.save()
+    limit = freeable(agent.positions_file, Limit(told.lsn, told.segment - 1))
+    assert Trimmer(agent.world.journal_storage, MACHINE_ID).trim(limit, 0.0) == [1]
+    agent.world.close()
+
+
+def test_i4_a_store_that_went_back_keeps_segments_before_that_is_saved(rng: random.Random) -> None:
+    """The handshake lowered the acknowledged position, and the disk is too full to write that down."""
+    agent = Agent(rng)
+    end = Cursor(lsn=20, segment=5, offset=1 << 20)
+    agent.positions_file.change(applied=end, acknowledged=end)
+    agent.positions_file.save()
+    assert freeable(agent.positions_file, Limit(20, 4)) == Limit(20, 4)
+    agent.positions_file.change(acknowledged=Cursor(lsn=5, segment=2, offset=1 << 20))
+    assert freeable(agent.positions_file, Limit(20, 4)) == Limit(5, 1)
+    agent.world.close()
+
+
+def headers(agent: Agent) -> list[SegmentHeader]:
+    """Of all segments, in order."""
+    storage = agent.world.journal_storage
+    found = []
+    for number in list_journal(storage).segments:
+        file = storage.open(segment_name(number))
+        header = read_header(file, number, MACHINE_ID)
+        assert header is not None
+        found.append(header)
+    return found
 
 
 async def test_no_segment_is_freed_while_the_disk_server_may_read_it(

@@ -506,7 +506,7 @@ async def test_silence_ends_a_session_and_heartbeats_keep_it(
         fill(history, 3)
         host, welcome = await world.begin(history)
         for _ in range(10):
-            await trio.sleep(HEARTBEAT_S)
+            await trio.sleep(HEARTBEAT_S)  # sleep: virtual time
             await host.say(Heartbeat(appended_lsn=4, durable_lsn=4, durable_time_ns=1))
             assert isinstance(await host.hear(), Heartbeat)
         await host.ship(objects_of(history, welcome, 9)[0])
@@ -567,12 +567,12 @@ async def test_the_links_say_how_far_hosts_are(scratch: Path, autojump_clock: tr
         world.nursery.start_soon(world.listener.save_links)
         host, _ = await world.begin(history)
         await host.say(Heartbeat(appended_lsn=9, durable_lsn=8, durable_time_ns=77))
-        await trio.sleep(6)
+        await trio.sleep(6)  # sleep: virtual time
         link = world.vault.catalog.link(history.machine_id)
         assert link is not None
         assert (link.connected, link.appended_lsn, link.durable_lsn, link.durable_time_ns) == (True, 9, 8, 77)
         await host.stream.aclose()
-        await trio.sleep(6)
+        await trio.sleep(6)  # sleep: virtual time
         link = world.vault.catalog.link(history.machine_id)
         assert link is not None
         assert not link.connected

@@ -206,12 +206,15 @@ def test_disk_is_announced_late_where_the_journal_has_no_space(
     with pytest.raises(OSError, match="No space left"):
         disk.discard(0, 4096)
     with pytest.raises(OSError, match="No space left"):
-        machine.disks({})
+        machine.fill({"slot": 0, "offset": 0, "length": 4096})
+    machine.disks({})  # another disk that comes meanwhile appears in the same way
+    assert read(machine, "root", 0, 4096) == b"kept" * 1024
     full = False
     write(machine, "root", 0, b"x" * 4096)
+    machine.fill({"slot": 1, "offset": 0, "length": 4096})
     machine.disks({})
     kinds = [(header.kind, header.slot) for header, _ in history(state, machine)]
-    assert kinds == [(5, 0), (5, 1), (1, 0), (5, 0), (1, 0), (5, 1)]
+    assert kinds == [(5, 0), (5, 1), (1, 0), (5, 0), (1, 0), (5, 1), (Kind.FILL, 1)]
     assert read(machine, "root", 0, 4096) == b"x" * 4096
 
 

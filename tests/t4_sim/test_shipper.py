@@ -16,6 +16,7 @@ import trio
 import trio.testing
 
 from asrfs.format.record import Kind
+from asrfs.format.segment import SEGMENT_HEADER_BYTES
 from asrfs.journal.reader import JournalReader
 from asrfs.model.machine import NO_SLOT
 from asrfs.model.positions import Cursor, Positions
@@ -27,7 +28,7 @@ from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.shipper import HOPELESS_RETRY_S, Shipper, StoreAccess
 from asrfs.replication.shipping_session import OBJECTS_UNACKNOWLEDGED_MAX, SILENCE_S_MAX, ShippingSettings, Source
-from asrfs.replication.trimmer import Trimmer, freeable
+from asrfs.replication.trimmer import Limit, Trimmer, freeable
 from asrfs.transport.backoff import Backoff
 from tests.fakes.crash_storage import CrashStorage
 from tests.fakes.journal_world import MACHINE_ID, JournalWorld
@@ -130,6 +131,11 @@ async def shipping(*, seed: int = 1, records: int = 0, begun: bool = True) -> As
     host.world.close()
 
 
+def applied_to(cursor: Cursor) -> Limit:
+    """What a disk server has dropped when it was told that everything up to here is applied."""
+    return Limit(cursor.lsn, cursor.segment - 1)
+
+
 async def test_ships_every_record_in_order(autojump_clock: trio.testing.MockClock) -> None:
     async with shipping(records=20) as host:
         await host.until_acknowledged()
@@ -185,13 +191,13 @@ async def test_i4_a_segment_is_freed_only_when_applied_and_acknowledged(
         end = host.progress.durable
         host.positions.change(applied=end)
         host.positions.save()
-        assert not trimmer.trim(freeable(host.positions.saved, end.lsn), 0.0), "applied, but the store has nothing"
+        assert not trimmer.trim(freeable(host.positions, applied_to(end)), 0.0), "applied, but the store has nothing"
         host.store.nursery.start_soon(host.shipper.run)
         await host.until_acknowledged()
-        assert freeable(host.positions.saved, end.lsn).lsn < end.lsn, "acknowledged is not saved yet"
+        assert freeable(host.positions, applied_to(end)).lsn < end.lsn, "acknowledged is not saved yet"
         await pass_time(1)
-        assert not trimmer.trim(freeable(host.positions.saved, 0), 0.0), "the disk server still reads from them"
-        freed = trimmer.trim(freeable(host.positions.saved, end.lsn), 0.0)
+        assert not trimmer.trim(freeable(host.positions, Limit(0, -1)), 0.0), "the disk server still reads from them"
+        freed = trimmer.trim(freeable(host.positions, applied_to(end)), 0.0)
         assert freed == list(range(1, end.segment)), "all but the segment that is written to"
         host.write(5)
         host.sync()
@@ -256,7 +262,9 @@ async def test_store_set_back_behind_the_trimmed_journal_raises_an_alarm(
         await pass_time(1)
         host.positions.change(applied=host.progress.durable)
         host.positions.save()
-        freed = Trimmer(host.world.journal_storage, MACHINE_ID).trim(freeable(host.positions.saved, 30), 0.0)
+        freed = Trimmer(host.world.journal_storage, MACHINE_ID).trim(
+            freeable(host.positions, applied_to(host.progress.durable)), 0.0
+        )
         assert freed
         await store.hang_up()
         store.acknowledged_lsn, store.last_digest = 2, "22" * 32
@@ -399,7 +407,7 @@ async def test_pause_and_resume(autojump_clock: trio.testing.MockClock) -> None:
 async def test_a_corrupt_journal_is_never_shipped(autojump_clock: trio.testing.MockClock) -> None:
     async with shipping(begun=False, records=8) as host:
         segment = host.world.journal_storage.open(f"{1:016x}.segment", write=True)
-        at = 4096 + 64 + BLOCK + 64 + 100
+        at = SEGMENT_HEADER_BYTES + 64 + BLOCK + 64 + 100
         segment.write_at([bytes([segment.read_at(1, at)[0] ^ 1])], at)
         segment.close()
         host.store.nursery.start_soon(host.shipper.run)

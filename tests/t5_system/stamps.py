@@ -71,7 +71,7 @@ class Stamper:
 
     def _greatest_stamp(self, content: bytes) -> int:
         assert len(content) == self.blocks * BLOCK
-        return max(_STAMP.unpack_from(content, at)[0] for at in range(0, len(content), BLOCK))
+        return max(int(_STAMP.unpack_from(content, at)[0]) for at in range(0, len(content), BLOCK))
 
 
 class StampWriter:

@@ -1,0 +1,232 @@
+"""The store loses power, or is killed, after every operation on its objects: every acknowledged LSN is still there.
+
+One run of ingest is looked at after each operation; each look is continued with each fate of what was not synced and
+with the catalog as it was, set back, or gone. Every listed point must then be the model's bytes, and the history goes
+on to its end. Planted bugs show that the harness would notice.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from asrfs.errors import AsrfsError
+from asrfs.protocol.messages import Acknowledge
+from asrfs.protocol.session import ObjectReceived
+from replica_store.ingest import ingester as ingester_room
+from replica_store.ingest.ingester import Ingester, Taken
+from replica_store.vault import vault as vault_room
+from replica_store.vault.directory_objects import DirectoryObjects
+from replica_store.vault.schema import REBUILDABLE
+from tests.fakes.crash_storage import CHANGING, CrashStorage, Fate, Fault
+from tests.fakes.vault_world import MACHINE_ID, StoreLook, VaultWorld, listed, make_history
+
+Plant = Callable[[pytest.MonkeyPatch], None]
+
+
+def new_world(scratch: Path, rng: random.Random) -> VaultWorld:
+    world = VaultWorld.new(scratch / "vault", rng.randrange(1 << 30))
+    make_history(world.history, rng)
+    return world
+
+
+def next_starts(look: StoreLook, rng: random.Random) -> Iterator[tuple[str, CrashStorage, Path | None]]:
+    """What the next start can find, with the catalog that belongs to it, an older one, or none."""
+    for what, storage in (("killed", look.storage.killed()), *((f.value, look.storage.crash(f, rng)) for f in Fate)):
+        catalog = rng.choice((look.catalogs[-1], look.catalogs[-1], rng.choice(look.catalogs), None))
+        yield f"{what}, catalog {catalog}", storage, catalog
+
+
+def check_next_start(
+    world: VaultWorld, look: StoreLook, storage: CrashStorage, catalog: Path | None, rng: random.Random
+) -> None:
+    after = world.next_start(world.root.parent / "next", storage, catalog)
+    try:
+        after.acknowledged = look.acknowledged
+        after.begin()
+        after.check(rng)
+        after.check(rng, storage.crash(Fate.LOST, rng))  # what the host was welcomed with is durable by then
+        assert after.ingest(rng) == []
+        assert after.acknowledged == world.history.last_lsn
+        after.check(rng, storage.crash(Fate.LOST, rng))
+    finally:
+        after.vault.close()
+        for copy in after.catalogs:
+            copy.unlink()
+
+
+def lose_power_everywhere(scratch: Path, rng: random.Random, step: int = 1) -> int:
+    """Every `step`-th operation × every fate. Returns how many crashes there were."""
+    world = new_world(scratch, rng)
+    crashes = 0
+    try:
+        looks = world.look_at_everything()
+        assert world.ingest(rng) == []
+        world.storage.after_operation = None
+        world.check(rng)
+        assert {"write", "datasync", "link", "sync_directory"} <= {look.kind for look in looks}
+        for number, look in enumerate(looks[rng.randrange(step) :: step]):
+            for what, storage, catalog in next_starts(look, rng):
+                crashes += 1
+                try:
+                    check_next_start(world, look, storage, catalog, rng)
+                except (AssertionError, AsrfsError) as error:
+                    raise AssertionError(
+                        f"crash after operation {number} ({look.kind} {look.name}), {what}: {error}"
+                    ) from error
+    finally:
+        world.vault.close()
+    return crashes
+
+
+@pytest.mark.timeout(240)
+def test_i3_i5_i9_the_store_loses_power_after_every_operation(scratch: Path, rng: random.Random) -> None:
+    assert lose_power_everywhere(scratch, rng) >= 250
+
+
+def test_i3_a_catalog_made_again_is_the_one_that_was_lost(scratch: Path, rng: random.Random) -> None:
+    world = new_world(scratch, rng)
+    assert world.ingest(rng) == []
+    tables = {name: world.vault.catalog.table(name) for name in REBUILDABLE}
+    world.vault.close()
+    after = world.next_start(scratch / "next", world.storage.crash(Fate.LOST, rng), None)
+    assert {name: after.vault.catalog.table(name) for name in REBUILDABLE} == tables
+    after.vault.close()
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
+def test_i3_every_operation_fails(error: int, scratch: Path, rng: random.Random) -> None:
+    """What fails is not acknowledged; the next session of the same store goes on, and so does one after a crash."""
+    for at in range(0, 60, 2):
+        world = new_world(scratch, rng)
+        fault = world.storage.inject(Fault(at, error, kinds=CHANGING, partial=rng.random() * 0.99))
+        errors = world.ingest(rng)
+        if not fault.fired:
+            break
+        assert [each.retryable for each in errors] == [True]
+        look = StoreLook("fault", str(at), world.storage.killed(), world.acknowledged, tuple(world.catalogs))
+        assert world.ingest(rng) == [], "the same process goes on"
+        world.check(rng)
+        for fate in (Fate.LOST, Fate.SUBSET):
+            check_next_start(world, look, look.storage.crash(fate, rng), look.catalogs[-1], rng)
+        world.vault.close()
+        shutil.rmtree(world.root)
+    assert at >= 30, "the fault struck many times"
+
+
+@pytest.mark.parametrize("is_rebuilt", [False, True], ids=["adopted", "rebuilt"])
+def test_i5_no_point_is_listed_behind_a_missing_record(is_rebuilt: bool, scratch: Path, rng: random.Random) -> None:
+    """Objects behind a hole are there and whole, and none of their points counts."""
+    world = new_world(scratch, rng)
+    assert world.ingest(rng) == []
+    rows = world.vault.objects_of(MACHINE_ID, world.history.last_lsn)
+    hole = rows[len(rows) // 2]
+    behind = [lsn for lsn in listed(world.history, world.history.last_lsn) if lsn >= hole.first_lsn]
+    assert behind
+    world.vault.objects.delete(hole.name)
+    before = [catalog for catalog in world.catalogs if received_by(world, catalog) < hole.first_lsn][-1]
+    if is_rebuilt:
+        with pytest.raises(AssertionError, match=f"LSN {hole.first_lsn}..{hole.last_lsn} is missing"):
+            world.next_start(scratch / "next", world.storage, None)
+        after = world.next_start(scratch / "again", world.storage, scratch / "next" / "catalog.sqlite3")
+    else:
+        after = world.next_start(scratch / "next", world.storage, before)
+        after.begin()
+    assert after.vault.received_lsn(MACHINE_ID) == hole.first_lsn - 1
+    points = [point.lsn for point in after.vault.points(MACHINE_ID)]
+    assert points == listed(world.history, hole.first_lsn - 1)
+    after.check(rng)
+    after.vault.close()
+    world.vault.close()
+
+
+def received_by(world: VaultWorld, catalog: Path) -> int:
+    after = world.next_start(world.root.parent / "look", world.storage, catalog)
+    received = after.vault.received_lsn(MACHINE_ID)
+    after.vault.close()
+    return received
+
+
+def test_i6_what_a_superseded_side_left_without_a_row_is_never_taken_in(scratch: Path, rng: random.Random) -> None:
+    """It died between object and row; by the next start the machine has another epoch."""
+    world = new_world(scratch, rng)
+    looks = world.look_at_everything()
+    assert world.ingest(rng) == []
+    world.storage.after_operation = None
+    world.vault.close()
+    linked = [look for look in looks if look.kind == "sync_directory" and look.name.endswith("/log")]
+    for look in rng.sample(linked, 5):
+        after = world.next_start(scratch / "next", look.storage.killed(), look.catalogs[-1])
+        received = after.vault.received_lsn(MACHINE_ID)
+        with after.vault.catalog.transaction():
+            after.vault.catalog.put_machine(replace(after.vault.machine("web1"), epoch=2))
+        _, position, _ = after.begin()
+        assert (position.epoch, position.lsn) == (2, received)
+        after.vault.close()
+
+
+# ---- planted bugs: the harness must notice ----
+
+
+def acknowledges_before_it_stores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch is stored when the next one comes."""
+    real = Ingester.take
+    waiting: list[list[ObjectReceived]] = []
+
+    def take(self: Ingester, batch: list[ObjectReceived]) -> Taken:
+        if waiting:
+            real(self, waiting.pop())
+        waiting.append(batch)
+        said = [Acknowledge(lsn=each.begin.last_lsn, digest=each.content[-32:].hex()) for each in batch]
+        return Taken(said, None)
+
+    monkeypatch.setattr(Ingester, "take", take)
+
+
+def does_not_sync_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        CrashStorage, "honours_datasync", property(lambda self: False, lambda self, value: None), raising=False
+    )
+
+
+def does_not_sync_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        CrashStorage, "honours_directory_sync", property(lambda self: False, lambda self, value: None), raising=False
+    )
+
+
+def does_not_settle_what_it_adopts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DirectoryObjects, "settle", lambda self, prefix: None)
+
+
+def adopts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ingester_room, "adopt", lambda vault, machine: [])
+
+
+def lists_points_inside_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vault_room, "gap_at", lambda gaps, lsn: None)
+
+
+PLANTS: dict[Plant, str] = {
+    acknowledges_before_it_stores: "I3",
+    does_not_sync_the_object: "checksum|magic|short|bytes|log object|I3",
+    does_not_sync_the_name: "no such object|missing|I3",
+    does_not_settle_what_it_adopts: "no such object|missing|I3",
+    adopts_nothing: "I3|exists|assert",
+    lists_points_inside_a_gap: "I5",
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
+def test_i3_i5_negative_control(
+    plant: Plant, scratch: Path, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, AsrfsError), match=PLANTS[plant]):
+        lose_power_everywhere(scratch, rng)
