@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import trio
 from asrfs.consistency.points import Point, PointLog, crash_marker
 from asrfs.daemon.control import Fields
 from asrfs.daemon.control_trio import AsyncHandler
-from asrfs.errors import BadInputError, RefusedError, TemporaryError
+from asrfs.errors import AsrfsError, BadInputError, RefusedError, TemporaryError
 from asrfs.model.machine import encode_marker
 from asrfs.replication.disk_server import DiskServer
 from asrfs.replication.link import Link
@@ -20,6 +21,7 @@ from asrfs.replication.progress import Progress
 from asrfs.replication.shipper import Shipper
 from asrfs.replication.ticker import Ticker
 
+LOOK_S_MAX = 1.0
 RESTART_S_MAX = 10.0
 RETRY_S = 0.05
 
@@ -57,6 +59,8 @@ class AgentVerbs:
         }
 
     async def on_status(self, _request: Fields) -> dict[str, Any]:
+        with contextlib.suppress(AsrfsError), trio.move_on_after(LOOK_S_MAX):
+            await self.ticker.look()  # else it says what was last heard
         return await self.status()
 
     async def on_point_create(self, request: Fields) -> dict[str, Any]:

@@ -104,8 +104,10 @@ class Shipper:
         self._poked.set()
 
     def hurry(self, lsn: int) -> None:
-        """Somebody waits for this LSN: ship it as soon as it is durable, whatever the object's age."""
+        """Somebody waits for this LSN: ship it as soon as it is durable, whatever the object's age, and connect now."""
         self.source.hurry_lsn = max(self.source.hurry_lsn, lsn)
+        if lsn > self.source.progress.acknowledged.lsn:
+            self.retry_now()
         self.source.progress.wake()
 
     async def run(self) -> None:

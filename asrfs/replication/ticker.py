@@ -55,10 +55,15 @@ class Ticker:
             with trio.move_on_after(self._age_s()):
                 await self._poked.wait()
 
-    async def tick(self) -> HostPositions:
-        """One look, and a sync if something is not durable. Raises AsrfsError."""
+    async def look(self) -> HostPositions:
+        """Where the history stands now. Raises AsrfsError."""
         positions = await self._server.positions()
         self._note(positions)
+        return positions
+
+    async def tick(self) -> HostPositions:
+        """One look, and a sync if something is not durable. Raises AsrfsError."""
+        positions = await self.look()
         if positions.appended_lsn > positions.durable.lsn and positions.failed is None:
             positions = await self._server.sync()
             self._note(positions)

@@ -348,6 +348,19 @@ async def test_refused(
         assert not host.alarms.now()
 
 
+async def test_somebody_who_waits_is_not_kept_waiting_by_the_backoff(autojump_clock: trio.testing.MockClock) -> None:
+    async with shipping(begun=False, records=5) as host:
+        store = host.store
+        store.refusal = ("authentication", "not you")
+        store.nursery.start_soon(host.shipper.run)
+        await pass_time(10)
+        store.refusal = None
+        asked_at = trio.current_time()
+        host.shipper.hurry(5)
+        await host.until_acknowledged()
+        assert trio.current_time() - asked_at < 1
+
+
 async def test_backoff_and_the_return_of_the_store(autojump_clock: trio.testing.MockClock) -> None:
     async with shipping(records=5) as host:
         store = host.store
