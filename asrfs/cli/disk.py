@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
+from asrfs.cli.agent import FOREVER_S, call_agent
 from asrfs.cli.invocation import Invocation, pass_invocation
 from asrfs.daemon import disks
 from asrfs.daemon.loop_devices import loop_devices_below
 from asrfs.daemon.state import StateDirectory
-from asrfs.errors import BadInputError, RefusedError
+from asrfs.errors import AsrfsError, BadInputError, RefusedError
 from asrfs.model.machine import DiskConfig
 from asrfs.model.quantities import format_size, parse_size
 from asrfs.terminal.output import pairs, table
@@ -58,17 +59,29 @@ def remove(invocation: Invocation, name: str, yes: bool) -> None:
     """Take DISK off the machine. Its image file stays; so do its points at the store."""
     state = invocation.open_state()
     machine = state.load_machine()
-    found = machine.disk(name)
+    found = machine.disk_to_remove(name)
     _check_not_attached(state, name)
     if not yes:
         raise BadInputError(
             f"this would take disk {name} ({format_size(found.size_bytes)}) off machine {machine.name} and keep its "
             f"image at {state.image_path(found)}: repeat with --yes"
         )
-    document = describe(state, disks.remove(state, name)) | {"removed": True}
+    document = describe(state, disks.remove(state, name, lambda: _apply(state))) | {"removed": True}
     invocation.answer(
         document, lambda out: out.print(f"disk {name} is removed; its image stays at {document['image']}")
     )
+
+
+def _apply(state: StateDirectory) -> None:
+    """Have every write so far in the images, by the agent or, where nobody serves the machine, by ourselves."""
+    try:
+        if state.lock_holder("supervisor") is None and state.lock_holder("agent") is None:
+            disks.apply_unserved(state)
+        else:
+            call_agent(state, "apply", seconds_max=FOREVER_S)
+    except AsrfsError as error:
+        why = f"the image does not hold the disk's last writes yet: {error}; remove the disk again when that is cured"
+        raise type(error)(why) from None
 
 
 def describe(state: StateDirectory, each: DiskConfig) -> dict[str, Any]:

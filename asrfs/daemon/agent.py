@@ -165,8 +165,8 @@ class Agent:
         try:
             with trio.move_on_after(FINAL_S_MAX):
                 await self._ticker.tick()
-                self._applier.hurry()
                 target = self._progress.durable.lsn
+                self._applier.hurry(target)
                 await self._progress.wait_until(lambda: self._progress.applied.lsn >= target)
         except AsrfsError as error:
             log.info("stopping without the disk server: %s", error)
@@ -192,6 +192,7 @@ class Agent:
             server=self._server,
             progress=self._progress,
             ticker=self._ticker,
+            applier=self._applier,
             shipper=self._shipper,
             link=self._link,
             points=self._points,

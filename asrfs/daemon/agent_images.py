@@ -15,7 +15,7 @@ class StateImages:
     """`replication.applier.Images` of a state directory. Used by one thread at a time.
 
     `machine.json` is read again when it was replaced: it names a disk before the history does, and from the moment it
-    says that a disk was removed nothing more is written to that image, which may belong to somebody else by then.
+    says that a disk was released nothing more is written to that image, which may belong to somebody else by then.
     """
 
     def __init__(self, state: StateDirectory) -> None:
@@ -31,11 +31,16 @@ class StateImages:
             raise IntegrityError(
                 f"the history has records of slot {slot}, which {self._state.path(MACHINE_FILE)} does not know"
             )
-        if config.removed:
+        if config.released:
             return None
         file = self._open.get(slot)
         if file is None:
-            file = self._open[slot] = open_path(self._state.image_path(config), write=True)
+            try:
+                file = self._open[slot] = open_path(self._state.image_path(config), write=True)
+            except FileNotFoundError:
+                if config.removed:
+                    return None
+                raise
         return Image(file, config.size_bytes)
 
     def drop(self, slot: int) -> None:
@@ -54,5 +59,5 @@ class StateImages:
             return
         self._disks = {disk.slot: disk for disk in self._state.load_machine().disks}
         self._version = version
-        for slot in [slot for slot in self._open if slot not in self._disks or self._disks[slot].removed]:
+        for slot in [slot for slot in self._open if slot not in self._disks or self._disks[slot].released]:
             self.drop(slot)

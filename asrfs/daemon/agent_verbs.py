@@ -15,6 +15,7 @@ from asrfs.daemon.control import Fields
 from asrfs.daemon.control_trio import AsyncHandler
 from asrfs.errors import AsrfsError, BadInputError, RefusedError, TemporaryError
 from asrfs.model.machine import encode_marker
+from asrfs.replication.applier_task import ApplierTask
 from asrfs.replication.disk_server import DiskServer
 from asrfs.replication.link import Link
 from asrfs.replication.progress import Progress
@@ -36,6 +37,7 @@ class AgentVerbs:
     server: DiskServer
     progress: Progress
     ticker: Ticker
+    applier: ApplierTask
     shipper: Shipper
     link: Link
     points: PointLog
@@ -51,6 +53,7 @@ class AgentVerbs:
             "point_create": self.on_point_create,
             "point_list": self.on_point_list,
             "drain": self.on_drain,
+            "apply": self.on_apply,
             "wait_acknowledged": self.on_wait_acknowledged,
             "pause": self.on_pause,
             "resume": self.on_resume,
@@ -98,6 +101,14 @@ class AgentVerbs:
             "acknowledged": self.progress.acknowledged.lsn,
             "seconds": round(trio.current_time() - started, 3),
         }
+
+    async def on_apply(self, _request: Fields) -> dict[str, Any]:
+        """Wait until the images hold what was appended at the call."""
+        target = (await through_a_restart(self.server.positions)).appended_lsn
+        self.applier.hurry(target)
+        self.ticker.poke()
+        await self.progress.wait_until(lambda: self.progress.applied.lsn >= target)
+        return {"lsn": target, "applied": self.progress.applied.lsn}
 
     async def on_wait_acknowledged(self, request: Fields) -> dict[str, Any]:
         lsn = request.get("lsn")

@@ -1,6 +1,7 @@
 """Adding and removing disks of a machine, whether it is being served or not.
 
     make or claim the image  →  machine.json  →  tell the disk server, which appends the DISK record
+    machine.json: removed  →  tell the disk server  →  apply what was written  →  machine.json: released, claim dropped
 
 What fails before `machine.json` is replaced leaves nothing behind.
 """
@@ -10,10 +11,12 @@ from __future__ import annotations
 import os
 import stat
 import uuid
+from collections.abc import Callable
 
 import msgspec
 
 from asrfs.daemon import control
+from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.state import StateDirectory, next_slot
 from asrfs.errors import AsrfsError, BadInputError, NotFoundError, RefusedError
 from asrfs.model.machine import DiskConfig, MachineConfig
@@ -53,8 +56,13 @@ def add_adopted(state: StateDirectory, name: str, image: str) -> DiskConfig:
     with state.machine_lock():
         machine = state.load_machine()
         _check_name_is_free(machine, name)
-        for other in machine.live_disks():
-            if other.adopted and os.path.exists(other.adopted) and os.path.samefile(other.adopted, path):
+        for other in machine.disks:
+            if (
+                other.adopted
+                and not other.released
+                and os.path.exists(other.adopted)
+                and os.path.samefile(other.adopted, path)
+            ):
                 raise RefusedError(f"{image} is already disk {other.name} of machine {machine.name}")
         _check_not_in_use(path, is_block_device)
         owner = f"{machine.id} {state.root}"
@@ -76,18 +84,41 @@ def add_adopted(state: StateDirectory, name: str, image: str) -> DiskConfig:
     return disk
 
 
-def remove(state: StateDirectory, name: str) -> DiskConfig:
-    """Take a disk off the machine. Its image stays as a file; its points stay at the store."""
-    with state.machine_lock():
-        machine = state.load_machine()
-        disk = machine.disk(name)
-        gone = msgspec.structs.replace(disk, removed=True)
-        disks = tuple(gone if each.slot == disk.slot else each for each in machine.disks)
-        state.save_machine(msgspec.structs.replace(machine, disks=disks))
+def remove(state: StateDirectory, name: str, apply: Callable[[], object]) -> DiskConfig:
+    """Take a disk off the machine. Its image stays as a file and holds every write; its points stay at the store.
+
+    `apply` has everything written so far put into the images. Where it raises, the disk is gone from the machine but
+    its image is not given up: the same call again goes on from there.
+    """
+    disk = _change(state, state.load_machine().disk_to_remove(name), removed=True)
     _tell_disk_server(state)
+    apply()
+    disk = _change(state, disk, released=True)
     if disk.adopted:
+        machine = state.load_machine()
         release(disk.adopted, f"{machine.id} {state.root}")
-    return gone
+    return disk
+
+
+def apply_unserved(state: StateDirectory) -> None:
+    """Have the images of a machine that nobody serves hold everything. Raises RefusedError where somebody does."""
+    lock = state.take_lock("agent")
+    if lock is None:
+        raise RefusedError(f"the agent of {state.root} has just started: try again")
+    try:
+        apply_everything(state)
+    finally:
+        lock.close()
+
+
+def _change(state: StateDirectory, disk: DiskConfig, **fields: bool) -> DiskConfig:
+    def edit(machine: MachineConfig) -> MachineConfig:
+        change = msgspec.structs.replace
+        disks = tuple(change(each, **fields) if each.slot == disk.slot else each for each in machine.disks)
+        return change(machine, disks=disks)
+
+    machine = state.edit_machine(edit)
+    return next(each for each in machine.disks if each.slot == disk.slot)
 
 
 def _enter(state: StateDirectory, machine: MachineConfig, disk: DiskConfig) -> None:
@@ -102,6 +133,8 @@ def _is_entered(state: StateDirectory, disk: DiskConfig) -> bool:
 def _check_name_is_free(machine: MachineConfig, name: str) -> None:
     if any(disk.name == name for disk in machine.live_disks()):
         raise RefusedError(f"machine {machine.name} already has a disk {name}: choose another name")
+    if any(disk.name == name and not disk.released for disk in machine.disks):
+        raise RefusedError(f"disk {name} is not wholly removed: finish that with `asrfs disk remove {name} --yes`")
 
 
 def _measure(image: str, path: str) -> tuple[int, bool]:

@@ -26,7 +26,8 @@ class DiskConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     `slot` numbers it in records and is never reused; `id` names this incarnation (a disk made again under the same
     name is another one); `adopted` is the path of a raw image or block device in use in place, None for our own
-    sparse image; `gap` is true until content from before the history has been read into it.
+    sparse image; `gap` is true until content from before the history has been read into it. A disk that was `removed`
+    takes no more writes; once it is `released` too, its image holds all of them and is nobody's concern here.
     """
 
     slot: int
@@ -35,6 +36,7 @@ class DiskConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     size_bytes: int
     adopted: str | None = None
     removed: bool = False
+    released: bool = False
     gap: bool = False
 
 
@@ -56,6 +58,13 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
             if disk.name == name:
                 return disk
         raise NotFoundError(f"machine {self.name} has no disk {name!r}: see `asrfs disk list`")
+
+    def disk_to_remove(self, name: str) -> DiskConfig:
+        """The disk of that name that is live, or whose removal was not finished. Raises NotFoundError."""
+        for disk in self.disks:
+            if disk.name == name and disk.removed and not disk.released:
+                return disk
+        return self.disk(name)
 
 
 class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -47,7 +47,7 @@ class Images(Protocol):
     """Where the applier finds images. Opening may raise OSError."""
 
     def image(self, slot: int) -> Image | None:
-        """The image of a live disk, None for a removed one. Raises IntegrityError for a slot that never was."""
+        """The image of a disk, None for one that was given up. Raises IntegrityError for a slot that never was."""
 
     def drop(self, slot: int) -> None:
         """Close the image, if it is open, because what it holds is uncertain; `image` opens it again."""

@@ -51,13 +51,13 @@ class ApplierTask:
         self._alarms = alarms
         self._threads = threads
         self._journal_turn = journal_turn
-        self._is_hurried = False
+        self._hurry_lsn = 0
         self._dropped = Limit(0, -1)
         self._trimmed = Limit(0, 0)
 
-    def hurry(self) -> None:
-        """Apply everything durable from now on without waiting."""
-        self._is_hurried = True
+    def hurry(self, lsn: int) -> None:
+        """Somebody waits for this LSN to be in the images."""
+        self._hurry_lsn = max(self._hurry_lsn, lsn)
         self._progress.wake()
 
     async def run(self) -> None:
@@ -96,7 +96,10 @@ class ApplierTask:
         await progress.wait_until(lambda: progress.durable.lsn > progress.applied.lsn)
 
         def is_enough() -> bool:
-            return self._is_hurried or bytes_between(progress.applied, progress.durable) >= APPLY_BYTES
+            return (
+                progress.applied.lsn < self._hurry_lsn
+                or bytes_between(progress.applied, progress.durable) >= APPLY_BYTES
+            )
 
         with trio.move_on_after(APPLY_AGE_S):
             await progress.wait_until(is_enough)

@@ -142,7 +142,7 @@ async def test_i1_nothing_that_is_only_appended_is_applied(
     durable = (await agent.positions()).durable
     agent.write(7)
     async with trio.open_nursery() as nursery:
-        agent.task.hurry()
+        agent.task.hurry(1 << 40)
         nursery.start_soon(agent.task.run)
         agent.progress.note_host(appended_lsn=12, durable=durable, epoch=1)
         await pass_time(30)
@@ -286,7 +286,7 @@ async def test_applying_waits_for_company_unless_hurried(
 ) -> None:
     async with working(rng) as agent:
         if hurried:
-            agent.task.hurry()
+            agent.task.hurry(1 << 40)
         agent.write(2)
         await pass_time(AGE_S + 0.05)
         assert agent.progress.applied.lsn == (2 if hurried else 0)

@@ -89,7 +89,7 @@ def test_every_disk_is_in_the_history_before_its_writes(state: StateDirectory, s
     machine.disks({})
     write(machine, "hot", 0, b"y" * 4096)
     machine.disks({})
-    remove(state, "hot")
+    remove(state, "hot", lambda: None)
     machine.disks({})
     records = history(state, machine)
     disks = {header.lsn: decode_disk(payload) for header, payload in records if header.kind == Kind.DISK}
@@ -105,7 +105,7 @@ def test_next_disk_server_finds_what_was_written_and_says_again_which_disks_ther
 ) -> None:
     machine = serve()
     write(machine, "root", 8192, b"journaled" * 1000)
-    remove(state, "data")
+    remove(state, "data", lambda: None)
     machine = serve()
     assert read(machine, "root", 8192, 9000) == b"journaled" * 1000
     kinds = [(header.kind, header.slot) for header, _ in history(state, machine)]

@@ -440,6 +440,49 @@ def test_disk_is_added_and_removed_while_serving(served: HostUnderTest) -> None:
     assert image.read_bytes() == content, "what was written before the removal is in the image"
 
 
+def test_i7_the_image_of_a_removed_disk_holds_every_write(served: HostUnderTest) -> None:
+    """Also writes nobody synced, and when the command returns: the image may be somebody else's from then on."""
+    image = served.root / "adopted.img"
+    image.write_bytes(pattern(8, 1 << 20))
+    served.asrfs("disk", "add", "theirs", "--image", image)
+    content = pattern(9, 1 << 20)
+    with (served.mount / "theirs.img").open("r+b", buffering=0) as disk:
+        disk.write(content)
+    served.asrfs("disk", "remove", "theirs", "--yes")
+    assert image.read_bytes() == content
+    image.write_bytes(b"theirs again" * 1000)
+    write_through(served.mount / "root.img", content)
+    served.wait_for_next("agent", served.kill("agent"))
+    assert served.stop() == 0
+    assert image.read_bytes() == b"theirs again" * 1000
+
+
+def test_i7_a_removal_that_could_not_finish_keeps_the_image_and_goes_on(served: HostUnderTest) -> None:
+    image = served.root / "adopted.img"
+    image.write_bytes(pattern(10, 1 << 20))
+    served.asrfs("disk", "add", "theirs", "--image", image)
+    content = pattern(11, 1 << 20)
+    served.kill("agent", signal.SIGSTOP)
+    for written in (pattern(12, 1 << 20), content):
+        write_through(served.mount / "theirs.img", written)
+    for role in ("supervisor", "agent", "disk_server"):
+        served.kill(role)
+    run_tool("umount", "--lazy", served.mount)
+    damaged = sorted((served.path / "journal").glob("*.segment"))[0]
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:9000] + bytes(4096) + whole[13096:])
+    refused = served.run("disk", "remove", "theirs", "--yes")
+    assert refused.returncode == 5
+    assert "does not hold the disk's last writes" in refused.stderr
+    for again in (("--image", image), ("--size", "1M")):
+        assert served.run("disk", "add", "theirs", *again).returncode == 4
+    damaged.write_bytes(whole)
+    served.asrfs("disk", "remove", "theirs", "--yes")
+    assert image.read_bytes() == content
+    assert served.run("disk", "remove", "theirs", "--yes").returncode == 3
+    served.asrfs("disk", "add", "theirs", "--image", image)
+
+
 def test_disk_of_the_same_name_is_another_one(served: HostUnderTest) -> None:
     write_through(served.mount / "root.img", pattern(7, 4096))
     served.asrfs("disk", "remove", "root", "--yes")
