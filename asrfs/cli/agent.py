@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from asrfs.daemon import control
+from asrfs.daemon.processes import tell
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import RefusedError
 
@@ -36,5 +37,4 @@ def call_agent(state: StateDirectory, verb: str, *, seconds_max: float = 30.0, *
 
 def tell_agent_to_reload(state: StateDirectory) -> None:
     """Let a running agent read settings and enrolment again; one that is not running will at its start."""
-    if state.lock_holder("agent") is not None:
-        control.call(state.socket_path("agent"), "reload")
+    tell(state, "agent", "reload")

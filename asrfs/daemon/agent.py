@@ -87,6 +87,7 @@ class Agent:
         self._enrolment: tuple[Enrolment | None, bytes] = (None, b"")
         self._stop = trio.Event()
         self._status_turn = trio.Lock()
+        self._change_turn = trio.Lock()
         self._threads = trio.CapacityLimiter(THREADS)
         journal_turn = trio.Lock()
         journal = DirectoryStorage(state.journal)
@@ -129,7 +130,7 @@ class Agent:
         self._note_pause()
         self._filler = self._make_filler()
         self._housekeeping = Housekeeping(
-            state, trimmer, self._progress, self._alarms, self._threads, journal_turn, lambda: self._settings
+            state, trimmer, self._progress, self._alarms, self._threads, lambda: self._settings
         )
         self._first_unacknowledged: tuple[int, int | None] = (-1, None)
 
@@ -248,12 +249,13 @@ class Agent:
             elif self._files.exists(PAUSED_FILE):
                 self._files.unlink(PAUSED_FILE)
 
-        await trio.to_thread.run_sync(write_down, limiter=self._threads)
-        if paused:
-            self._shipper.pause()
-        else:
-            self._shipper.resume()
-        self._note_pause()
+        async with self._change_turn:
+            await trio.to_thread.run_sync(write_down, limiter=self._threads)
+            if paused:
+                self._shipper.pause()
+            else:
+                self._shipper.resume()
+            self._note_pause()
 
     def _note_pause(self) -> None:
         if self._shipper.paused:
@@ -263,13 +265,14 @@ class Agent:
 
     async def _reload(self) -> None:
         """Take over settings and enrolment; another enrolment or certificate begins another session."""
-        self._settings = await trio.to_thread.run_sync(self._state.load_settings, limiter=self._threads)
-        self._shipper.source.settings = shipping_settings(self._settings)
-        before = self._enrolment
-        store = await trio.to_thread.run_sync(self._store, limiter=self._threads)
-        if store is not None and (self._enrolment != before or self._link.state == "refused"):
-            self._shipper.enrolled(store)
-        self._progress.wake()
+        async with self._change_turn:
+            self._settings = await trio.to_thread.run_sync(self._state.load_settings, limiter=self._threads)
+            self._shipper.source.settings = shipping_settings(self._settings)
+            before = self._enrolment
+            store = await trio.to_thread.run_sync(self._store, limiter=self._threads)
+            if store is not None and (self._enrolment != before or self._link.state == "refused"):
+                self._shipper.enrolled(store)
+            self._progress.wake()
 
     async def _status(self) -> dict[str, Any]:
         async with self._status_turn:

@@ -87,7 +87,8 @@ class AgentVerbs:
         return self._describe(point)
 
     async def on_point_list(self, _request: Fields) -> dict[str, Any]:
-        return {"points": [self._describe(point) for point in self.points.points()]}
+        points = await trio.to_thread.run_sync(self.points.points, limiter=self.threads)
+        return {"points": [self._describe(point) for point in points]}
 
     async def on_drain(self, request: Fields) -> dict[str, Any]:
         """Wait until the store has what was appended at the call."""

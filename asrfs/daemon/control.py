@@ -17,6 +17,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ _LENGTH = struct.Struct("<I")
 LENGTH_BYTES = _LENGTH.size
 _CREDENTIALS = struct.Struct("3i")
 _CONNECTIONS_MAX = 64
+_ACCEPT_RETRY_S = 0.1
 _ERROR_CLASSES: dict[int, type[AsrfsError]] = {
     1: TemporaryError,
     2: BadInputError,
@@ -288,12 +290,14 @@ class ControlServer:
     def __init__(self, path: str, handlers: Mapping[str, Handler]) -> None:
         self._handlers = handlers
         self._listener = listen(path)
+        self._closing = False
 
     def start(self) -> None:
         threading.Thread(target=self._accept, name="control", daemon=True).start()
 
     def close(self) -> None:
         """Take no more connections. Requests under way end by themselves."""
+        self._closing = True
         try:
             self._listener.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -305,13 +309,22 @@ class ControlServer:
         while True:
             try:
                 stream, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:  # no descriptors or memory just now, or we are closing
+                if self._closing:
+                    return
+                log.warning("no control connection can be taken: %s", error)
+                time.sleep(_ACCEPT_RETRY_S)
+                continue
             if not slots.acquire(blocking=False):
                 stream.close()
                 continue
             worker = threading.Thread(target=self._serve, args=(stream, slots), name="control", daemon=True)
-            worker.start()
+            try:
+                worker.start()
+            except RuntimeError as error:
+                log.warning("no control connection can be taken: %s", error)
+                stream.close()
+                slots.release()
 
     def _serve(self, stream: socket.socket, slots: threading.BoundedSemaphore) -> None:
         try:

@@ -89,6 +89,7 @@ def serve(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, stopper.on_signal)
     control.start()
     report(arguments.status_fd, "ready")
+    arguments.status_fd = None  # closed: another file may have its number by the time something fails
     if arguments.resume:
         session.resume()
     mount_is_gone = session.run()

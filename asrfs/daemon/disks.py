@@ -1,7 +1,7 @@
 """Adding and removing disks of a machine, whether it is being served or not.
 
     make or claim the image  →  machine.json  →  tell the disk server, which appends the DISK record
-    machine.json: removed  →  tell the disk server  →  apply what was written  →  machine.json: released, claim dropped
+    machine.json: removed  →  tell the disk server  →  apply what was written  →  machine.json: released
 
 What fails before `machine.json` is replaced leaves nothing behind.
 """
@@ -12,13 +12,14 @@ import os
 import stat
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 
-from asrfs.daemon import control
 from asrfs.daemon.final_apply import apply_everything
+from asrfs.daemon.processes import tell
 from asrfs.daemon.state import StateDirectory, next_slot
-from asrfs.errors import AsrfsError, BadInputError, NotFoundError, RefusedError
+from asrfs.errors import AsrfsError, BadInputError, NotFoundError, RefusedError, TemporaryError
 from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.model.names import check_name
 from asrfs.model.quantities import SECTOR_BYTES, check_disk_size
@@ -93,10 +94,11 @@ def remove(state: StateDirectory, name: str, apply: Callable[[], object]) -> Dis
     disk = _change(state, state.load_machine().disk_to_remove(name), removed=True)
     _tell_disk_server(state)
     apply()
-    disk = _change(state, disk, released=True)
     if disk.adopted:
-        machine = state.load_machine()
-        release(disk.adopted, f"{machine.id} {state.root}")
+        release(disk.adopted, f"{state.load_machine().id} {state.root}")
+    disk = _change(state, disk, released=True)
+    with suppress(TemporaryError):  # one that starts now does not touch the image any more
+        _tell_disk_server(state)
     return disk
 
 
@@ -173,5 +175,4 @@ def _remove_image(state: StateDirectory, disk: DiskConfig) -> None:
 
 def _tell_disk_server(state: StateDirectory) -> None:
     """A disk server that runs takes the change over now; one that is away will when it starts."""
-    if state.lock_holder("disk_server") is not None:
-        control.call(state.socket_path("disk_server"), "disks")
+    tell(state, "disk_server", "disks")

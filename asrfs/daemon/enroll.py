@@ -43,8 +43,13 @@ def enroll(state: StateDirectory, store: str, token_text: str) -> dict[str, Any]
     (enrolled with another store), TemporaryError (no answer).
     """
     token = decode_token(token_text)
-    machine = state.load_machine()
     host, port = parse_address(store, MANAGE_PORT_DEFAULT)
+    with state.enrolment_lock():
+        return _enroll(state, host, port, token)
+
+
+def _enroll(state: StateDirectory, host: str, port: int, token: Token) -> dict[str, Any]:
+    machine = state.load_machine()
     if token.machine != machine.name:
         raise BadInputError(f"the token is for machine {token.machine}, and this is {machine.name}: ask for another")
     known = load_enrolment(state)

@@ -28,14 +28,13 @@ SPARE_ROOM_BYTES = 256 << 20
 
 @dataclass(slots=True)
 class Housekeeping:
-    """`settings` gives those in force. `journal_turn` keeps spares and trimming apart."""
+    """`settings` gives those in force."""
 
     state: StateDirectory
     trimmer: Trimmer
     progress: Progress
     alarms: Alarms
     threads: trio.CapacityLimiter
-    journal_turn: trio.Lock
     settings: Callable[[], Settings]
     oldest_segment: int = 0
 

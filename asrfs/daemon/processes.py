@@ -16,12 +16,17 @@ from collections.abc import Sequence
 import trio
 
 import asrfs
+from asrfs.daemon.control import UnreachableError, call
 from asrfs.daemon.logs import LOG_BYTES_MAX
 from asrfs.daemon.sd_notify import VARIABLE as NOTIFY_VARIABLE
 from asrfs.daemon.state import Role, StateDirectory
 
 _CHILD_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 """One thread and few arenas: nobody multiplies matrices here, and memory that is locked should be little."""
+
+START_SECONDS_MAX = 15.0
+"""A process that is started listens by then."""
+_TELL_INTERVAL_S = 0.05
 
 
 class WatchedProcess:
@@ -102,6 +107,22 @@ def adopt(state: StateDirectory, role: Role) -> WatchedProcess | None:
         return process
     process.close()
     return None
+
+
+def tell(state: StateDirectory, role: Role, verb: str) -> None:
+    """Have the process that is this role do `verb`; nothing if nobody is. Raises what it raised, TemporaryError.
+
+    One that is just starting may have read the old state of things already, so it is asked until it listens.
+    """
+    deadline = time.monotonic() + START_SECONDS_MAX
+    while state.lock_holder(role) is not None:
+        try:
+            call(state.socket_path(role), verb)
+            return
+        except UnreachableError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_TELL_INTERVAL_S)
 
 
 def _log_file(state: StateDirectory, role: Role) -> str:

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Served:
-    """A disk in the volume. `config`: what it was when it came."""
+    """A disk in the volume. `config`: what `machine.json` said of it last."""
 
     config: DiskConfig
     disk: JournaledDisk
@@ -61,16 +61,26 @@ class ServedMachine:
         self._announced: dict[int, DiskRecord] = {}
         self._changing = threading.Lock()
         self._images: dict[int, OpenFile] = {}
+        """Held and not served: until the disk is, or while what was written to a removed one is being applied."""
         try:
-            for config in machine.live_disks():
-                self._images[config.slot] = self._open_image(config)
+            self._hold_images(machine)
             self._open_journal(machine, clock)
         except BaseException:
             for image in self._images.values():
                 image.close()
             raise
-        self._take_over(machine)
+        with self._changing:
+            self._take_over(machine)
         log.info("machine %s: LSN %d, %d disks", machine.name, self.journal.appended_lsn, len(self._served))
+
+    def _hold_images(self, machine: MachineConfig) -> None:
+        for config in machine.disks:
+            if not config.released:
+                try:
+                    self._images[config.slot] = self._open_image(config)
+                except NotFoundError:
+                    if not config.removed:
+                        raise
 
     def _open_journal(self, machine: MachineConfig, clock: Clock) -> None:
         positions = self._state.load_positions()
@@ -89,10 +99,18 @@ class ServedMachine:
 
     def reconcile(self) -> None:
         """Take over what changed in `machine.json`."""
-        self._take_over(self._state.load_machine())
+        with self._changing:  # read under the lock, else an older state could be taken over after a newer one
+            self._take_over(self._state.load_machine())
 
-    def announce(self, config: DiskConfig) -> None:
-        """Have the disk's present DISK record in the history. Raises OSError."""
+    def announce_late(self, slot: int) -> None:
+        """Have the DISK record of a served disk in the history, if it had no room there before. Raises OSError."""
+        with self._changing:
+            served = self._served.get(slot)
+            if served is not None:
+                self._announce(served.config)
+
+    def _announce(self, config: DiskConfig) -> None:
+        """Have the disk's present DISK record in the history; under `_changing`. Raises OSError."""
         record = DiskRecord.of(config)
         if self._announced.get(config.slot) != record:
             self.journal.append(Kind.DISK, config.slot, 0, 0, encode_disk(record))
@@ -105,44 +123,50 @@ class ServedMachine:
 
     def close(self) -> None:
         """Close the images, which lets others have them. Only where the process goes on."""
-        for served in self._served.values():
-            served.image.close()
+        for image in [*self._images.values(), *(served.image for served in self._served.values())]:
+            image.close()
 
     # ---- disks ------------------------------------------------------------------------------------------------
 
     def _take_over(self, machine: MachineConfig) -> None:
-        with self._changing:
-            for config in machine.disks:
-                if config.removed:
-                    self._withdraw(config)
-                elif config.slot not in self._served:
-                    self._serve(config)
-                try:
-                    self.announce(config)
-                except OSError as error:
-                    changes = config.slot in self._announced and not config.removed
-                    if changes or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                        raise
-                    log.warning("disk %s is not in the history as it is yet: %s", config.name, error.strerror)
-                    if not config.removed:
-                        late = _UnannouncedDisk(self, config, self._served[config.slot].disk)
-                        self.volume.add(config.name, config.slot, late)
-                    continue
+        """Under `_changing`."""
+        for config in machine.disks:
+            if config.removed:
+                self._withdraw(config)
+            else:
+                self._serve(config)
+            try:
+                self._announce(config)
+            except OSError as error:
+                changes = config.slot in self._announced and not config.removed
+                if changes or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                log.warning("disk %s is not in the history as it is yet: %s", config.name, error.strerror)
                 if not config.removed:
-                    self.volume.add(config.name, config.slot, self._served[config.slot].disk)
+                    late = _UnannouncedDisk(self, config.slot, self._served[config.slot].disk)
+                    self.volume.add(config.name, config.slot, late)
+                continue
+            if not config.removed:
+                self.volume.add(config.name, config.slot, self._served[config.slot].disk)
 
     def _serve(self, config: DiskConfig) -> None:
+        served = self._served.get(config.slot)
+        if served is not None:
+            served.config = config
+            return
         image = self._images.pop(config.slot, None) or self._open_image(config)
         block_map = self._maps.setdefault(config.slot, BlockMap())
         disk = JournaledDisk(config.slot, config.size_bytes, image, self.journal, block_map)
         self._served[config.slot] = _Served(config, disk, image)
 
     def _withdraw(self, config: DiskConfig) -> None:
-        """The disk vanishes; its image stays open for a request under way, but others may have it."""
+        """The disk vanishes. Its image stays open for a request under way; once released, others may have it."""
         served = self._served.pop(config.slot, None)
         if served is not None:
             self.volume.remove(served.config.name)
-            fcntl.flock(served.image.fd, fcntl.LOCK_UN)
+            self._images[config.slot] = served.image
+        if config.released and (image := self._images.pop(config.slot, None)) is not None:
+            fcntl.flock(image.fd, fcntl.LOCK_UN)
 
     def _open_image(self, config: DiskConfig) -> OpenFile:
         path = self._state.image_path(config)
@@ -216,7 +240,7 @@ class ServedMachine:
         if not 0 < length <= FILL_BYTES_MAX:
             raise BadInputError(f"a fill has 1 to {FILL_BYTES_MAX} bytes, not {length}")
         if slot not in self._announced:
-            self.announce(served.config)
+            self.announce_late(slot)
         return {"lsn": served.disk.fill(offset, length)}
 
     def disks(self, request: Fields) -> Fields:
@@ -238,23 +262,23 @@ class ServedMachine:
 class _UnannouncedDisk:
     """A disk whose DISK record could not be appended for lack of space: the first change appends it."""
 
-    def __init__(self, machine: ServedMachine, config: DiskConfig, disk: JournaledDisk) -> None:
+    def __init__(self, machine: ServedMachine, slot: int, disk: JournaledDisk) -> None:
         self._machine = machine
-        self._config = config
+        self._slot = slot
         self._disk = disk
         self.size_bytes = disk.size_bytes
 
     def write(self, offset: int, payload: Bytes) -> None:
-        self._machine.announce(self._config)
+        self._machine.announce_late(self._slot)
         self._disk.write(offset, payload)
 
     def read(self, offset: int, length: int) -> Sequence[Bytes]:
         return self._disk.read(offset, length)
 
     def zero(self, offset: int, length: int) -> None:
-        self._machine.announce(self._config)
+        self._machine.announce_late(self._slot)
         self._disk.zero(offset, length)
 
     def discard(self, offset: int, length: int) -> None:
-        self._machine.announce(self._config)
+        self._machine.announce_late(self._slot)
         self._disk.discard(offset, length)

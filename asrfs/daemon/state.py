@@ -164,6 +164,12 @@ class StateDirectory:
         with self._exclusive("machine.lock"):
             yield
 
+    @contextmanager
+    def enrolment_lock(self) -> Iterator[None]:
+        """Wait for and hold the right to enrol: keys and certificate of one enrolment, never of two."""
+        with self._exclusive("enrolment.lock"):
+            yield
+
     def make_image(self, disk: DiskConfig) -> None:
         """Make the sparse image of a new disk of ours, durable, before `machine.json` names the disk."""
         storage = DirectoryStorage(self.path("images"))

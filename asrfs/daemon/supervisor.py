@@ -131,6 +131,9 @@ class Supervisor:
         """The disk server that runs, and its descriptor; None if there is none. Raises RefusedError."""
         deadline = time.monotonic() + ADOPT_SECONDS_MAX
         while (pid := self._state.lock_holder("disk_server")) is not None or await self._is_one_starting():
+            if pid is not None and pid == self._state.lock_holder("agent"):
+                # The agent of a supervisor that was killed while it stopped: it ends when everything is applied.
+                deadline = time.monotonic() + ADOPT_SECONDS_MAX
             if time.monotonic() >= deadline:
                 raise RefusedError(f"process {pid} serves the disks of this machine and does not answer: end it first")
             if pid is None:
@@ -183,13 +186,20 @@ class Supervisor:
         return flags
 
     def _abandon_mount(self) -> None:
-        """Take the mount away whatever is going on there; requests under way fail."""
+        """Take the mount away, if there is one, whatever is going on there; requests under way fail."""
+        if self._fuse_fd < 0:
+            return
         try:
             fuse_mount.unmount(self._mount, lazily=True)
         except OSError as error:
             log.warning("detaching %s: %s", self._mount, error)
-        os.close(self._fuse_fd)
-        self._fuse_fd = -1
+        self._close_descriptor()
+
+    def _close_descriptor(self) -> None:
+        """Give up our hold on the connection; the last one to do so ends every request under way."""
+        if self._fuse_fd >= 0:
+            os.close(self._fuse_fd)
+            self._fuse_fd = -1
 
     async def _spawn_disk_server(self, *, resume: bool) -> WatchedProcess:
         """Start a disk server and wait until it serves. Raises what it could not start for."""
@@ -255,14 +265,21 @@ class Supervisor:
             dead.close()
             if self._failure is not None:
                 break
+            if self._detached:  # meanwhile nobody wanted one any more
+                self._disk_server.kill()
         if not self._stop.is_set() and self._failure is None:
             say(f"{self._mount} was unmounted from outside: stopping")
         self._disk_server_ended.set()
         self._stop.set()
 
     async def _replace_disk_server(self, delay_s: float) -> bool:
-        """Start another one after `delay_s`; False if it could not start and may be tried again."""
-        await trio.sleep(delay_s)
+        """Start another one after `delay_s`; False if it could not start and may be tried again.
+
+        Once we are stopping there is no delay and one try: it is needed to flush what programs wrote, but who stops
+        must not wait for one that cannot start.
+        """
+        with trio.move_on_after(delay_s):
+            await self._stop.wait()
         try:
             if not self._has_resend:
                 # Requests that the old one had read would wait for ever: end them, begin anew.
@@ -271,13 +288,18 @@ class Supervisor:
                 await self._mount_volume()
             self._disk_server = await self._spawn_disk_server(resume=self._has_resend)
         except IntegrityError as error:
-            say(f"the disk server cannot go on: {error}")
-            self._failure = error
-            self._abandon_mount()
+            self._give_up(error)
         except (AsrfsError, OSError) as error:
             log.error("the disk server could not be started: %s", error)
-            return False
+            if not self._stop.is_set():
+                return False
+            self._give_up(error if isinstance(error, AsrfsError) else TemporaryError(str(error)))
         return True
+
+    def _give_up(self, error: AsrfsError) -> None:
+        say(f"the disk server cannot go on: {error}")
+        self._failure = error
+        self._abandon_mount()
 
     async def _keep_agent(self) -> None:
         pace = RestartPace()
@@ -302,7 +324,7 @@ class Supervisor:
         if self._failure is None:
             await unmounting.release_loop_devices(self._mount, say)
             await self._unmount()
-            os.close(self._fuse_fd)
+            self._close_descriptor()
         images_are_current = await self._stop_agent()
         log.info("stopped")
         return 0 if images_are_current else 1

@@ -34,6 +34,7 @@ _ARGUMENTS_OFFSET = _HEAD_OFFSET + abi.IN_HEADER_BYTES
 log = logging.getLogger(__name__)
 
 _READ_AGAIN = (errno.EINTR, errno.ENOENT, errno.EAGAIN)
+_REQUEST_GONE = (errno.ENOENT, errno.ENODEV)
 _OPEN_FLAGS = abi.FOPEN_DIRECT_IO | abi.FOPEN_PARALLEL_DIRECT_WRITES
 _FORBIDDEN = (
     abi.SYMLINK,
@@ -250,7 +251,8 @@ class DirectSession:
             try:
                 os.write(self._fd, reply)
             except OSError as failure:
-                _forgive(failure)
+                if failure.errno not in _REQUEST_GONE:  # the thread that makes things durable must live on
+                    log.error("an fsync could not be answered: %s", failure)
 
         self._volume.request_sync(answer)
         return ()
@@ -311,7 +313,7 @@ def _refusal(error: Exception, opcode: int, unique: int, node: int) -> bytes:
 
 def _forgive(error: OSError) -> None:
     """A reply may find its request gone (given up by the kernel) or the mount gone; all else is an error."""
-    if error.errno not in (errno.ENOENT, errno.ENODEV):
+    if error.errno not in _REQUEST_GONE:
         raise error
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import threading
 
-from asrfs.journal.segments import list_journal, segment_name, spare_name
+from asrfs.journal.segments import list_journal, segment_name
 from asrfs.storage.interface import File, Storage
 
 
@@ -89,14 +89,14 @@ class NextSegment:
         return file
 
     def _rename_spare(self, number: int) -> File | None:
-        for spare in list_journal(self._storage).spares:
+        for spare in list_journal(self._storage).spare_names():
             try:
-                file = self._storage.open(spare_name(spare), write=True)
+                file = self._storage.open(spare, write=True)
             except FileNotFoundError:
-                continue  # the agent removed it just now
+                continue  # somebody removed it by hand
             try:
                 if file.size() >= self._segment_bytes:
-                    self._storage.rename(spare_name(spare), segment_name(number))
+                    self._storage.rename(spare, segment_name(number))
                     return file
             except FileNotFoundError:
                 pass

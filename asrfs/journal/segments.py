@@ -1,9 +1,12 @@
 """The files of a journal: their names, which there are, their headers, and the records between two bytes of one.
 
-A segment is `{number:016x}.segment`; a spare, `spare-{number:016x}`, is a file that can be made one without new space.
-The number in a file's durable name is never less than that of any segment whose records may still lie in the file, and
-a new segment's number is greater than every number in the directory. So no segment number is used twice, and
-checksums, which cover it, tell old records from new ones.
+A segment is `{number:016x}.segment`. A spare is a file that can be made one without new space: `spare-{number:016x}`
+was segment `number`, `fresh-{count:016x}` never held a record. The number in a file's durable name is never less than
+that of any segment whose records may still lie in the file, and a new segment's number is greater than every number
+in the directory. So no segment number is used twice, and checksums, which cover it, tell old records from new ones.
+
+Disk server and agent rename here without a lock between them. That is safe because no rename ever replaces a name:
+only the disk server gives a spare another name, only the agent frees a segment, and a count is not a segment's number.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from asrfs.storage.interface import File, Storage
 
 _SEGMENT = re.compile(r"([0-9a-f]{16})\.segment")
 _SPARE = re.compile(r"spare-([0-9a-f]{16})")
+_FRESH = re.compile(r"fresh-([0-9a-f]{16})")
 _RECORD = struct.Struct("<4sIQQQQQIIHHI")
 _WRITE = int(Kind.WRITE)
 HOUSEKEEPING_PREFIX = ".spare-"
@@ -42,10 +46,15 @@ HOUSEKEEPING_PREFIX = ".spare-"
 
 
 class Listing(NamedTuple):
-    """Numbers of what there is, ascending."""
+    """Numbers of what there is, ascending; of `fresh` ones their counts."""
 
     segments: list[int]
     spares: list[int]
+    fresh: list[int]
+
+    def spare_names(self) -> list[str]:
+        """Files that can become a segment, those to take first before the others."""
+        return [*map(spare_name, self.spares), *map(fresh_name, self.fresh)]
 
     def largest(self) -> int:
         return max([0, *self.segments[-1:], *self.spares[-1:]])
@@ -76,12 +85,15 @@ def spare_name(number: int) -> str:
     return f"spare-{number:016x}"
 
 
+def fresh_name(count: int) -> str:
+    return f"fresh-{count:016x}"
+
+
 def list_journal(storage: Storage) -> Listing:
     """Segments and spares in the journal's directory; other names are not ours."""
     names = storage.names("")
-    segments = [int(match[1], 16) for match in map(_SEGMENT.fullmatch, names) if match]
-    spares = [int(match[1], 16) for match in map(_SPARE.fullmatch, names) if match]
-    return Listing(sorted(segments), sorted(spares))
+    numbers = ([int(match[1], 16) for match in map(of.fullmatch, names) if match] for of in (_SEGMENT, _SPARE, _FRESH))
+    return Listing(*map(sorted, numbers))
 
 
 def read_header(file: File, number: int, machine_id: bytes, epoch_min: int = 0) -> SegmentHeader | None:

@@ -8,23 +8,27 @@ number (`segments.py`). Freeing goes from the oldest on (I4: the caller passes t
 from __future__ import annotations
 
 from asrfs.format.segment import SEGMENT_BYTES
-from asrfs.journal.segments import HOUSEKEEPING_PREFIX, list_journal, read_header, segment_name, spare_name
+from asrfs.journal.segments import (
+    HOUSEKEEPING_PREFIX,
+    fresh_name,
+    list_journal,
+    read_header,
+    segment_name,
+    spare_name,
+)
 from asrfs.storage.interface import Storage
 
 _PIECE = bytes(1 << 20)
 
 
-def prepare_spare(storage: Storage, number: int | None = None, *, segment_bytes: int = SEGMENT_BYTES) -> int:
-    """Make a spare: written with zeros, durable. Returns its number; without one a free number is taken.
+def prepare_spare(storage: Storage, *, segment_bytes: int = SEGMENT_BYTES) -> int:
+    """Make a fresh spare: written with zeros, durable. Returns its count, the lowest that is free.
 
     Blocks for as long as the disk takes to write it. Raises OSError and leaves nothing; ENOSPC when there is no room.
     """
-    if number is None:
-        listing = list_journal(storage)
-        # The lowest free one, so that it does not push the next segment's number up.
-        taken = {*listing.spares, *listing.segments}
-        number = next(n for n in range(len(taken) + 1) if n not in taken)
-    temporary = f"{HOUSEKEEPING_PREFIX}{number:016x}"
+    taken = set(list_journal(storage).fresh)
+    count = next(n for n in range(len(taken) + 1) if n not in taken)
+    temporary = f"{HOUSEKEEPING_PREFIX}{count:016x}"
     for name in storage.names(""):
         if name.startswith(HOUSEKEEPING_PREFIX):
             storage.unlink(name)
@@ -36,13 +40,13 @@ def prepare_spare(storage: Storage, number: int | None = None, *, segment_bytes:
             file.datasync()
         finally:
             file.close()
-        storage.rename(temporary, spare_name(number))
+        storage.rename(temporary, fresh_name(count))
     except BaseException:
         if storage.exists(temporary):
             storage.unlink(temporary)
         raise
     storage.sync_directory("")
-    return number
+    return count
 
 
 def recycle(storage: Storage, segment_number: int) -> None:
@@ -66,7 +70,7 @@ def trim(
     """
     listing = list_journal(storage)
     freed: list[int] = []
-    spares = len(listing.spares)
+    spares = len(listing.spare_names())
     for number, following in zip(listing.segments, listing.segments[1:], strict=False):
         if through_segment is not None and number > through_segment:
             break

@@ -1,4 +1,6 @@
-"""Frees journal segments nobody needs (I4) and keeps spares ahead of the writer. Blocks; one call at a time.
+"""Frees journal segments nobody needs (I4) and keeps spares ahead of the writer. Blocks.
+
+Two threads may be in here at once: one that trims and one that makes spares.
 
 A segment is freed when all of it is applied and acknowledged by the *saved* positions, and only after the disk server
 has dropped its map: the caller asks for that first and passes on what it answered. Where the store has gone back and
@@ -7,6 +9,7 @@ that is not saved yet, the lower position in memory counts.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from typing import NamedTuple
 
@@ -48,6 +51,7 @@ class Trimmer:
         self._storage = storage
         self._machine_id = machine_id
         self._seen: deque[tuple[float, int]] = deque()
+        self._seen_lock = threading.Lock()
 
     def trim(self, limit: Limit, now_s: float) -> list[int]:
         """Free what `limit` allows; returns the numbers of the segments."""
@@ -63,17 +67,19 @@ class Trimmer:
         """Make one spare if fewer than wanted are there; whether it did. Raises OSError."""
         listing = list_journal(self._storage)
         newest = listing.segments[-1] if listing.segments else 0
-        self._seen.append((now_s, newest))
-        while now_s - self._seen[0][0] > RATE_WINDOW_S:
-            self._seen.popleft()
-        if len(listing.spares) >= self.spares_wanted(now_s):
+        with self._seen_lock:
+            self._seen.append((now_s, newest))
+            while now_s - self._seen[0][0] > RATE_WINDOW_S:
+                self._seen.popleft()
+        if len(listing.spare_names()) >= self.spares_wanted(now_s):
             return False
         prepare_spare(self._storage)
         return True
 
     def spares_wanted(self, now_s: float) -> int:
         """As many as segments were begun in the last few seconds, within bounds."""
-        recent = [number for at, number in self._seen if now_s - at <= RATE_WINDOW_S]
+        with self._seen_lock:
+            recent = [number for at, number in self._seen if now_s - at <= RATE_WINDOW_S]
         consumed = recent[-1] - recent[0] if recent else 0
         return min(SPARES_MAX, max(SPARES_MIN, consumed))
 

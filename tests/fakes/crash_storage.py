@@ -168,7 +168,8 @@ class CrashFile:
 
 class CrashStorage:
     """See the module. `capacity` bounds the bytes of all files. With `honours_datasync` or `honours_directory_sync`
-    False it acknowledges a sync that it did not do: for negative controls."""
+    False it acknowledges a sync that it did not do: for negative controls. `replaces_nothing_in`: directories in which
+    no rename may put a file in the place of another."""
 
     def __init__(
         self, *, capacity: int | None = None, honours_datasync: bool = True, honours_directory_sync: bool = True
@@ -177,6 +178,7 @@ class CrashStorage:
         self.honours_datasync = honours_datasync
         self.honours_directory_sync = honours_directory_sync
         self.lock = threading.RLock()
+        self.replaces_nothing_in: set[str] = set()
         self.operations = 0
         self.log: list[tuple[str, str]] = []
         self.after_operation: Callable[[str, str], None] | None = None
@@ -217,6 +219,8 @@ class CrashStorage:
         with self.lock:
             number = self._lookup(old)
             self._check_parent(new)
+            if directory_of(new) in self.replaces_nothing_in:
+                assert new not in self._names, f"rename of {old} replaces {new}"
             self.enter("rename", new)
             if self._names.get(new) != number:
                 self._change_names(NameChange(old, new, number))
@@ -354,6 +358,7 @@ class CrashStorage:
             honours_directory_sync=self.honours_directory_sync,
         )
         after._directories = set(self._directories)
+        after.replaces_nothing_in = set(self.replaces_nothing_in)
         return after
 
     def _change_names(self, change: NameChange) -> None:

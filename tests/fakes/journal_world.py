@@ -149,6 +149,7 @@ class JournalWorld:
         self.segment_bytes = segment_bytes
         self.steals = steals
         self.journal_storage = storage.below("journal")
+        storage.replaces_nothing_in.add("journal")
         self.image_storage = storage.below("images")
         self.clock = StepClock()
         if model is None:

@@ -277,11 +277,12 @@ def test_a_scan_of_every_prefix_of_two_records() -> None:
 def test_a_prepared_spare_is_whole_written_and_durable() -> None:
     storage = CrashStorage()
     assert [prepare_spare(storage, segment_bytes=3 * MiB + 512) for _ in range(2)] == [0, 1]
-    assert prepare_spare(storage, 77, segment_bytes=SMALL) == 77
-    assert storage.names("") == ["spare-0000000000000000", "spare-0000000000000001", "spare-000000000000004d"]
+    storage.rename("fresh-0000000000000000", "spare-0000000000000000")
+    assert prepare_spare(storage, segment_bytes=SMALL) == 0, "counts are used again, unlike a segment's number"
+    assert storage.names("") == ["fresh-0000000000000000", "fresh-0000000000000001", "spare-0000000000000000"]
     assert storage.open("spare-0000000000000000").size() == 3 * MiB + 512
     assert sum(1 for kind, _ in storage.log if kind == "write") == 4 + 4 + 1
-    assert storage.unsynced_bytes("spare-0000000000000000") == 0
+    assert storage.unsynced_bytes("fresh-0000000000000001") == 0
     assert storage.log[-1] == ("sync_directory", "")
 
 
@@ -294,7 +295,7 @@ def test_a_spare_that_failed_leaves_nothing_and_what_died_is_swept() -> None:
         prepare_spare(storage, segment_bytes=SMALL)
     with pytest.raises(OSError):
         prepare_spare(storage, segment_bytes=4 * SMALL)
-    assert storage.names("") == ["spare-0000000000000000"]
+    assert storage.names("") == ["fresh-0000000000000000"]
     storage.assert_fired()
 
 
@@ -305,7 +306,7 @@ def test_i4_only_whole_segments_at_or_below_the_lsn_are_freed() -> None:
         write(journal, 13)
         freed = trim(storage, MACHINE_ID, through, spares_max=1, segment_bytes=SMALL)
         assert freed == list(range(1, through // 4 + 1))
-        assert list_journal(storage) == (list(range(through // 4 + 1, 5)), [1] if freed else [])
+        assert list_journal(storage) == (list(range(through // 4 + 1, 5)), [1] if freed else [], [])
         assert trim(storage, MACHINE_ID, through, spares_max=1, segment_bytes=SMALL) == []
         journal.close()
 
@@ -315,7 +316,7 @@ def test_i4_nothing_behind_the_segment_the_maps_still_need_is_freed() -> None:
     journal = begin(storage)
     write(journal, 13)
     assert trim(storage, MACHINE_ID, 13, spares_max=0, through_segment=2, segment_bytes=SMALL) == [1, 2]
-    assert list_journal(storage) == ([3, 4], [])
+    assert list_journal(storage) == ([3, 4], [], [])
     assert trim(storage, MACHINE_ID, 13, spares_max=0, segment_bytes=SMALL) == [3]
     journal.close()
 

@@ -218,7 +218,7 @@ def test_segments_that_were_cut_become_spares_and_their_numbers_are_not_used_aga
     damage_segment_header(storage, 2)
     recovered = look(storage)
     assert recovered.last_lsn == 4
-    assert list_journal(storage) == ([1], [2, 3])
+    assert list_journal(storage) == ([1], [2, 3], [])
     assert recovered.next_segment_number == 4
     again = look(storage)
     assert (again.last_lsn, again.next_segment_number, again.cut) == (4, 4, None)
@@ -227,14 +227,14 @@ def test_segments_that_were_cut_become_spares_and_their_numbers_are_not_used_aga
 def test_an_empty_last_segment_becomes_a_spare_and_a_part_of_one_goes() -> None:
     storage = written(4)
     begin(storage).close()
-    assert list_journal(storage) == ([1, 2], [])
+    assert list_journal(storage) == ([1, 2], [], [])
     file = storage.create(segment_name(3))
     file.allocate(SMALL - 1)
     file.close()
     recovered = look(storage)
     assert recovered.last_lsn == 4
     assert recovered.cut is None
-    assert list_journal(storage) == ([1], [2])
+    assert list_journal(storage) == ([1], [2], [])
     assert recovered.next_segment_number == 4
 
 
@@ -366,7 +366,8 @@ def test_a_failed_sync_of_what_was_found_is_an_error() -> None:
 
 def test_spares_and_other_names_do_not_disturb() -> None:
     storage = written(3)
-    prepare_spare(storage, 50, segment_bytes=SMALL)
+    prepare_spare(storage, segment_bytes=SMALL)
+    storage.rename("fresh-0000000000000000", spare_name(50))
     for name in ("README", "1.segment", "0000000000000009.segment.bak"):
         storage.create(name).close()
     recovered = look(storage)

@@ -142,13 +142,13 @@ def test_a_flood_of_zeros_rolls_before_the_maps_grow() -> None:
 
 def test_a_spare_is_used_before_a_new_file_is_made() -> None:
     storage = CrashStorage()
-    prepare_spare(storage, 0, segment_bytes=SMALL)
-    prepare_spare(storage, 1, segment_bytes=SMALL - 512)
+    for segment_bytes in (SMALL, SMALL - 512):
+        prepare_spare(storage, segment_bytes=segment_bytes)
     journal = begin(storage)
-    assert list_journal(storage) == ([2], [1]), "spare 0 is taken, spare 1 is too short"
+    assert list_journal(storage) == ([1], [], [1]), "the first is taken, the second is too short"
     for _ in range(5):
         write(journal)
-    assert list_journal(storage) == ([2, 3], [1])
+    assert list_journal(storage) == ([1, 2], [], [1])
     journal.close()
 
 

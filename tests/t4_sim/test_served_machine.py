@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,14 +14,14 @@ import pytest
 from asrfs.daemon.disks import add_sized, remove
 from asrfs.daemon.served_machine import FILL_BYTES_MAX, ServedMachine
 from asrfs.daemon.state import StateDirectory
-from asrfs.errors import BadInputError, FormatError, IntegrityError, NotFoundError, RefusedError
+from asrfs.errors import BadInputError, FormatError, IntegrityError, NotFoundError, RefusedError, TemporaryError
 from asrfs.format.record import Kind, RecordHeader
 from asrfs.journal.reader import JournalReader
 from asrfs.journal.writer import Journal
-from asrfs.model.machine import MarkerRecord, decode_disk, decode_marker, encode_marker
+from asrfs.model.machine import MachineConfig, MarkerRecord, decode_disk, decode_marker, encode_marker
 from asrfs.model.names import id_bytes
 from asrfs.model.positions import Cursor
-from asrfs.storage.directory import DirectoryStorage
+from asrfs.storage.directory import DirectoryStorage, open_path
 from asrfs.storage.system_clock import SystemClock
 
 Open = Callable[[], ServedMachine]
@@ -111,6 +112,47 @@ def test_next_disk_server_finds_what_was_written_and_says_again_which_disks_ther
     kinds = [(header.kind, header.slot) for header, _ in history(state, machine)]
     assert kinds == [(5, 0), (5, 1), (1, 0), (5, 0), (5, 1)]
     assert list(machine.volume.nodes) == [b"root.img"]
+
+
+def test_i7_the_image_of_a_removed_disk_is_held_until_it_is_released(state: StateDirectory, serve: Open) -> None:
+    """The applier may still write to it: nobody else may have it meanwhile, block devices included."""
+    machine = serve()
+    image = open_path(state.image_path(state.load_machine().disk("data")))
+
+    def check_held() -> None:
+        machine.disks({})
+        assert list(machine.volume.nodes) == [b"root.img"]
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(image.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def fail() -> None:
+        check_held()
+        raise TemporaryError("not now")
+
+    with pytest.raises(TemporaryError, match="not now"):
+        remove(state, "data", fail)
+    machine = serve()
+    remove(state, "data", check_held)
+    machine.disks({})
+    fcntl.flock(image.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    image.close()
+
+
+def test_i7_an_older_state_is_never_taken_over_after_a_newer_one(
+    state: StateDirectory, serve: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two verbs at once: what one of them read must not wait while the other one reads and acts."""
+    machine = serve()
+    reads = []
+
+    def load(self: StateDirectory) -> MachineConfig:
+        reads.append(machine._changing.locked())
+        return real(self)
+
+    real = StateDirectory.load_machine
+    monkeypatch.setattr(StateDirectory, "load_machine", load)
+    machine.disks({})
+    assert reads == [True]
 
 
 def test_positions_are_those_of_one_instant(serve: Open) -> None:

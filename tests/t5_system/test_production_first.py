@@ -88,7 +88,7 @@ def test_i8_writes_keep_their_speed_and_never_fail(lab: Lab, fault: str, rng: ra
     try:
         slow_s = min(seconds(write) for _ in range(3))
         if fault == "both hang":
-            for spare in (lab.state / "journal").glob("spare-*"):
+            for spare in (lab.state / "journal").glob("[sf][pr]*-*"):
                 spare.unlink()
             write_large(lab.disks / "large.img")
             slow_s = max(slow_s, min(seconds(write) for _ in range(2)))

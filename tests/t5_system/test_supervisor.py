@@ -382,6 +382,41 @@ def test_kernel_without_resend_is_announced_and_survived(scratch: Path) -> None:
     assert host.stop() == 0
 
 
+@pytest.mark.parametrize("program", ["asrfs.cli.main", "tests.fakes.old_kernel"])
+def test_disk_server_that_cannot_start_for_a_while_comes_back(scratch: Path, program: str) -> None:
+    """Its image is away, twice in a row; with it the disks come back, on the same mount or, on an old kernel, anew."""
+    host = HostUnderTest(scratch, program=program)
+    host.init(root="8M")
+    host.serve()
+    content = pattern(13, 1 << 20)
+    write_through(host.mount / "root.img", content)
+    image = host.image("root")
+    away = image.rename(image.with_suffix(".away"))
+    dead = host.kill("disk_server")
+    log = Path(host.state.log_path("supervisor"))
+    wait_until(lambda: log.read_text().count("could not be started") >= 3, what="some vain tries")
+    away.rename(image)
+    host.wait_for_next("disk_server", dead)
+    wait_until(lambda: (host.mount / "root.img").exists(), what="the disk")
+    assert (host.mount / "root.img").read_bytes()[: 1 << 20] == content
+    assert len(mounts_below(host.mount)) == 1
+    assert host.stop() == 0
+
+
+def test_a_stop_ends_although_the_disk_server_cannot_start(served: HostUnderTest) -> None:
+    content = pattern(14, 1 << 20)
+    write_through(served.mount / "root.img", content)
+    image = served.image("root")
+    away = image.rename(image.with_suffix(".away"))
+    served.kill("disk_server")
+    assert served.stop() == 3
+    assert f"the image {image} of disk root does not exist" in served.said()
+    assert mounts_below(served.mount) == []
+    away.rename(image)
+    served.serve()
+    assert (served.mount / "root.img").read_bytes()[: 1 << 20] == content
+
+
 def test_full_filesystem_below_the_journal_refuses_writes_until_there_is_space(scratch: Path) -> None:
     """Nothing acknowledged is lost, reads go on, and a disk server that dies meanwhile comes back."""
     small = make(scratch / "small")
