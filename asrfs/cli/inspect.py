@@ -106,7 +106,7 @@ def describe_segment(content: bytes, path: str) -> dict[str, Any]:
         "epoch": header.epoch,
         "first_lsn": header.first_lsn,
         "last_lsn": records[-1]["lsn"] if records else header.first_lsn - 1,
-        "created": format_time(header.created_ns),
+        "after": format_time(header.last_time_ns) if header.last_time_ns else None,
         "damaged": damaged,
         "records": records,
     }

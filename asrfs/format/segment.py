@@ -24,6 +24,7 @@ _HEADER = struct.Struct("<8sIIQQQQ16sQ")
 
 class SegmentHeader(NamedTuple):
     """`first_lsn` is the LSN its first record has, or would have. `durable_lsn`: known durable at its creation.
+    `last_time_ns`: time of the record before the first, 0 for none: with it two histories can be told apart there.
 
     `salt` is drawn anew for each segment; the checksums of its record headers start from it, so nobody who only
     writes to the disk can make bytes that look like a record.
@@ -33,7 +34,7 @@ class SegmentHeader(NamedTuple):
     number: int
     first_lsn: int
     durable_lsn: int
-    created_ns: int
+    last_time_ns: int
     machine_id: bytes
     salt: int
 

@@ -297,10 +297,11 @@ class Journal:
     def _roll(self) -> None:
         """Seal the open segment and begin the next one. Raises OSError and changes nothing when that fails."""
         number = self._number + 1
-        now = max(self._time_ns(), self.last_time_ns)
         salt = self._make_salt()
         first_lsn = self.appended_lsn + 1
-        header = SegmentHeader(self.epoch, number, first_lsn, self.durable_lsn, now, self._machine_id, salt)
+        header = SegmentHeader(
+            self.epoch, number, first_lsn, self.durable_lsn, self.last_time_ns, self._machine_id, salt
+        )
         try:
             file = self._next.take(number)
             try:

@@ -28,13 +28,17 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True):
-    """Store's answer. The host goes on at `acknowledged_lsn + 1`, sealing with keys derived from `session_salt`."""
+    """Store's answer. The host goes on at `acknowledged_lsn + 1`, sealing with keys derived from `session_salt`.
+
+    `acknowledged_time_ns`: time of record `acknowledged_lsn`, 0 for none. The host compares it with that of its own.
+    """
 
     protocol: int
     store_id: str
     session_salt: bytes
     epoch: int
     acknowledged_lsn: int
+    acknowledged_time_ns: int
     last_digest: str
 
 

@@ -2,7 +2,10 @@
 
 The store's word decides what is durable there (I3). It may know more than we do: an acknowledgement was lost. It may
 know less: it was rolled back or replaced, and only what the journal still has can be sent again (I4). It must never
-know more than we ever made durable, or something else under the same LSN.
+know more than we ever made durable, or something else under the same LSN. A host that was set back to a backup, or
+cloned, has the same numbers for other records once it has written enough: so the last record that the store has is
+compared with ours of the same LSN, by its time. Times are drawn at nanoseconds when a record is appended and never go
+back, so what agrees in one record agrees in all before it.
 """
 
 from __future__ import annotations
@@ -52,6 +55,15 @@ def check_same_history(host: Side, durable_lsn: int, store: Side) -> None:
         raise DivergedError(
             f"host and store hold different log objects up to LSN {host.acknowledged_lsn}: "
             f"{host.last_digest[:16]}… here, {store.last_digest[:16]}… there"
+        )
+
+
+def check_same_record(lsn: int, host_time_ns: int, store_time_ns: int) -> None:
+    """Raise DivergedError unless record `lsn` is the same one on both sides."""
+    if host_time_ns != store_time_ns:
+        raise DivergedError(
+            f"record {lsn} of this host (time {host_time_ns}) is not the record {lsn} that the store holds (time "
+            f"{store_time_ns}): the host was set back or cloned, and what it wrote since is not in the replica"
         )
 
 

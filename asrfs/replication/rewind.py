@@ -14,7 +14,8 @@ _PIECE_RECORDS_MAX = 64 * 1024
 
 
 def cursor_at(storage: Storage, machine_id: bytes, reader: JournalReader, start: Cursor, lsn: int) -> Cursor:
-    """The place just after record `lsn`. `start` is a good cursor; reading begins there unless it lies behind `lsn`.
+    """The place just after record `lsn`, with the time of that record. `start` is a good cursor; reading begins there
+    unless it lies behind `lsn`.
 
     Raises StoreLostError when the journal does not have record `lsn + 1` any more, IntegrityError when it is corrupt.
     """
@@ -41,4 +42,4 @@ def _start_of(storage: Storage, machine_id: bytes, lsn: int) -> Cursor:
     if best is None:
         check_can_resend(lsn, oldest)
         return Cursor(lsn=lsn)
-    return Cursor(lsn=best.first_lsn - 1, segment=best.number, offset=SEGMENT_HEADER_BYTES)
+    return Cursor(lsn=best.first_lsn - 1, segment=best.number, offset=SEGMENT_HEADER_BYTES, time_ns=best.last_time_ns)

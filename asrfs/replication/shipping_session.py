@@ -38,7 +38,13 @@ from asrfs.protocol.session import Bytes, Event, Session, State
 from asrfs.replication.object_builder import BuiltObject, MachineKeys, ObjectBuilder
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress, bytes_between
-from asrfs.replication.reconciliation import Side, StoreLostError, check_same_history, refusal
+from asrfs.replication.reconciliation import (
+    Side,
+    StoreLostError,
+    check_same_history,
+    check_same_record,
+    refusal,
+)
 from asrfs.replication.rewind import cursor_at
 from asrfs.storage.interface import Storage
 from asrfs.transport.stream import ByteStream
@@ -165,6 +171,7 @@ class ShippingSession:
             cursor = ours.acknowledged
             if welcome.acknowledged_lsn != cursor.lsn:
                 cursor = await self._locate(welcome.acknowledged_lsn)
+            check_same_record(cursor.lsn, cursor.time_ns, welcome.acknowledged_time_ns)
             source.positions.change(acknowledged=cursor, last_digest=welcome.last_digest)
             if cursor.lsn < ours.acknowledged.lsn:
                 await source.in_thread(source.positions.save)
@@ -347,7 +354,7 @@ def _check_welcome(welcome: Welcome) -> None:
     """Raise ProtocolError for a WELCOME that makes no sense."""
     if welcome.protocol != PROTOCOL_VERSION:
         raise ProtocolError(f"the store speaks protocol {welcome.protocol}, this program {PROTOCOL_VERSION}")
-    if len(welcome.session_salt) != SALT_BYTES or welcome.acknowledged_lsn < 0:
+    if len(welcome.session_salt) != SALT_BYTES or min(welcome.acknowledged_lsn, welcome.acknowledged_time_ns) < 0:
         raise ProtocolError("the store's WELCOME has a salt or LSN that cannot be")
     try:
         digest = bytes.fromhex(welcome.last_digest)

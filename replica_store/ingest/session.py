@@ -122,6 +122,7 @@ class StoreSession:
                 session_salt=salt,
                 epoch=position.epoch,
                 acknowledged_lsn=position.lsn,
+                acknowledged_time_ns=position.time_ns,
                 last_digest=position.digest_hex,
             )
         )

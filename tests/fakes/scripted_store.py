@@ -96,6 +96,7 @@ class ScriptedStore:
     keys: MachineKeys
     epoch: int = 1
     acknowledged_lsn: int = 0
+    times_ns: list[int] = field(default_factory=list)
     last_digest: str = ""
     records: list[Received] = field(default_factory=list)
     objects: list[tuple[int, int]] = field(default_factory=list)
@@ -192,8 +193,15 @@ class ScriptedStore:
             session_salt=self.sessions.to_bytes(32, "little"),
             epoch=self.epoch,
             acknowledged_lsn=self.acknowledged_lsn,
+            acknowledged_time_ns=self._time_ns(),
             last_digest=self.last_digest,
         )
+
+    def _time_ns(self) -> int:
+        """Of the last record that is here; of one that never came, something that cannot be."""
+        if not self.acknowledged_lsn:
+            return 0
+        return self.times_ns[self.acknowledged_lsn - 1] if self.acknowledged_lsn <= len(self.times_ns) else 1
 
     def _keep(self, received: ObjectReceived) -> Acknowledge:
         """Open the object, check that it follows, keep its records: they are durable here now."""
@@ -210,8 +218,10 @@ class ScriptedStore:
         for i in range(header.frame_count):
             at, length = table.extent(i)
             payload += table.open_frame(i, content[at : at + length], keys.payload)
+        del self.times_ns[header.first_lsn - 1 :]
         for i in range(len(index)):
             self.records.append(_record_of(index, i, payload))
+            self.times_ns.append(int(index.time_ns[i]))
         self.objects.append((header.first_lsn, header.last_lsn))
         self.acknowledged_lsn, self.last_digest = header.last_lsn, digest.hex()
         return Acknowledge(lsn=header.last_lsn, digest=digest.hex())

@@ -43,6 +43,7 @@ WELCOME = Welcome(
     session_salt=bytes(range(32)),
     epoch=1,
     acknowledged_lsn=7,
+    acknowledged_time_ns=9,
     last_digest="cd" * 32,
 )
 REFUSED = Refused(code="fenced", text="no")

@@ -51,9 +51,15 @@ class InlineSource(Source):
 class Host:
     """A machine's journal and its shipper. `saved`: every positions that was saved."""
 
-    def __init__(self, store: ScriptedStore, seed: int = 1, positions: Positions | None = None) -> None:
+    def __init__(
+        self,
+        store: ScriptedStore,
+        seed: int = 1,
+        world: JournalWorld | None = None,
+        positions: Positions | None = None,
+    ) -> None:
         self.rng = random.Random(seed)
-        self.world = JournalWorld(CrashStorage(), seed=seed)
+        self.world = world or JournalWorld(CrashStorage(), seed=seed)
         self.store = store
         self.saved: list[Positions] = []
         self.positions = PositionsFile(positions or Positions(), self.saved.append)
@@ -303,6 +309,35 @@ async def test_a_history_that_is_not_ours_is_not_added_to(
         assert not host.store.objects
         assert len(host.store.tries) == 3
         host.store.acknowledged_lsn, host.store.last_digest = before
+
+
+@pytest.mark.parametrize("written", [1, 4, 5, 6, 30])
+@pytest.mark.parametrize("is_saved", [False, True])
+async def test_i9_a_host_set_back_or_cloned_adds_nothing(
+    written: int, is_saved: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The store went on with another branch: records of ours under the same numbers are others, however many."""
+    async with shipping(records=5) as host:
+        store = host.store
+        await host.until_acknowledged()
+        positions = host.positions.current if is_saved else Positions()
+        host.write()  # one more that the store has not got when the copy is made
+        host.sync()
+        copy = Host(store, 2, JournalWorld(host.world.storage.killed(), host.world.model.copy()), positions)
+        await host.until_acknowledged()
+        host.write(4)
+        host.sync()
+        await host.until_acknowledged()
+        host.shipper.pause()
+        await pass_time(1)
+        received = list(store.records)
+        copy.write(written)
+        copy.sync()
+        store.nursery.start_soon(copy.shipper.run)
+        await pass_time(HOPELESS_RETRY_S * 2.5)
+        assert "diverged" in copy.alarms
+        assert store.records == received
+        copy.world.close()
 
 
 async def test_another_digest_under_the_same_lsn_is_diverged(autojump_clock: trio.testing.MockClock) -> None:

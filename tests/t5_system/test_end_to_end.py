@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import threading
@@ -182,6 +183,43 @@ def test_i8_writes_go_on_while_the_store_is_away(lab: Lab, rng: random.Random) -
     lab.asrfs("drain", "--timeout", "60s")
     assert writer.stamper.check(export(lab, "latest")) == writer.done
     writer.close()
+
+
+def test_i5_and_i9_a_host_set_back_to_a_backup_adds_nothing_to_the_history(lab: Lab, rng: random.Random) -> None:
+    """Also once it has written more than the store holds: same numbers, other records."""
+    writer = writer_of(lab, rng.randrange(1 << 30))
+    writer.write(50)
+    writer.fsync()
+    lab.asrfs("drain", "--timeout", "60s")
+    writer.close()
+    assert lab.stop_host() == 0
+    backup = lab.root / "state.backup"
+    subprocess.run(["cp", "-a", "--sparse=always", lab.state, backup], check=True, timeout=60)
+    lab.start_host()
+    later = StampWriter(writer.stamper, [lab.disks / f"{disk}.img" for disk in DISKS])
+    later.write(50)
+    exact = later.fsync()
+    point = lab.asrfs("point", "create", "--name", "before", "--wait", "--timeout", "60s")
+    later.close()
+    assert lab.stop_host() == 0
+    shutil.rmtree(lab.state)
+    backup.rename(lab.state)
+    lab.start_host()
+    other = writer_of(lab, rng.randrange(1 << 30))
+    other.write(200)
+    other.fsync()
+    for again in range(2):
+        assert lab.status()["lsn"]["durable"] > point["lsn"]
+        with pytest.raises(LabError, match="ended with 1"):
+            lab.asrfs("drain", "--timeout", "2s")
+        assert "diverged" in [alarm["id"] for alarm in lab.status()["alarms"]]
+        if not again:
+            lab.kill("agent")
+            wait_until(lambda: lab.pid("agent") and lab.status()["link"] == "refused", what="the next agent's try")
+    other.close()
+    machine = lab.replica_store("machine", "show", lab.machine)
+    assert machine["acknowledged_lsn"] == point["lsn"]
+    writer.stamper.check(export(lab, "latest"), exactly=exact)
 
 
 def test_several_mounts_and_exports_while_ingest_goes_on(lab: Lab, rng: random.Random) -> None:
