@@ -19,6 +19,9 @@ from asrfs.model.quantities import format_size
 from asrfs.terminal.output import console, pairs, table
 
 _WATCH_INTERVAL_S = 0.5
+_ANSWER_S_MAX = 4.0
+_RESTART_S_MAX = 1.0
+_RETRY_S = 0.05
 
 
 @click.command()
@@ -36,12 +39,21 @@ def status(invocation: Invocation, watch: bool, check: bool) -> int:
 
 
 def read(state: StateDirectory) -> dict[str, Any]:
-    """The status document: from the agent, or from the files if it does not run."""
-    if state.lock_holder("agent") is not None:
+    """The status document: from the agent, or from the files if it does not run or answer.
+
+    One that has just died is waited for: it is being started again.
+    """
+    deadline = time.monotonic() + _RESTART_S_MAX
+    while True:
         try:
-            return control.call(state.socket_path("agent"), "status", seconds_max=10.0)
+            return control.call(state.socket_path("agent"), "status", seconds_max=_ANSWER_S_MAX)
+        except control.UnreachableError:
+            is_served = state.lock_holder("supervisor") is not None
+            if not is_served or time.monotonic() >= deadline:
+                break
         except TemporaryError:
-            pass
+            break
+        time.sleep(_RETRY_S)
     from asrfs.daemon.agent_status import offline_status  # costs more than the rest of this verb; rarely needed
 
     return offline_status(state)

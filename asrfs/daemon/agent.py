@@ -42,6 +42,7 @@ from asrfs.daemon.disk_server_client import DiskServerClient
 from asrfs.daemon.enrolment import Enrolment, certificate_of, load_enrolment, store_access
 from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.hardening import ignore_terminal, raise_file_limit
+from asrfs.daemon.health import process_alarms
 from asrfs.daemon.housekeeping import Housekeeping
 from asrfs.daemon.settings import Settings
 from asrfs.daemon.state import POINTS_FILE, StateDirectory
@@ -50,7 +51,7 @@ from asrfs.format.record import RecordHeader
 from asrfs.journal.reader import JournalReader
 from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.model.names import id_bytes
-from asrfs.replication.alarms import Alarms
+from asrfs.replication.alarms import Alarms, in_order
 from asrfs.replication.applier import Applier
 from asrfs.replication.applier_task import ApplierTask
 from asrfs.replication.filler import Filler
@@ -283,6 +284,8 @@ class Agent:
         progress = self._progress
         machine = self._state.load_machine()
         positions = self._positions.current
+        processes = processes_of(self._state)
+        alarms = [*self._alarms.now(), *process_alarms(processes, has_mount=True, agent_answers=True)]
         return Facts(
             machine=machine,
             images=images_of(self._state, machine),
@@ -297,8 +300,8 @@ class Agent:
             quota_bytes=self._settings.quota_bytes(provisioned_bytes(machine)),
             link=self._link.state,
             link_reason=self._link.reason,
-            processes=processes_of(self._state),
-            alarms=self._alarms.now(),
+            processes=processes,
+            alarms=in_order(alarms),
         )
 
     def _oldest_unacknowledged_ns(self) -> int | None:

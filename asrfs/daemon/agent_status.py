@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 from asrfs.daemon.control import call
 from asrfs.daemon.disk_server_client import host_positions
 from asrfs.daemon.enrolment import is_enrolled
+from asrfs.daemon.health import process_alarms, quota_alarms, space_alarms
 from asrfs.daemon.state import ROLES, StateDirectory
 from asrfs.errors import AsrfsError
+from asrfs.fuse.mount import FILESYSTEM_TYPE, mount_at
 from asrfs.journal.reader import JournalReader
 from asrfs.journal.segments import list_journal
 from asrfs.model.machine import MachineConfig
 from asrfs.model.names import id_bytes
 from asrfs.model.positions import Cursor, Positions
-from asrfs.replication.alarms import Alarm
+from asrfs.replication.alarms import Alarm, in_order
 from asrfs.replication.progress import bytes_between
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.system_clock import SystemClock
@@ -24,6 +27,7 @@ from asrfs.storage.system_clock import SystemClock
 _ANSWER_S_MAX = 5.0
 NS_PER_S = 1_000_000_000
 AGENT_NOT_RUNNING = "agent not running"
+AGENT_SILENT = "agent does not answer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +135,15 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
     reader = JournalReader(journal, id_bytes(machine.id))
     first_unacknowledged_ns = oldest_unacknowledged_ns(reader, positions.acknowledged, durable)
     reader.close()
+    processes = processes_of(state)
+    oldest_segment = segments[0] if segments else 0
+    quota_bytes = state.load_settings().quota_bytes(provisioned_bytes(machine))
+    used = journal_bytes(oldest_segment, durable)
+    alarms = [
+        *process_alarms(processes, has_mount=has_mount(state), agent_answers=False),
+        *quota_alarms(used, quota_bytes, durable.lsn - positions.acknowledged.lsn),
+        *space_alarms(state.root, *space_of(state.journal)),
+    ]
     return Facts(
         machine=machine,
         images=images_of(state, machine),
@@ -141,10 +154,11 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
         epoch=epoch,
         now_ns=SystemClock().time_ns(),
         first_unacknowledged_ns=first_unacknowledged_ns,
-        oldest_segment=segments[0] if segments else 0,
-        quota_bytes=state.load_settings().quota_bytes(provisioned_bytes(machine)),
-        link=AGENT_NOT_RUNNING,
-        processes=processes_of(state),
+        oldest_segment=oldest_segment,
+        quota_bytes=quota_bytes,
+        link=AGENT_NOT_RUNNING if processes["agent"] is None else AGENT_SILENT,
+        processes=processes,
+        alarms=in_order(alarms),
     )
 
 
@@ -167,6 +181,20 @@ def provisioned_bytes(machine: MachineConfig) -> int:
     return sum(disk.size_bytes for disk in machine.live_disks())
 
 
+def has_mount(state: StateDirectory) -> bool:
+    """Whether the mount of this machine is there, alive or dead; it is not accessed."""
+    served = state.load_served()
+    mounted = None if served is None else mount_at(served.mount)
+    return mounted is not None and mounted.type == FILESYSTEM_TYPE
+
+
 def processes_of(state: StateDirectory) -> dict[str, int | None]:
     """Process ids by role, None for one that is not there."""
     return {role: state.lock_holder(role) for role in ROLES}
+
+
+def space_of(path: str) -> tuple[int, int]:
+    """Bytes of a filesystem that we can use or do use, and those left of them."""
+    status = os.statvfs(path)
+    total = (status.f_blocks - status.f_bfree + status.f_bavail) * status.f_frsize
+    return total, status.f_bavail * status.f_frsize

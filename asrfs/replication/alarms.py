@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import structlog
@@ -30,14 +31,29 @@ class Alarms:
         if known is None or known.severity != severity:
             self._log.warning("alarm", id=id, severity=severity, text=text)
 
+    def hold(self, id: str, alarms: Sequence[Alarm]) -> None:
+        """Have exactly these of an id, one or none."""
+        for alarm in alarms:
+            self.set(*alarm)
+        if not alarms:
+            self.clear(id)
+
     def clear(self, *ids: str) -> None:
         for id in ids:
             if self._alarms.pop(id, None) is not None:
                 self._log.info("alarm over", id=id)
 
     def now(self) -> list[Alarm]:
-        """Critical ones first, then by id."""
-        return sorted(self._alarms.values(), key=lambda alarm: (alarm.severity != "critical", alarm.id))
+        """See `in_order`."""
+        return in_order(self._alarms.values())
 
     def __contains__(self, id: str) -> bool:
         return id in self._alarms
+
+
+def in_order(alarms: Iterable[Alarm]) -> list[Alarm]:
+    """One alarm of each id, the first of it; critical ones first, then by id."""
+    one_each: dict[str, Alarm] = {}
+    for alarm in alarms:
+        one_each.setdefault(alarm.id, alarm)
+    return sorted(one_each.values(), key=lambda alarm: (alarm.severity != "critical", alarm.id))

@@ -294,6 +294,29 @@ def appended(host: HostUnderTest) -> int:
         return 0
 
 
+def test_status_never_looks_healthy_because_who_would_complain_is_gone(served: HostUnderTest) -> None:
+    def check() -> tuple[int, dict[str, str]]:
+        alarms = served.asrfs("status")["alarms"]
+        return served.run("status", "--check").returncode, {each["id"]: each["severity"] for each in alarms}
+
+    assert check() == (0, {})
+    agent = served.kill("agent", signal.SIGSTOP)
+    assert check() == (2, {"agent": "critical"})
+    assert served.asrfs("status")["link"] == "agent does not answer"
+    os.kill(agent, signal.SIGCONT)
+    wait_until(lambda: check() == (0, {}), what="the agent's own word")
+    served.kill("supervisor")
+    assert check() == (1, {"supervisor": "warning"})
+    served.kill("agent")
+    assert check() == (2, {"supervisor": "warning", "agent": "critical"})
+    served.kill("disk_server")
+    assert check() == (2, {"not-served": "critical"})
+    run_tool("umount", "--lazy", served.mount)
+    served.serve()
+    assert served.stop() == 0
+    assert check() == (1, {"not-served": "warning"})
+
+
 def test_sigkill_of_the_agent_is_nothing(served: HostUnderTest, rng: random.Random) -> None:
     with Load(served, rng.randrange(1 << 30)) as load:
         for _ in range(3):
