@@ -7,9 +7,9 @@ import os
 import click
 
 from asrfs.cli.invocation import Invocation, pass_invocation
-from asrfs.daemon import loop_devices
+from asrfs.daemon import attachments, loop_devices
 from asrfs.daemon.state import StateDirectory
-from asrfs.errors import AsrfsError, NotFoundError, RefusedError
+from asrfs.errors import AsrfsError, BadInputError, RefusedError
 from asrfs.terminal.output import pairs
 
 
@@ -17,19 +17,26 @@ from asrfs.terminal.output import pairs
 @click.argument("disk", metavar="DISK")
 @click.option("--format", "kind", type=click.Choice(["ext4", "xfs"]), help="Make a filesystem; erases the disk.")
 @click.option("--on", "directory", metavar="DIR", help="Mount its filesystem there.")
+@click.option("--yes", is_flag=True, help="Erase with --format what is on the disk already.")
 @pass_invocation
-def attach(invocation: Invocation, disk: str, kind: str | None, directory: str | None) -> None:
+def attach(invocation: Invocation, disk: str, kind: str | None, directory: str | None, yes: bool) -> None:
     """Attach DISK as a loop device with direct I/O."""
-    path = served_path(invocation.open_state(), disk)
-    if directory is not None and not os.path.isdir(directory):
-        raise NotFoundError(f"{directory} is not a directory: make it first")
+    state = invocation.open_state()
+    path = served_path(state, disk)
+    if directory is not None:
+        directory = loop_devices.check_mount_point(directory)
+    for lost in attachments.stale(state):
+        if lost.disk == disk:
+            raise RefusedError(str(lost))
     device = loop_devices.attach(path)
     try:
+        attachments.remember(state, disk, device)
         if kind is not None:
+            _check_may_erase(disk, loop_devices.content_of(device), kind, yes)
             loop_devices.make_filesystem(device, kind)
         if directory is not None:
             loop_devices.mount(device, directory)
-    except AsrfsError:
+    except (AsrfsError, OSError):
         loop_devices.detach(device)
         raise
     document = {"disk": disk, "device": device, "format": kind, "on": directory}
@@ -41,16 +48,27 @@ def attach(invocation: Invocation, disk: str, kind: str | None, directory: str |
 @pass_invocation
 def detach(invocation: Invocation, disk: str) -> None:
     """Unmount what is mounted from DISK's loop device, and detach it."""
-    path = served_path(invocation.open_state(), disk)
-    loops = [loop for loop in loop_devices.loop_devices_below(os.path.dirname(path)) if loop.backing_file == path]
+    state = invocation.open_state()
+    loops = [lost.loop for lost in attachments.stale(state) if lost.disk == disk]
+    for loop in loops:
+        loop_devices.let_go(loop)
+    if not loops or state.lock_holder("disk_server") is not None:
+        path = served_path(state, disk)
+        live = [loop for loop in loop_devices.loop_devices_below(os.path.dirname(path)) if loop.backing_file == path]
+        for loop in live:
+            for directory in loop.mounted_on:
+                loop_devices.unmount(directory)
+            loop_devices.detach(loop.device)
+        loops += live
     if not loops:
         raise RefusedError(f"disk {disk} is not attached")
-    for loop in loops:
-        for directory in loop.mounted_on:
-            loop_devices.unmount(directory)
-        loop_devices.detach(loop.device)
     document = {"disk": disk, "devices": [loop.device for loop in loops]}
     invocation.answer(document, lambda out: out.print(f"disk {disk} is detached from {loops[0].device}"))
+
+
+def _check_may_erase(disk: str, content: str, kind: str, yes: bool) -> None:
+    if content and not yes:
+        raise BadInputError(f"disk {disk} holds {content}: this would erase it and make {kind}: repeat with --yes")
 
 
 def served_path(state: StateDirectory, disk: str) -> str:

@@ -7,7 +7,7 @@ import click
 from asrfs.cli.agent import FOREVER_S, call_agent
 from asrfs.cli.invocation import Invocation, pass_invocation
 from asrfs.errors import RefusedError
-from asrfs.model.names import check_name
+from asrfs.model.names import check_point_name
 from asrfs.model.quantities import parse_duration
 from asrfs.terminal.output import pairs, table
 
@@ -20,7 +20,7 @@ def point() -> None:
 @point.command()
 @click.option("--consistency", type=click.Choice(["crash", "filesystem", "application"]), default="crash")
 @click.option("--group", metavar="G", help="Cut the point together with the other members of group G.")
-@click.option("--name", metavar="N", help="A name to find it by.")
+@click.option("--name", metavar="N", help="A name to find it by; the newest point of a name is meant.")
 @click.option("--wait", is_flag=True, help="Return when it is recoverable at the store.")
 @click.option("--timeout", metavar="DURATION", help="With --wait: give up after this long; exit code 1.")
 @pass_invocation
@@ -29,7 +29,7 @@ def create(
 ) -> None:
     """Mark this instant in the history."""
     if name is not None:
-        check_name(name, "point")
+        check_point_name(name)
     if consistency != "crash":
         raise RefusedError(f"{consistency}-consistent points are not built yet: use --consistency crash")
     if group is not None:

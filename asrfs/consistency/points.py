@@ -16,7 +16,7 @@ import msgspec
 from asrfs.errors import FormatError
 from asrfs.format.record import RecordHeader
 from asrfs.model.machine import Consistency, MarkerRecord, decode_marker
-from asrfs.model.names import check_name
+from asrfs.model.names import check_point_name
 from asrfs.model.quantities import format_time
 from asrfs.storage.interface import Storage, read_whole, write_atomically
 
@@ -66,7 +66,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 def crash_marker(name: str | None) -> MarkerRecord:
     """A new crash-consistent point: no write is held, so the hold time is 0. Raises BadInputError for a bad name."""
     if name is not None:
-        check_name(name, "point")
+        check_point_name(name)
     return MarkerRecord(id=uuid.uuid4().hex, consistency="crash", name=name, hold_ms=0.0)
 
 

@@ -83,7 +83,12 @@ class AgentVerbs:
         await trio.to_thread.run_sync(self.points.add, point, limiter=self.threads)
         self.hurry(lsn)
         if wait:
-            await self.wait_acknowledged(lsn, _timeout(request))
+            try:
+                await self.wait_acknowledged(lsn, _timeout(request))
+            except TemporaryError as error:
+                raise TemporaryError(
+                    f"point {marker.id} is made at LSN {lsn} and not at the store yet: {error}"
+                ) from None
         return self._describe(point)
 
     async def on_point_list(self, _request: Fields) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from asrfs.errors import NotFoundError, RefusedError, TemporaryError
+from asrfs.fuse import mount as fuse_mount
 
 _TOOL_SECONDS_MAX = 120.0
+_BLOCK = Path("/sys/block")
 
 
 class LoopDevice(NamedTuple):
@@ -26,18 +28,28 @@ class LoopDevice(NamedTuple):
 
 def loop_devices_below(mount: str) -> list[LoopDevice]:
     """Loop devices whose file lies in `mount`."""
-    found = []
     prefix = os.path.realpath(mount) + "/"
-    for entry in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
-        try:
-            backing_file = entry.read_text().removesuffix("\n")
-            number = (entry.parent.parent / "dev").read_text().strip()
-        except OSError:
-            continue  # detached meanwhile
-        if backing_file.startswith(prefix):
-            device = f"/dev/{entry.parent.parent.name}"
-            found.append(LoopDevice(device, backing_file, _mounts_of(number)))
-    return found
+    devices = [f"/dev/{entry.parent.parent.name}" for entry in sorted(_BLOCK.glob("loop*/loop/backing_file"))]
+    return [loop for loop in map(look, devices) if loop is not None and loop.backing_file.startswith(prefix)]
+
+
+def look(device: str) -> LoopDevice | None:
+    """What a loop device stands for; None if nothing. The file behind it is not asked anything."""
+    entry = _BLOCK / os.path.basename(device)
+    try:
+        backing_file = (entry / "loop" / "backing_file").read_text().removesuffix("\n")
+        number = (entry / "dev").read_text().strip()
+    except OSError:
+        return None
+    return LoopDevice(device, backing_file, _mounts_of(number))
+
+
+def sequence_of(device: str) -> int:
+    """The kernel's number of what is attached to a device now, another one each time; -1 if there is none."""
+    try:
+        return int((_BLOCK / os.path.basename(device) / "diskseq").read_text())
+    except OSError:
+        return -1
 
 
 def attach(path: str) -> str:
@@ -61,6 +73,28 @@ def make_filesystem(device: str, kind: str) -> None:
     run_tool(*arguments)
 
 
+def content_of(device: str) -> str:
+    """What kind of filesystem or partition table a device bears; empty for none."""
+    done = subprocess.run(
+        ["blkid", "-p", "-o", "value", "-s", "TYPE", "-s", "PTTYPE", device],
+        capture_output=True,
+        text=True,
+        timeout=_TOOL_SECONDS_MAX,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    return " ".join(done.stdout.split())
+
+
+def check_mount_point(directory: str) -> str:
+    """The directory without links. Raises NotFoundError, and RefusedError if it has content or is a mount point."""
+    if not os.path.isdir(directory):
+        raise NotFoundError(f"{directory} is not a directory: make it first")
+    directory = fuse_mount.real_path(directory)
+    fuse_mount.prepare_directory(directory)
+    return directory
+
+
 def mount(device: str, directory: str) -> None:
     run_tool("mount", device, directory)
 
@@ -68,6 +102,14 @@ def mount(device: str, directory: str) -> None:
 def unmount(directory: str) -> None:
     """Unmount a filesystem; everything it holds back is written first. RefusedError while it is busy."""
     run_tool("umount", directory)
+
+
+def let_go(loop: LoopDevice) -> None:
+    """Take away a device that gives I/O errors only: what it held back is lost already."""
+    for directory in loop.mounted_on:
+        run_tool("umount", "--lazy", directory)
+    if look(loop.device) is not None:  # it may have gone with its last user
+        detach(loop.device)
 
 
 def run_tool(*arguments: str) -> str:

@@ -170,6 +170,12 @@ class StateDirectory:
         with self._exclusive("enrolment.lock"):
             yield
 
+    @contextmanager
+    def attachments_lock(self) -> Iterator[None]:
+        """Wait for and hold the right to edit what is known of loop devices."""
+        with self._exclusive("run/attached.lock"):
+            yield
+
     def make_image(self, disk: DiskConfig) -> None:
         """Make the sparse image of a new disk of ours, durable, before `machine.json` names the disk."""
         storage = DirectoryStorage(self.path("images"))

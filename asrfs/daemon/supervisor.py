@@ -20,7 +20,7 @@ from typing import TextIO
 
 import trio
 
-from asrfs.daemon import processes, unmounting
+from asrfs.daemon import attachments, processes, unmounting
 from asrfs.daemon.control import ControlClient, Fields, error_class
 from asrfs.daemon.control_trio import call_async, serve_control
 from asrfs.daemon.logs import start_logging
@@ -231,6 +231,8 @@ class Supervisor:
         return processes.adopt(self._state, "agent") or processes.spawn(self._state, "agent", [])
 
     def _say_ready(self) -> None:
+        for lost in attachments.stale(self._state):
+            say(str(lost))
         log.info("ready: %s", self._mount)
         _print(sys.stdout, "ready")
         notify("READY=1")

@@ -2,8 +2,8 @@
 
     sync and unmount filesystems → detach loop devices → unmount → else sync, then detach the mount lazily
 
-Each step is bounded, because any of them can hang on a filesystem that is frozen or in use. What cannot be done is
-said and does not stop the rest.
+Each step is bounded, because any of them can hang on a filesystem that is frozen or in use. Whoever uses one has a
+few seconds to leave. What cannot be done is said and does not stop the rest.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import TypeVar
 import trio
 
 from asrfs.daemon import loop_devices
-from asrfs.errors import AsrfsError, TemporaryError
+from asrfs.errors import AsrfsError, RefusedError, TemporaryError
 from asrfs.fuse import mount as fuse_mount
 
 STEP_SECONDS_MAX = 60.0
+BUSY_SECONDS_MAX = 5.0
+_BUSY_INTERVAL_S = 0.2
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -41,14 +43,14 @@ async def release_loop_devices(mount: str, say: Say) -> None:
         return
     for loop in loops:
         for directory in loop.mounted_on:
-            await _try(say, f"unmounting {directory}", loop_devices.unmount, directory)
+            await _try(say, f"unmounting {directory}", loop_devices.unmount, directory, patience_s=BUSY_SECONDS_MAX)
         await _try(say, f"detaching {loop.device}", loop_devices.detach, loop.device)
 
 
 async def unmount(path: str, say: Say) -> bool:
     """Take the mount away. True: it is gone for everyone; False: hidden, but files of it are still open."""
     try:
-        await in_thread(f"unmounting {path}", STEP_SECONDS_MAX, fuse_mount.unmount, path)
+        await _patiently(f"unmounting {path}", BUSY_SECONDS_MAX, fuse_mount.unmount, path)
         return True
     except TemporaryError as error:
         say(f"{error}: detaching the mount")
@@ -64,9 +66,25 @@ async def unmount(path: str, say: Say) -> bool:
     return False
 
 
-async def _try(say: Say, what: str, function: Callable[..., object], *arguments: object) -> None:
+async def _patiently(what: str, patience_s: float, function: Callable[..., object], *arguments: object) -> None:
+    """Try again for a while what is refused because somebody uses it. Raises the last refusal."""
+    deadline = trio.current_time() + patience_s
+    while True:
+        try:
+            await in_thread(what, STEP_SECONDS_MAX, function, *arguments)
+            return
+        except (RefusedError, OSError) as error:
+            is_busy = isinstance(error, RefusedError) or error.errno == errno.EBUSY
+            if not is_busy or trio.current_time() >= deadline:
+                raise
+        await trio.sleep(_BUSY_INTERVAL_S)
+
+
+async def _try(
+    say: Say, what: str, function: Callable[..., object], *arguments: object, patience_s: float = 0.0
+) -> None:
     try:
-        await in_thread(what, STEP_SECONDS_MAX, function, *arguments)
+        await _patiently(what, patience_s, function, *arguments)
     except AsrfsError as error:
         say(str(error))
     except OSError as error:

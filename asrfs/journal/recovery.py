@@ -237,9 +237,11 @@ class _Recovery:
             valid = self._claims_behind(file, self._tail_segment, at)
         finally:
             file.close()
-        if self._bad is None:
+        if valid:  # the history breaks here, whatever was said of a later segment
+            self._is_torn = True
+            self._bad = _Bad(number, at, self._found.last_lsn + 1, f"not valid, and {valid} valid records follow")
+        elif self._bad is None:
             self._bad = _Bad(number, at, self._found.last_lsn + 1, "torn, or not valid")
-        self._is_torn = self._is_torn or valid > 0
 
     def _collect_claims(self, file: File, number: int, header: SegmentHeader | None) -> None:
         """A segment behind the bad place: only what it says of durability counts."""

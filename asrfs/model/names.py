@@ -12,6 +12,7 @@ from uuid import UUID
 from asrfs.errors import BadInputError
 
 NAME_BYTES_MAX = 63
+SELECTOR_WORDS = ("latest", "latest-processed", "latest-application")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -23,6 +24,14 @@ def check_name(name: str, what: str) -> str:
             f"{shown!r} cannot be the name of a {what}: "
             f"use 1 to {NAME_BYTES_MAX} letters, digits, '.', '_' or '-', starting with a letter or digit"
         )
+    return name
+
+
+def check_point_name(name: str) -> str:
+    """Return `name` if a point may be called so: not like a selector or an id. Raises BadInputError."""
+    check_name(name, "point")
+    if name in SELECTOR_WORDS or is_id(name):
+        raise BadInputError(f"{name!r} cannot be the name of a point: it means something else where points are chosen")
     return name
 
 

@@ -23,12 +23,10 @@ import numpy as np
 import numpy.typing as npt
 
 from asrfs.errors import BadInputError, NotFoundError
-from asrfs.model.names import check_name
+from asrfs.model.names import SELECTOR_WORDS, check_name
 from asrfs.model.quantities import format_time, parse_time
 
-LATEST = "latest"
-LATEST_PROCESSED = "latest-processed"
-LATEST_APPLICATION = "latest-application"
+LATEST, LATEST_PROCESSED, LATEST_APPLICATION = SELECTOR_WORDS
 
 _FORMS = "latest, latest-processed, latest-application, a point's id or name, lsn:N or time:T"
 

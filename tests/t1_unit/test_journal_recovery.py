@@ -138,6 +138,25 @@ def test_a_torn_tail_is_cut(harm: Damage) -> None:
     assert recovered.next_segment_number == 3
 
 
+@BOTH
+def test_a_cut_names_the_bad_record_although_an_empty_segment_follows(harm: Damage) -> None:
+    storage = written(4)
+    prepare_spare(storage, segment_bytes=SMALL)
+    storage.rename("fresh-0000000000000000", segment_name(2))
+    harm(storage, 2)
+    recovered = look(storage)
+    assert recovered.last_lsn == 1
+    name, offset = place(2)
+    assert (
+        recovered.cut == f"{name} offset {offset}: LSN 2: not valid, and {recovered_behind(harm)} valid records follow"
+    )
+
+
+def recovered_behind(harm: Damage) -> int:
+    """The header of a record with a bad payload is valid itself."""
+    return 2 if harm is damage_header else 3
+
+
 def test_a_tail_that_ends_cleanly_is_not_called_cut() -> None:
     storage = written(6)
     assert look(storage).cut is None

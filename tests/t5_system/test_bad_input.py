@@ -146,6 +146,44 @@ def test_a_disk_that_is_attached_stays_what_it_is(host: HostUnderTest, scratch: 
     assert host.asrfs("disk", "add", "root", "--size", "1M")["id"] != known[0]["id"]
 
 
+def test_attach_hides_no_files_and_erases_no_filesystem(host: HostUnderTest, scratch: Path) -> None:
+    host.serve()
+    full = make(scratch / "full")
+    (full / "letter").write_text("kept")
+    refused(host.run("attach", "root", "--format", "ext4", "--on", full), 4, "not empty")
+    busy = make(scratch / "busy")
+    run_tool("mount", "-t", "tmpfs", "asrfs-test", busy)
+    refused(host.run("attach", "root", "--format", "ext4", "--on", busy), 4, "mount point already")
+    run_tool("umount", busy)
+    assert (host.mount / "root.img").read_bytes() == bytes(64 << 20), "nothing was formatted"
+    host.asrfs("attach", "root", "--format", "ext4", "--on", busy)
+    (busy / "letter").write_text("kept")
+    host.asrfs("detach", "root")
+    refused(host.run("attach", "root", "--format", "ext4"), 2, "--yes")
+    host.asrfs("attach", "root", "--on", busy)
+    assert (busy / "letter").read_text() == "kept"
+    host.asrfs("detach", "root")
+    host.asrfs("attach", "root", "--format", "ext4", "--on", busy, "--yes")
+    assert not (busy / "letter").exists()
+    host.asrfs("detach", "root")
+
+
+def test_a_loop_device_of_a_lost_mount_is_found_and_let_go(host: HostUnderTest, scratch: Path) -> None:
+    host.serve()
+    filesystem = make(scratch / "fs")
+    device = host.asrfs("attach", "root", "--format", "ext4", "--on", filesystem)["device"]
+    for role in ("supervisor", "agent", "disk_server"):
+        host.kill(role)
+    host.serve()
+    assert f"{device}, mounted on {filesystem}, is disk root of a mount that is gone" in host.said()
+    refused(host.run("attach", "root"), 4, device)
+    host.asrfs("detach", "root")
+    assert not os.path.ismount(filesystem)
+    host.asrfs("attach", "root", "--on", filesystem)
+    host.asrfs("detach", "root")
+    refused(host.run("detach", "root"), 4, "not attached")
+
+
 def test_an_attach_that_cannot_be_finished_attaches_nothing(host: HostUnderTest, scratch: Path) -> None:
     host.serve()
     (scratch / "file").touch()
