@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lab import Lab, LabError, run
+from lab import Lab, LabError, run, wait_until
 
 FILES_MAX = 5000
 FILES_MIN = 2000
@@ -176,6 +176,7 @@ def damage(lab: Lab, story: Story, tree: Path) -> None:
     ransomware.join()
     if failed:
         raise LabError(f"the kill was visible above: {failed[0]}")
+    wait_until(lambda: lab.pid("disk_server") not in (0, killed), "the start of the next disk server")
     story.tell(
         f"{len(chosen)} files are overwritten with noise; disk server {killed} was killed on the way, "
         f"{lab.pid('disk_server')} took over: no error above"

@@ -61,6 +61,9 @@ def remove(invocation: Invocation, name: str, yes: bool) -> None:
     machine = state.load_machine()
     found = machine.disk_to_remove(name)
     _check_not_attached(state, name)
+    processes = state.processes()
+    if processes["disk_server"] and not (processes["supervisor"] or processes["agent"]):
+        raise RefusedError("the agent is not running, so nothing can be written to the image: start `asrfs serve`")
     if not yes:
         raise BadInputError(
             f"this would take disk {name} ({format_size(found.size_bytes)}) off machine {machine.name} and keep its "

@@ -36,6 +36,10 @@ def inspect(invocation: Invocation, path: str) -> int:
         document = describe_object(content, path)
         invocation.answer(document, lambda out: out.print(pairs(document)))
         return 0
+    if len(content) >= SEGMENT_HEADER_BYTES and not any(content[:SEGMENT_HEADER_BYTES]):
+        unused = {"type": "journal segment", "records": [], "note": "made ahead of use: nothing was written to it yet"}
+        invocation.answer(unused, lambda out: out.print(pairs(unused)))
+        return 0
     if content[: len(SEGMENT_MAGIC)] != SEGMENT_MAGIC:
         raise FormatError(f"{path}: neither a journal segment nor a log object")
     document = describe_segment(content, path)
@@ -54,8 +58,8 @@ def draw(document: dict[str, Any], out: Console) -> None:
 
 
 def read(path: str) -> bytes:
-    if os.path.isdir(path):
-        raise BadInputError(f"{path} is a directory: name a file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadInputError(f"{path} is not a file: name a journal segment or a log object")
     try:
         file = open_path(path)
     except FileNotFoundError:

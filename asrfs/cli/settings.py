@@ -20,9 +20,12 @@ def set_settings(invocation: Invocation, assignments: tuple[str, ...]) -> None:
     given = {}
     for word in assignments:
         key, equals, text = word.partition("=")
-        if not equals:
+        key = key.strip()
+        if not equals or not key:
             raise BadInputError(f"{word!r} is not KEY=VALUE, such as object_age=1s")
-        given[key.strip()] = text.strip()
+        if key in given:
+            raise BadInputError(f"{key} is given twice: say it once")
+        given[key] = text.strip()
     state = invocation.open_state()
     state.change_settings(given)
     tell_agent_to_reload(state)

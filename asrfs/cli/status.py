@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from typing import Any
@@ -32,7 +33,9 @@ def status(invocation: Invocation, watch: bool, check: bool) -> int:
     """Show the state of the machine."""
     state = invocation.open_state()
     if watch:
-        show_until_interrupted(invocation, state)
+        with contextlib.suppress(KeyboardInterrupt):
+            show_until_interrupted(invocation, state)
+        return 0
     document = read(state)
     invocation.answer(document, lambda out: out.print(draw(document)))
     return severity(document) if check else 0
@@ -68,6 +71,10 @@ def show_until_interrupted(invocation: Invocation, state: StateDirectory) -> Non
     if invocation.json:
         while True:
             click.echo(json.dumps(read(state)))
+            time.sleep(_WATCH_INTERVAL_S)
+    if not console().is_terminal:
+        while True:
+            console().print(draw(read(state)), Text())
             time.sleep(_WATCH_INTERVAL_S)
     with Live(draw(read(state)), console=console(), refresh_per_second=4) as live:
         while True:

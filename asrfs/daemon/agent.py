@@ -32,7 +32,6 @@ from asrfs.daemon.agent_status import (
     Facts,
     images_of,
     oldest_unacknowledged_ns,
-    processes_of,
     provisioned_bytes,
     status,
 )
@@ -284,7 +283,7 @@ class Agent:
         progress = self._progress
         machine = self._state.load_machine()
         positions = self._positions.current
-        processes = processes_of(self._state)
+        processes = self._state.processes()
         alarms = [*self._alarms.now(), *process_alarms(processes, has_mount=True, agent_answers=True)]
         return Facts(
             machine=machine,

@@ -11,7 +11,7 @@ from asrfs.daemon.control import call
 from asrfs.daemon.disk_server_client import host_positions
 from asrfs.daemon.enrolment import is_enrolled
 from asrfs.daemon.health import process_alarms, quota_alarms, space_alarms
-from asrfs.daemon.state import ROLES, StateDirectory
+from asrfs.daemon.state import StateDirectory
 from asrfs.errors import AsrfsError
 from asrfs.fuse.mount import FILESYSTEM_TYPE, mount_at
 from asrfs.journal.reader import JournalReader
@@ -135,7 +135,7 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
     reader = JournalReader(journal, id_bytes(machine.id))
     first_unacknowledged_ns = oldest_unacknowledged_ns(reader, positions.acknowledged, durable)
     reader.close()
-    processes = processes_of(state)
+    processes = state.processes()
     oldest_segment = segments[0] if segments else 0
     quota_bytes = state.load_settings().quota_bytes(provisioned_bytes(machine))
     used = journal_bytes(oldest_segment, durable)
@@ -186,11 +186,6 @@ def has_mount(state: StateDirectory) -> bool:
     served = state.load_served()
     mounted = None if served is None else mount_at(served.mount)
     return mounted is not None and mounted.type == FILESYSTEM_TYPE
-
-
-def processes_of(state: StateDirectory) -> dict[str, int | None]:
-    """Process ids by role, None for one that is not there."""
-    return {role: state.lock_holder(role) for role in ROLES}
 
 
 def space_of(path: str) -> tuple[int, int]:

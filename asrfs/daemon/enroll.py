@@ -88,6 +88,8 @@ def _ask(where: str, certificate: bytes, token: Token, machine_id: str, request:
         with httpx2.Client(verify=pinned_context(certificate), timeout=REPLY_S_MAX, trust_env=False) as client:
             response = client.post(url, content=msgspec.json.encode(body), headers={"content-type": "application/json"})
     except httpx2.HTTPError as error:
+        if "CERTIFICATE_REQUIRED" in str(error):
+            raise BadInputError(f"{where} is the store's data port: give the address of its management port") from None
         raise TemporaryError(f"the store at {where} did not answer: {error}") from None
     if response.status_code != 200:
         _raise_failure(where, response.status_code, response.content)

@@ -123,7 +123,8 @@ def run_tool(*arguments: str) -> str:
     except subprocess.TimeoutExpired:
         raise TemporaryError(f"{' '.join(arguments)} did not end within {_TOOL_SECONDS_MAX:.0f} s") from None
     if done.returncode:
-        words = " ".join((done.stderr or done.stdout).split())
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        words = " ".join(lines[0].split()) if lines else ""
         raise RefusedError(f"{' '.join(arguments)} failed: {words or f'exit code {done.returncode}'}")
     return done.stdout
 

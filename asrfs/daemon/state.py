@@ -8,6 +8,7 @@ lies there means nothing.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -188,6 +189,11 @@ class StateDirectory:
                 file.close()
             storage.sync_directory("")
         except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise BadInputError(
+                    f"the filesystem of {storage.root} takes no file of {disk.size_bytes} bytes: make disk {disk.name} "
+                    "smaller, or use another filesystem"
+                ) from None
             raise NoSpaceError(
                 f"cannot make an image of {disk.size_bytes} bytes for disk {disk.name} in {storage.root}: "
                 f"{error.strerror}"
@@ -236,7 +242,9 @@ class StateDirectory:
             return None
 
     def save_served(self, served: Served) -> None:
-        self._save(SERVED_FILE, served)
+        """Write it down if it is not what was written last: a start where it was needs no space."""
+        if served != self.load_served():
+            self._save(SERVED_FILE, served)
 
     def take_lock(self, role: Role) -> RunLock | None:
         """Become this role: hold its lock for the life of this process. None if another process is it."""
@@ -269,6 +277,10 @@ class StateDirectory:
             return None
         finally:
             os.close(fd)
+
+    def processes(self) -> dict[str, int | None]:
+        """Process ids by role, None for one that is not there."""
+        return {role: self.lock_holder(role) for role in ROLES}
 
     def wait_lock_free(self, role: Role, seconds_max: float) -> bool:
         """Wait until nobody is this role; False if somebody still is after `seconds_max`."""

@@ -282,7 +282,7 @@ class FrameTable:
     def open_frame(self, i: int, sealed: Bytes, payload_key: bytes) -> bytes:
         """The raw bytes of frame i, which hold the raw payload from `i * frame_raw_bytes`. Raises FormatError."""
         header = self.header
-        where = f"{self._where}: frame {i} of LSN {header.first_lsn}..{header.last_lsn}"
+        where = f"{self._where}: byte {self.extent(i)[0]}: frame {i} of LSN {header.first_lsn}..{header.last_lsn}"
         raw_length = min(header.frame_raw_bytes, header.payload_raw_length - i * header.frame_raw_bytes)
         packed = _unseal(payload_key, _nonce(header, i), sealed, self._clear, where)
         if self._entries[i][2] & FRAME_IS_COMPRESSED:

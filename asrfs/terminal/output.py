@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ Document = dict[str, Any] | list[dict[str, Any]]
 Step = Callable[[int, int], None]
 """Told how much of how much is done."""
 
-_PIPE_WIDTH = 200
+_PIPE_WIDTH = 1 << 16
 
 
 def answer(document: Document, as_json: bool, render: Callable[[Console], None]) -> None:
@@ -29,6 +30,8 @@ def answer(document: Document, as_json: bool, render: Callable[[Console], None])
 
 def console() -> Console:
     """Where tables go. A pipe gets plain text of any width, so that nothing is cut off."""
+    if sys.stdout is None:  # closed by who called us
+        return Console(file=io.StringIO())
     width = None if sys.stdout.isatty() else _PIPE_WIDTH
     return Console(width=width, highlight=False, soft_wrap=True)
 
@@ -56,7 +59,7 @@ def pairs(document: Mapping[str, object]) -> Table:
 @contextmanager
 def progress_bar(what: str, *, in_bytes: bool = True) -> Iterator[Step]:
     """A bar on stderr, if that is a terminal, moved by calling what this gives with (done, total)."""
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         yield lambda done, total: None
         return
     from rich import progress  # costs as much as the rest of a verb; only a terminal needs it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def test_bad_sizes_leave_nothing(machine: Run, scratch: Path, size: str) -> None
 
 def test_a_size_the_filesystem_cannot_hold_leaves_nothing(machine: Run, scratch: Path) -> None:
     before = tree(scratch)
-    assert machine("disk", "add", "data", "--size", "7E").code == 1
+    assert machine("disk", "add", "data", "--size", "7E").code == 2
     assert tree(scratch) == before
 
 
@@ -179,7 +180,7 @@ def test_status_of_a_machine_that_is_not_served(machine: Run) -> None:
     assert {"bytes", "quota_bytes"} <= set(status["journal"])
 
 
-@pytest.mark.parametrize("word", ["object_age", "colour=red", "object_age=never", "journal_quota=-1", "object_size=1"])
+@pytest.mark.parametrize("word", ["object_age", "colour=red", "object_age=never", "journal_quota=-1", "object_size=1", "=", "=1"])
 def test_bad_settings_change_nothing(machine: Run, word: str) -> None:
     before = machine("settings", "--json").out
     assert machine("set", "object_size=1M", word).code == 2
@@ -226,6 +227,47 @@ def test_mount_points_that_cannot_be_used(machine: Run, scratch: Path) -> None:
 def test_points_that_cannot_be(machine: Run) -> None:
     assert machine("point", "create", "--name", "../x").code == 2
     assert machine("point", "create", "--consistency", "perfect").code == 2
+
+
+def test_a_segment_that_was_made_ahead_is_no_damage(machine: Run, scratch: Path) -> None:
+    (scratch / "next.segment").write_bytes(bytes(1 << 20))
+    assert json.loads(machine("inspect", str(scratch / "next.segment"), "--json").out)["records"] == []
+
+
+def test_a_fifo_is_not_waited_for(machine: Run, scratch: Path) -> None:
+    os.mkfifo(scratch / "fifo")
+    assert machine("inspect", str(scratch / "fifo")).code == 2
+
+
+def test_standard_streams_may_be_closed(machine: Run) -> None:
+    command = f"{sys.executable} -m asrfs.cli.main"
+    for closed in (">&-", ">&- 2>&-", "<&-"):
+        done = subprocess.run(
+            ["sh", "-c", f"{command} disk list {closed}"], capture_output=True, timeout=30, check=False
+        )
+        assert (done.returncode, done.stderr) == (0, b""), closed
+
+
+def test_watching_without_a_terminal_prints_until_it_is_interrupted(machine: Run) -> None:
+    watch = [sys.executable, "-m", "asrfs.cli.main", "status", "--watch"]
+    with subprocess.Popen(watch, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        seen: list[str] = []
+        while len(seen) < 2:
+            line = process.stdout.readline()
+            assert line, process.stderr.read()
+            seen += [line] if line.startswith("machine") else []
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("name", ["latest", "latest-processed", "latest-application", "0" * 32])
+def test_a_point_is_not_named_like_a_selector(machine: Run, name: str) -> None:
+    refused = machine("point", "create", "--name", name)
+    assert refused.code == 2
+    assert "means something else" in refused.err
 
 
 def test_what_cannot_be_inspected(machine: Run, scratch: Path) -> None:
