@@ -230,7 +230,7 @@ def test_an_enrolment_that_is_refused_leaves_nothing_on_either_side(
             (store.manage, store.token("db1"), 2, "for machine db1"),
             (foreign.manage, token, 6, "not the one the token was made for"),
             (nobody, token, 1, nobody),
-            (store.data, token, 1, store.data),
+            (store.data, token, 2, "data port"),
         ):
             refused(host_says(host, "enroll", "--store", address, "--token", offered), code, word)
             assert tree(host.path) == before

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from asrfs.daemon import control
+from asrfs.daemon.state import StateDirectory
+from asrfs.errors import TemporaryError
 from tests.waiting import wait_until
 from tools.lab import Lab, run
 
@@ -41,7 +47,14 @@ def test_fio_with_verification_while_the_disk_server_is_killed_five_times(lab: L
             [
                 *("fio", "--name=verify", f"--directory={where}", "--size=48M", "--numjobs=2", "--rw=randwrite"),
                 *("--bsrange=4k-64k", "--ioengine=libaio", "--direct=1", "--iodepth=16", "--fsync=32"),
-                *("--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--loops=100", "--runtime=20"),
+                *(
+                    "--verify=crc32c",
+                    "--verify_state_save=0",
+                    "--verify_fatal=1",
+                    "--do_verify=1",
+                    "--loops=100",
+                    "--runtime=20",
+                ),
                 *("--time_based", "--verify_backlog=512"),
             ],
             stdout=output,
@@ -62,12 +75,21 @@ def test_fio_with_verification_while_the_disk_server_is_killed_five_times(lab: L
 
 def kill_under_load(lab: Lab, load: subprocess.Popen[bytes]) -> bool:
     """SIGKILL the disk server once it is writing, and wait for the next one; False if the load had ended."""
-    appended = lab.status()["lsn"]["appended"]
-    wait_until(lambda: lab.status()["lsn"]["appended"] > appended + 500, what="load")
+    state = StateDirectory(str(lab.state))
+
+    def appended() -> int:
+        with contextlib.suppress(TemporaryError):
+            return int(control.call(state.socket_path("disk_server"), "positions")["appended"])
+        return 0
+
+    before = wait_until(appended, what="the disk server")
+    wait_until(lambda: appended() > before + 500 or load.poll() is not None, 60, what="load")
     if load.poll() is not None:
         return False
-    killed = lab.kill("disk_server")
-    wait_until(lambda: lab.pid("disk_server") not in (0, killed), what="the next disk server")
+    killed = state.lock_holder("disk_server")
+    assert killed
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: state.lock_holder("disk_server") not in (None, 0, killed), 60, what="the next disk server")
     return True
 
 

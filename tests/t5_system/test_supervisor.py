@@ -258,7 +258,14 @@ def test_fio_verifies_through_kills_of_the_disk_server(served: HostUnderTest) ->
     fio = subprocess.Popen(
         [
             *("fio", "--name=verify", f"--filename={device}", "--size=8M", "--rw=randwrite", "--bsrange=4k-64k"),
-            *("--ioengine=libaio", "--direct=1", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1"),
+            *(
+                "--ioengine=libaio",
+                "--direct=1",
+                "--iodepth=32",
+                "--verify=crc32c",
+                "--verify_state_save=0",
+                "--verify_fatal=1",
+            ),
             *("--do_verify=1", "--loops=1000", "--runtime=6", "--time_based", "--output-format=terse"),
         ],
         stdout=subprocess.PIPE,
