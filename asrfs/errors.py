@@ -6,6 +6,14 @@ whether trying the same again can help. `assert` is for our own bugs; these are 
 
 from __future__ import annotations
 
+FOREIGN_CHARACTERS_MAX = 500
+
+
+def foreign_line(text: str) -> str:
+    """What another machine said, as part of a line of ours: bounded, printable, without line breaks."""
+    line = " ".join(text[: 4 * FOREIGN_CHARACTERS_MAX].split())[:FOREIGN_CHARACTERS_MAX]
+    return "".join(character if character.isprintable() else "?" for character in line)
+
 
 class AsrfsError(Exception):
     """Something failed. The text is one line: what happened, to which thing, what to do."""

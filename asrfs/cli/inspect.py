@@ -11,7 +11,15 @@ import msgspec
 from rich.console import Console
 
 from asrfs.cli.invocation import Invocation, pass_invocation
-from asrfs.errors import BadInputError, FormatError, IntegrityError, NotFoundError
+from asrfs.errors import (
+    BadInputError,
+    FormatError,
+    IntegrityError,
+    NoSpaceError,
+    NotFoundError,
+    RefusedError,
+    TemporaryError,
+)
 from asrfs.format.log_object import OBJECT_BYTES_MAX, OBJECT_MAGIC, check_digest, decode_object_header
 from asrfs.format.record import RECORD_HEADER_BYTES, Kind, check_payload, decode_record_header, segment_seed
 from asrfs.format.segment import (
@@ -21,16 +29,31 @@ from asrfs.format.segment import (
     SegmentHeader,
     decode_segment_header,
 )
+from asrfs.journal.write_log import segment_names, write_log
+from asrfs.model.machine import SLOT_MAX
 from asrfs.model.quantities import format_time
-from asrfs.storage.directory import open_path
+from asrfs.storage.directory import DirectoryStorage, open_path
 from asrfs.terminal.output import pairs, table
 
 
 @click.command()
 @click.argument("path", metavar="PATH")
+@click.option("--log-writes", "output", metavar="FILE", help="Write the disk's write log to FILE instead.")
+@click.option("--slot", type=click.IntRange(0, SLOT_MAX), help="Of which disk, if there are several.")
 @pass_invocation
-def inspect(invocation: Invocation, path: str) -> int:
-    """Print the journal segment or log object at PATH. Exit code 5 if it is damaged."""
+def inspect(invocation: Invocation, path: str, output: str | None, slot: int | None) -> int:
+    """Print the journal segment or log object at PATH. Exit code 5 if it is damaged.
+
+    With --log-writes, PATH is a segment or a whole journal (the directory STATE/journal), and FILE becomes a log in the
+    format of Linux's dm-log-writes, for programs that replay such logs: writes, discards, recovery points as marks
+    under their names, and a flush wherever the disk's content is known to have been durable.
+    """
+    if output is not None:
+        document = log_writes(path, output, slot)
+        invocation.answer(document, lambda out: out.print(pairs(document)))
+        return 0
+    if slot is not None:
+        raise BadInputError("--slot goes with --log-writes")
     content = read(path)
     if content[: len(OBJECT_MAGIC)] == OBJECT_MAGIC:
         document = describe_object(content, path)
@@ -47,6 +70,35 @@ def inspect(invocation: Invocation, path: str) -> int:
     if document["damaged"]:
         raise IntegrityError(f"{path}: {document['damaged']}")
     return 0
+
+
+def log_writes(path: str, output: str, slot: int | None) -> dict[str, Any]:
+    """Make the write log at `output`, whole or not at all; what it holds."""
+    whole = os.path.isdir(path)
+    if not os.path.exists(path):
+        raise NotFoundError(f"{path} does not exist")
+    if os.path.lexists(output):
+        raise RefusedError(f"{output} exists: choose another name")
+    directory, name = os.path.split(os.path.abspath(output))
+    if not os.path.isdir(directory):
+        raise NotFoundError(f"{directory} is not a directory: make it first")
+    journal = DirectoryStorage(path if whole else os.path.dirname(os.path.abspath(path)))
+    names = segment_names(journal) if whole else [os.path.basename(os.path.abspath(path))]
+    place = DirectoryStorage(directory)
+    try:
+        file = place.create(name)
+        try:
+            done = write_log(journal, names, file, slot)
+        except BaseException:
+            place.unlink(name)
+            raise
+        finally:
+            file.close()
+    except FileNotFoundError:
+        raise TemporaryError(f"{path}: a segment was freed while it was read: try again") from None
+    except OSError as error:
+        raise NoSpaceError(f"cannot make {output}: {error.strerror}") from None
+    return {"type": "dm-log-writes", "output": os.path.join(directory, name), **done._asdict()}
 
 
 def draw(document: dict[str, Any], out: Console) -> None:
@@ -145,6 +197,8 @@ def detail(kind: int, payload: bytes) -> str | None:
         return None
     try:
         fields = msgspec.msgpack.decode(payload)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return "unreadable"
+    if not isinstance(fields, dict):
         return "unreadable"
     return " ".join(f"{key}={value}" for key, value in fields.items() if value is not None)

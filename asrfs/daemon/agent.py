@@ -329,6 +329,7 @@ def serve(state: StateDirectory, *, apply_only: bool) -> int:
     if lock is None:
         raise RefusedError(f"{state.root} already has an agent: process {state.lock_holder('agent')}")
     try:
+        state.settle()
         if apply_only:
             log.info("everything applied: LSN %d", apply_everything(state))
             return 0

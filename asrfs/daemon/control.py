@@ -101,6 +101,12 @@ def decode_body(body: bytes) -> Fields:
         raise FormatError(f"a control message cannot be read: {error}") from None
 
 
+def verb_of(request: Fields) -> str:
+    """Empty when there is none: of what else may stand there, nothing is made a text."""
+    verb = request.get("verb")
+    return verb if isinstance(verb, str) else ""
+
+
 def raise_if_refused(reply: Fields) -> Fields:
     """Return a reply that is `ok`, without that key; raise what the other side raised for any other."""
     if reply.pop("ok", False) is True:
@@ -338,7 +344,7 @@ class ControlServer:
             slots.release()
 
     def _answer(self, stream: socket.socket, request: Fields) -> None:
-        verb = str(request.get("verb"))
+        verb = verb_of(request)
         descriptor = None
         try:
             handler = self._handlers.get(verb)

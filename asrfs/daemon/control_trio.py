@@ -25,6 +25,7 @@ from asrfs.daemon.control import (
     refusal,
     short_path,
     unreachable,
+    verb_of,
 )
 from asrfs.errors import AsrfsError, BadInputError
 
@@ -131,7 +132,7 @@ async def _serve_stream(stream: trio.SocketStream, handlers: Mapping[str, AsyncH
 
 
 async def _answer_async(request: Fields, handlers: Mapping[str, AsyncHandler]) -> tuple[bytes, int | None]:
-    verb = str(request.get("verb"))
+    verb = verb_of(request)
     try:
         handler = handlers.get(verb)
         if handler is None:

@@ -64,6 +64,7 @@ def serve(arguments: argparse.Namespace) -> int:
     lock = state.take_lock("disk_server")
     if lock is None:
         raise RefusedError(f"{state.root} is already served by process {state.lock_holder('disk_server')}")
+    state.settle()
     machine = ServedMachine(state, SystemClock())
     session = DirectSession(arguments.fuse_fd, machine.volume, time_s=int(time.time()))
     stopper = _Stopper(session)

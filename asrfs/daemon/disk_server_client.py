@@ -88,5 +88,5 @@ def host_positions(reply: Fields) -> HostPositions:
         )
         failed = reply["failed"]
         return HostPositions(int(reply["appended"]), durable, int(reply["epoch"]), str(failed) if failed else None)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"the disk server's positions cannot be understood: {error}") from None

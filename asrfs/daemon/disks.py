@@ -108,6 +108,7 @@ def apply_unserved(state: StateDirectory) -> None:
     if lock is None:
         raise RefusedError(f"the agent of {state.root} has just started: try again")
     try:
+        state.settle()
         apply_everything(state)
     finally:
         lock.close()

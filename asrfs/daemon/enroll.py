@@ -17,7 +17,8 @@ from cryptography import x509
 from asrfs.daemon.control import error_class
 from asrfs.daemon.enrolment import Enrolment, decode_key, load_enrolment, save_enrolment
 from asrfs.daemon.state import StateDirectory
-from asrfs.errors import BadInputError, IntegrityError, RefusedError, TemporaryError
+from asrfs.errors import BadInputError, IntegrityError, RefusedError, TemporaryError, foreign_line
+from asrfs.model.names import is_id
 from asrfs.transport.enrolment import (
     ENROL_PATH,
     ApiFailure,
@@ -30,10 +31,12 @@ from asrfs.transport.enrolment import (
     fetch_certificate,
 )
 from asrfs.transport.stream import format_address, parse_address
-from asrfs.transport.tls import make_key_and_request, pinned_context
+from asrfs.transport.tls import check_certificate, make_key_and_request, pinned_context, server_name_of
 
 MANAGE_PORT_DEFAULT = 443
 REPLY_S_MAX = 30.0
+REPLY_BYTES_MAX = 64 << 10
+_HEADERS = {"content-type": "application/json", "accept-encoding": "identity"}
 
 
 def enroll(state: StateDirectory, store: str, token_text: str) -> dict[str, Any]:
@@ -86,26 +89,48 @@ def _ask(where: str, certificate: bytes, token: Token, machine_id: str, request:
     url = f"https://{where}{ENROL_PATH}"
     try:
         with httpx2.Client(verify=pinned_context(certificate), timeout=REPLY_S_MAX, trust_env=False) as client:
-            response = client.post(url, content=msgspec.json.encode(body), headers={"content-type": "application/json"})
+            with client.stream("POST", url, content=msgspec.json.encode(body), headers=_HEADERS) as response:
+                content = _content(response, where)
     except httpx2.HTTPError as error:
         if "CERTIFICATE_REQUIRED" in str(error):
             raise BadInputError(f"{where} is the store's data port: give the address of its management port") from None
         raise TemporaryError(f"the store at {where} did not answer: {error}") from None
     if response.status_code != 200:
-        _raise_failure(where, response.status_code, response.content)
+        raise_failure(where, response.status_code, content)
+    return decode_reply(content, where)
+
+
+def _content(response: httpx2.Response, where: str) -> bytes:
+    """The body as it came, if it is of sensible size: nothing in it is unpacked."""
+    body = bytearray()
+    for piece in response.iter_raw():
+        body += piece
+        if len(body) > REPLY_BYTES_MAX:
+            raise IntegrityError(f"the reply of the store at {where} is longer than {REPLY_BYTES_MAX} bytes")
+    return bytes(body)
+
+
+def decode_reply(content: bytes, where: str) -> EnrolReply:
+    """What the store at `where` gave. Raises IntegrityError for what would leave this machine enrolled with nothing."""
+    place = f"the reply of the store at {where}"
     try:
-        return msgspec.json.decode(response.content, type=EnrolReply)
+        reply = msgspec.json.decode(content, type=EnrolReply)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise IntegrityError(f"the reply of the store at {where} cannot be read: {error}") from None
+        raise IntegrityError(f"{place} cannot be read: {error}") from None
+    if not is_id(reply.store_id) or reply.server_name != server_name_of(reply.store_id):
+        raise IntegrityError(f"{place} names no store: {foreign_line(reply.store_id)[:40]!r}")
+    for certificate in (reply.certificate, reply.ca):
+        check_certificate(certificate.encode(), place)
+    return reply
 
 
-def _raise_failure(where: str, status_code: int, content: bytes) -> None:
+def raise_failure(where: str, status_code: int, content: bytes) -> None:
     """Raise what the store's refusal means here."""
     try:
         failure = msgspec.json.decode(content, type=ApiFailure)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         raise TemporaryError(f"{where} answered with HTTP status {status_code}: is it a store?") from None
-    raise error_class(failure.exit_code)(f"the store refused: {failure.error}")
+    raise error_class(failure.exit_code)(f"the store refused: {foreign_line(failure.error)}")
 
 
 def _check_same_store(known: Enrolment | None, server_names: list[str]) -> None:

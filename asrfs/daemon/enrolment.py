@@ -22,6 +22,7 @@ from asrfs.replication.object_builder import MachineKeys
 from asrfs.replication.shipper import StoreAccess
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import read_whole, write_atomically
+from asrfs.transport.enrolment import Port
 from asrfs.transport.stream import connect, format_address
 from asrfs.transport.tls import client_context
 
@@ -37,8 +38,8 @@ class Enrolment(msgspec.Struct, frozen=True, kw_only=True):
     store_id: str
     server_name: str
     host: str
-    data_port: int
-    manage_port: int
+    data_port: Port
+    manage_port: Port
     payload_key: str
     index_key: str
 

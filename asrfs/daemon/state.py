@@ -20,7 +20,15 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from asrfs.daemon.settings import Settings, parse_overrides
-from asrfs.errors import BadInputError, FormatError, IntegrityError, NoSpaceError, NotFoundError, RefusedError
+from asrfs.errors import (
+    BadInputError,
+    FormatError,
+    IntegrityError,
+    NoSpaceError,
+    NotFoundError,
+    RefusedError,
+    TemporaryError,
+)
 from asrfs.model.machine import SLOT_MAX, DiskConfig, MachineConfig, check_machine
 from asrfs.model.names import check_name
 from asrfs.model.positions import Positions
@@ -104,6 +112,17 @@ class StateDirectory:
         self.load_machine()
         self.load_settings()
         self.load_positions()
+
+    def settle(self) -> None:
+        """Make what is found here durable: who wrote it may have died before its last step, which is this one.
+
+        Whoever serves or applies begins with it, so that no power loss takes back what it then relied on, be it a
+        position on the strength of which segments are freed. Raises TemporaryError.
+        """
+        try:
+            DirectoryStorage(self.root).sync_directory("")
+        except OSError as error:
+            raise TemporaryError(f"cannot sync {self.root}: {error.strerror}") from None
 
     # ---- paths --------------------------------------------------------------------------------------------
 

@@ -38,8 +38,9 @@ SALT_BYTES = 32
 KEY_BYTES = 32
 FRAME_RAW_BYTES = 128 << 10
 FRAME_RAW_BYTES_MAX = 1 << 20
-INDEX_RAW_BYTES_MAX = 64 << 20
-RECORDS_MAX = 1 << 20
+INDEX_RAW_BYTES_MAX = 16 << 20
+RECORDS_MAX = 1 << 16
+"""Bound what one object costs its reader, however small it is when packed. A host cuts its objects at this."""
 FRAME_IS_COMPRESSED = 1
 NO_DIGEST = bytes(DIGEST_BYTES)
 
@@ -164,7 +165,7 @@ def encode_object(
     `payloads` are the WRITE and FILL payloads in LSN order. Releases the interpreter in its large steps, so it may run
     beside an event loop in a thread.
     """
-    raw_index = _encode_index(index)
+    raw_index = encode_index(index)
     compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
     packed_index = compressor.compress(raw_index)
     raw_frames = list(_cut(payloads, FRAME_RAW_BYTES))
@@ -292,7 +293,8 @@ class FrameTable:
         return packed
 
 
-def _encode_index(index: Index) -> bytes:
+def encode_index(index: Index) -> bytes:
+    """The raw index: counts, columns, notes."""
     columns = [np.ascontiguousarray(getattr(index, name), dtype=dtype).tobytes() for name, dtype in _COLUMNS]
     return b"".join([_COUNTS.pack(len(index), len(index.notes)), *columns, index.notes])
 

@@ -79,7 +79,9 @@ class NextSegment:
                     pass  # `take` tells the one who writes
 
     def _make(self, number: int) -> File:
-        file = self._rename_spare(number) or self._create(number)
+        # A file of ours may be there that could be neither used nor removed. No rename may replace a name.
+        is_there = self._storage.exists(segment_name(number))
+        file = (None if is_there else self._rename_spare(number)) or self._create(number)
         try:
             self._storage.sync_directory("")
         except OSError as error:
@@ -107,7 +109,10 @@ class NextSegment:
         return None
 
     def _create(self, number: int) -> File:
-        file = self._storage.create(segment_name(number))
+        try:
+            file = self._storage.create(segment_name(number))
+        except FileExistsError:
+            file = self._storage.open(segment_name(number), write=True)
         try:
             file.allocate(self._segment_bytes)
         except BaseException:
@@ -120,4 +125,4 @@ class NextSegment:
         try:
             self._storage.unlink(segment_name(number))
         except OSError:
-            pass  # recovery finds a segment without a header, and makes it a spare
+            pass  # the next `take` uses it; or recovery finds a segment without a header, and makes it a spare

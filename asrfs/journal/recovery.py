@@ -150,6 +150,10 @@ class _Recovery:
         listing = list_journal(storage)
         self._numbers = [number for number in listing.segments if number >= positions.applied.segment]
         self._found.next_segment_number = max(listing.largest(), known) + 1
+        if self._found.next_segment_number >> (64 - POSITION_SHIFT):
+            raise IntegrityError(
+                f"{segment_name(self._found.next_segment_number - 1)}: no segment of ours has such a number"
+            )
 
     def run(self) -> Recovered:
         tail: tuple[int, int] | None = None

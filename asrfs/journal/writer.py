@@ -1,15 +1,19 @@
 """The tail of the journal: appends records, makes them durable, begins new segments.
 
 Threads and the one lock. Any thread may append; `lock` covers the tail, the maps of the disks and the table of open
-segments, and is never held during a datasync. One helper thread of the journal does every datasync, so that waiters
-share it (group commit): it notes the LSN appended so far, syncs sealed segments, then the open one, and only then
-raises `durable_lsn` to what it noted (I2). Names need no sync by then: a segment gets its name durable before its first
-record (`next_segment.py`, which has a thread of its own).
+segments, and is never held during a datasync, except that of a write taken back. One helper thread of the journal does
+every other datasync, so that waiters share it (group commit): it notes the LSN appended so far, syncs sealed segments,
+then the open one, and only then raises `durable_lsn` to what it noted (I2). Names need no sync by then: a segment gets
+its name durable before its first record (`next_segment.py`, which has a thread of its own).
 
     what fails                          what happens
     write EIO, any datasync             final: every later append and sync raises EIO; never tried again
     no space for a new segment          this append raises ENOSPC, a later one tries again
     no space inside a segment           this append raises ENOSPC, the tail stays where it was
+
+A write that was refused may lie there whole all the same. Before anything else is written it is taken back, durably, so
+that a crash never finds it in the place of what came after it; and a segment whose successor's header was refused takes
+no more records, because a header may say where it begins.
 
 A crash at any point leaves a prefix: records follow one another, and a segment is used only under a number that no
 older record carries (`segments.py`).
@@ -162,6 +166,8 @@ class Journal:
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 self._fail(f"{segment_name(self._number)}: write at {at} failed: {error}")
+            else:
+                self._write_at = self._write_after_refusal
             raise
         start = at + RECORD_HEADER_BYTES
         self._tail = start + size
@@ -295,7 +301,7 @@ class Journal:
             self._failed = why
 
     def _roll(self) -> None:
-        """Seal the open segment and begin the next one. Raises OSError and changes nothing when that fails."""
+        """Seal the open segment and begin the next one. Raises OSError; then nothing was begun, and the next tries."""
         number = self._number + 1
         salt = self._make_salt()
         first_lsn = self.appended_lsn + 1
@@ -303,11 +309,14 @@ class Journal:
             self.epoch, number, first_lsn, self.durable_lsn, self.last_time_ns, self._machine_id, salt
         )
         try:
+            if self._write_at == self._write_after_refusal:
+                self._take_back(self._tail)
             file = self._next.take(number)
             try:
                 file.write_at((encode_segment_header(header),), 0)
             except OSError:
                 self._next.give_back(number, file)
+                self._tail = self._segment_bytes
                 raise
         except OSError as error:
             if error.errno not in _NO_SPACE:
@@ -323,6 +332,17 @@ class Journal:
         self._base = number << POSITION_SHIFT
         self._write_at = file.write_at
         self._next.want(number + 1)
+
+    def _write_after_refusal(self, buffers: tuple[Bytes, ...], at: int) -> None:
+        self._take_back(at)
+        self._write_at(buffers, at)
+
+    def _take_back(self, at: int) -> None:
+        """Make sure that no record is found at byte `at`, the tail, where one was refused."""
+        file = self._files[self._number]
+        file.write_at((bytes(RECORD_HEADER_BYTES),), at)
+        file.datasync()
+        self._write_at = file.write_at
 
     def _open_sealed(self, number: int) -> File:
         """A segment from before the last start, opened when a read first wants it."""

@@ -6,6 +6,7 @@ payload of DISK and MARKER records, so the store learns of disks and points in t
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
@@ -155,4 +156,6 @@ def decode_marker(payload: bytes) -> MarkerRecord:
         raise FormatError(f"a MARKER record is not acceptable: {error}") from None
     if not is_id(record.id) or len(record.note or "") > 1000:
         raise FormatError(f"a MARKER record has id {record.id[:40]!r}")
+    if record.hold_ms is not None and not 0 <= record.hold_ms < math.inf:
+        raise FormatError(f"a MARKER record has held writes for {record.hold_ms} ms")
     return record

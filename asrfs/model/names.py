@@ -18,7 +18,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 def check_name(name: str, what: str) -> str:
     """Return `name` if it is an allowed name, else raise BadInputError that says what a `what` may be called."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         shown = name if len(name) <= 80 else name[:77] + "..."
         raise BadInputError(
             f"{shown!r} cannot be the name of a {what}: "
@@ -33,6 +33,11 @@ def check_point_name(name: str) -> str:
     if name in SELECTOR_WORDS or is_id(name):
         raise BadInputError(f"{name!r} cannot be the name of a point: it means something else where points are chosen")
     return name
+
+
+def is_name(text: str) -> bool:
+    """Whether `check_name` allows it."""
+    return _NAME.fullmatch(text) is not None
 
 
 def is_id(text: str) -> bool:

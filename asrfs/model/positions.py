@@ -6,7 +6,16 @@ appended >= durable >= acknowledged   at the store
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import msgspec
+
+Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+SegmentNumber = Annotated[int, msgspec.Meta(ge=0, lt=1 << 38)]
+SegmentOffset = Annotated[int, msgspec.Meta(ge=0, le=1 << 26)]
+"""Bounds of what is read from a file: number and offset of a segment are one integer of 64 bits in maps."""
+Epoch = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
+Slot = Annotated[int, msgspec.Meta(ge=0, lt=0xFFFF)]
 
 
 class Cursor(msgspec.Struct, frozen=True, kw_only=True):
@@ -15,17 +24,17 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True):
     `lsn` 0 with `segment` 0 is the beginning of the history. `time_ns` is the time of record `lsn`.
     """
 
-    lsn: int = 0
-    segment: int = 0
-    offset: int = 0
-    time_ns: int = 0
+    lsn: Number = 0
+    segment: SegmentNumber = 0
+    offset: SegmentOffset = 0
+    time_ns: Number = 0
 
 
 class FillProgress(msgspec.Struct, frozen=True, kw_only=True):
     """How far the content an adopted image had before the history has been read into it."""
 
-    slot: int
-    offset: int
+    slot: Slot
+    offset: Number
 
 
 class Positions(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,8 +43,8 @@ class Positions(msgspec.Struct, frozen=True, kw_only=True):
     `last_digest` is the hex digest of the last acknowledged log object, which the next one names.
     """
 
-    format: int = 1
-    epoch: int = 1
+    format: Literal[1] = 1
+    epoch: Epoch = 1
     applied: Cursor = Cursor()
     acknowledged: Cursor = Cursor()
     last_digest: str = ""

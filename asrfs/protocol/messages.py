@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -11,6 +11,8 @@ from asrfs.protocol.frames import FrameType, ProtocolError
 PROTOCOL_VERSION = 1
 OBJECT_CHUNK_BYTES = 1 << 20
 
+Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+"""LSNs and times: what the store's catalog can hold. The peer's word goes there, so the decoder takes no other."""
 RefusalCode = Literal["authentication", "fenced", "diverged", "state", "corrupt", "space", "busy"]
 
 
@@ -21,9 +23,9 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     machine_id: str
     machine_name: str
     epoch: int
-    appended_lsn: int
-    durable_lsn: int
-    acknowledged_lsn: int
+    appended_lsn: Number
+    durable_lsn: Number
+    acknowledged_lsn: Number
     last_digest: str
 
 
@@ -37,8 +39,8 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     store_id: str
     session_salt: bytes
     epoch: int
-    acknowledged_lsn: int
-    acknowledged_time_ns: int
+    acknowledged_lsn: Number
+    acknowledged_time_ns: Number
     last_digest: str
 
 
@@ -52,24 +54,24 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True):
 class ObjectBegin(msgspec.Struct, frozen=True, kw_only=True):
     """A log object of `length` bytes follows in OBJECT_BYTES frames."""
 
-    first_lsn: int
-    last_lsn: int
+    first_lsn: Number
+    last_lsn: Number
     length: int
 
 
 class Acknowledge(msgspec.Struct, frozen=True, kw_only=True):
     """Every record up to `lsn` is durable at the store (I3)."""
 
-    lsn: int
+    lsn: Number
     digest: str
 
 
 class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
     """Sent by both sides when nothing else is. The host's positions tell the store how far behind it is."""
 
-    appended_lsn: int = 0
-    durable_lsn: int = 0
-    durable_time_ns: int = 0
+    appended_lsn: Number = 0
+    durable_lsn: Number = 0
+    durable_time_ns: Number = 0
 
 
 class Goodbye(msgspec.Struct, frozen=True, kw_only=True):

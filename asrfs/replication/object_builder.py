@@ -13,14 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from asrfs.errors import IntegrityError
-from asrfs.format.log_object import Index, ObjectKeys, derive_keys, encode_object
+from asrfs.format.log_object import RECORDS_MAX, Index, ObjectKeys, derive_keys, encode_object
 from asrfs.format.record import CARRIES_EXTENT_BYTES, Kind, RecordHeader
 from asrfs.journal.reader import JournalReader
 from asrfs.model.positions import Cursor
 
 Records = Sequence[tuple[RecordHeader, memoryview]]
-RECORDS_PER_OBJECT_MAX = 64 * 1024
-"""Bounds the memory of an object whose records carry no payload."""
 _WITH_BYTES = [int(kind) for kind in CARRIES_EXTENT_BYTES]
 _WITH_NOTE = [int(Kind.MARKER), int(Kind.DISK)]
 
@@ -71,7 +69,7 @@ class ObjectBuilder:
 
         Raises IntegrityError for a corrupt journal, OSError when it cannot be read.
         """
-        until_lsn = min(durable_lsn, cursor.lsn + RECORDS_PER_OBJECT_MAX)
+        until_lsn = min(durable_lsn, cursor.lsn + RECORDS_MAX)
         batch = self._reader.read(cursor, until_lsn, bytes_max)
         if not batch.records:
             return None

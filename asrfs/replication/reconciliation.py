@@ -19,6 +19,7 @@ from asrfs.errors import (
     IntegrityError,
     NoSpaceError,
     TemporaryError,
+    foreign_line,
 )
 
 
@@ -78,7 +79,7 @@ def check_can_resend(store_lsn: int, first_kept_lsn: int) -> None:
 
 def refusal(code: str, text: str) -> AsrfsError:
     """The error a REFUSED message means."""
-    text = f"the store refused: {text}"
+    text = f"the store refused: {foreign_line(text)}"
     if code == "authentication":
         return AuthenticationError(text)
     if code == "fenced":

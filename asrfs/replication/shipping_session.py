@@ -259,8 +259,10 @@ class ShippingSession:
             built = None
             with trio.move_on_at(self._heartbeat_at):
                 built = await channel.receive()
-            if trio.current_time() >= self._heartbeat_at:
+            if self._session.state is not State.CLOSED and trio.current_time() >= self._heartbeat_at:
                 await self._send_heartbeat()
+            if self._session.state is State.CLOSED:  # the store ended the session: `receive` says why
+                return
             if built is None:
                 continue
             self._in_flight.append(built)

@@ -131,7 +131,10 @@ class DirectoryStorage:
         return sorted(os.listdir(self.path(directory)))
 
     def make_directory(self, name: str) -> None:
-        os.makedirs(self.path(name), mode=0o700, exist_ok=True)
+        path = self.root
+        for part in name.split("/"):  # one by one: `makedirs` gives its mode to the last one only
+            path = os.path.join(path, part)
+            os.makedirs(path, mode=0o700, exist_ok=True)
 
     def sync_directory(self, directory: str) -> None:
         fd = os.open(self.path(directory), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

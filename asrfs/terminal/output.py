@@ -33,7 +33,8 @@ def console() -> Console:
     if sys.stdout is None:  # closed by who called us
         return Console(file=io.StringIO())
     width = None if sys.stdout.isatty() else _PIPE_WIDTH
-    return Console(width=width, highlight=False, soft_wrap=True)
+    # No markup: what is shown holds paths, addresses and the other side's words, and these hold brackets.
+    return Console(width=width, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:

@@ -15,6 +15,7 @@ import binascii
 import hmac
 import socket
 import ssl
+from typing import Annotated
 
 import msgspec
 
@@ -27,6 +28,9 @@ HEALTH_PATH = "/api/v1/health"
 SECRET_BYTES = 32
 _PREFIX = "asrfs1."
 _TOKEN_CHARACTERS_MAX = 1000
+
+
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +57,7 @@ class EnrolReply(msgspec.Struct, frozen=True, kw_only=True):
     ca: str
     store_id: str
     server_name: str
-    data_port: int
+    data_port: Port
     payload_key: str
     index_key: str
 

@@ -311,7 +311,7 @@ def parse_address(text: str, default_port: int) -> tuple[str, int]:
     if not colon or (host.startswith("[") and not host.endswith("]")) or text.endswith("]"):
         host, port = text, str(default_port)
     host = host.removeprefix("[").removesuffix("]")
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not port.isascii() or not port.isdigit() or len(port) > 5 or not 0 < int(port) < 65536:
         raise BadInputError(f"{text[:100]!r} is not an address: write HOST:PORT")
     return host, int(port)
 

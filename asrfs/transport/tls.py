@@ -13,6 +13,7 @@ from hashlib import sha256
 from ipaddress import ip_address
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import (
@@ -32,6 +33,16 @@ SERVER_DAYS = 3653
 MACHINE_DAYS = 1826
 CLOCK_SKEW = timedelta(days=1)
 """Certificates begin to hold this long before they are made, for hosts whose clock is behind."""
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
+"""What the library raises for a certificate it can make nothing of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +117,7 @@ def sign_request(
         parsed = x509.load_pem_x509_csr(request)
         key = parsed.public_key()
         sound = parsed.is_signature_valid
-    except ValueError as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise BadInputError(f"the certificate request cannot be read: {error}") from None
     if not sound or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise BadInputError("the certificate request is not signed by an EC P-256 key")
@@ -124,7 +135,7 @@ def machine_identity(der: bytes) -> MachineIdentity:
         alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         uris = alternative.get_values_for_type(x509.UniformResourceIdentifier)
         (common_name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    except (ValueError, x509.ExtensionNotFound) as error:
+    except _UNREADABLE as error:
         raise AuthenticationError(f"the certificate names no machine: {error}") from None
     ids = [uri.removeprefix(MACHINE_URN) for uri in uris if uri.startswith(MACHINE_URN)]
     if len(ids) != 1 or not is_id(ids[0]):
@@ -143,7 +154,7 @@ def check_key(pem: bytes, where: str) -> None:
     """Raise IntegrityError naming `where` unless this is a private key of ours."""
     try:
         key = load_pem_private_key(pem, None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise IntegrityError(f"{where}: not a private key: bring it back from a copy ({error})"[:300]) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise IntegrityError(f"{where}: not an EC private key: bring it back from a copy")
@@ -153,7 +164,7 @@ def check_certificate(pem: bytes, where: str) -> None:
     """Raise IntegrityError naming `where` unless this is a certificate."""
     try:
         x509.load_pem_x509_certificate(pem)
-    except ValueError as error:
+    except _UNREADABLE as error:
         raise IntegrityError(f"{where}: not a certificate: bring it back from a copy ({error})"[:300]) from None
 
 

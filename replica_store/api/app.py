@@ -34,7 +34,7 @@ def make_app(vault: Vault, clock: Clock, data_port: int, threads: trio.CapacityL
     """The ASGI application. `data_port` is told to who enrols."""
 
     async def post_enroll(request: Request) -> Response:
-        wanted = _decode(await _body(request))
+        wanted = decode_request(await _body(request))
         reply = await trio.to_thread.run_sync(enrol, vault, wanted, clock, data_port, limiter=threads)
         _log.info("machine enrolled", machine=wanted.machine, id=wanted.machine_id)
         return _json(reply, 200)
@@ -68,7 +68,8 @@ async def _body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _decode(body: bytes) -> EnrolRequest:
+def decode_request(body: bytes) -> EnrolRequest:
+    """The body of a request to enrol. Raises BadInputError."""
     try:
         return msgspec.json.decode(body, type=EnrolRequest)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:

@@ -16,6 +16,14 @@ from typing import Any
 
 from asrfs.errors import AsrfsError, IntegrityError, NoSpaceError, NotFoundError, RefusedError, TemporaryError
 from asrfs.model.machine import DiskRecord
+from replica_store.vault.row_checks import (
+    checked_disk,
+    checked_link,
+    checked_lsn,
+    checked_machine,
+    checked_object,
+    checked_point,
+)
 from replica_store.vault.rows import DiskRow, Entry, LinkRow, MachineRow, ObjectRow, PointRow
 from replica_store.vault.schema import TABLES, VERSION
 
@@ -94,7 +102,7 @@ class Catalog:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter: SQLite's words about a file of junk
             raise _translated(self.path, error) from None
 
     def check(self) -> list[str]:
@@ -191,7 +199,7 @@ class Catalog:
             f"SELECT {_OBJECT} FROM objects WHERE machine_id = ? ORDER BY first_lsn DESC LIMIT 1",  # noqa: S608
             (machine_id,),
         )
-        return ObjectRow(*rows[0]) if rows else None
+        return checked_object(ObjectRow(*rows[0])) if rows else None
 
     def object_with(self, machine_id: str, lsn: int) -> ObjectRow | None:
         """The log object that holds record `lsn`."""
@@ -200,7 +208,7 @@ class Catalog:
             "ORDER BY first_lsn DESC LIMIT 1",
             (machine_id, _bounded(lsn)),
         )
-        row = ObjectRow(*rows[0]) if rows else None
+        row = checked_object(ObjectRow(*rows[0])) if rows else None
         return row if row is not None and row.last_lsn >= lsn else None
 
     def objects_of(self, machine_id: str, up_to_lsn: int) -> list[ObjectRow]:
@@ -209,7 +217,7 @@ class Catalog:
             f"SELECT {_OBJECT} FROM objects WHERE machine_id = ? AND first_lsn <= ? ORDER BY first_lsn",  # noqa: S608
             (machine_id, _bounded(up_to_lsn)),
         )
-        return [ObjectRow(*row) for row in rows]
+        return [checked_object(ObjectRow(*row)) for row in rows]
 
     def space(self, machine_id: str) -> tuple[int, int]:
         """`(log objects, their bytes)` of a machine."""
@@ -224,7 +232,7 @@ class Catalog:
             f"SELECT lsn, {_DISK} FROM disks WHERE machine_id = ? ORDER BY lsn, slot",  # noqa: S608
             (machine_id,),
         )
-        return [DiskRow(machine_id, lsn, _disk_record(tuple(disk))) for lsn, *disk in rows]
+        return [DiskRow(machine_id, checked_lsn(lsn), _disk_record(tuple(disk))) for lsn, *disk in rows]
 
     def points(self, machine_id: str) -> list[PointRow]:
         """All points received, listed or not, in LSN order."""
@@ -251,7 +259,7 @@ class Catalog:
             "FROM links WHERE machine_id = ?",
             (machine_id,),
         )
-        return LinkRow(rows[0][0], rows[0][1], bool(rows[0][2]), *rows[0][3:]) if rows else None
+        return checked_link(LinkRow(rows[0][0], rows[0][1], bool(rows[0][2]), *rows[0][3:])) if rows else None
 
 
 def _connect(path: str, mode: str) -> sqlite3.Connection:
@@ -261,7 +269,7 @@ def _connect(path: str, mode: str) -> sqlite3.Connection:
     )
 
 
-def _translated(path: str, error: sqlite3.Error) -> AsrfsError:
+def _translated(path: str, error: Exception) -> AsrfsError:
     """An error of SQLite in our words: full, busy, or damaged."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code == sqlite3.SQLITE_FULL:
@@ -281,15 +289,16 @@ def _bounded(lsn: int) -> int:
 
 def _machine(row: tuple[Any, ...]) -> MachineRow:
     machine_id, name, epoch, serial, revoked, *rest = row
-    return MachineRow(machine_id, name, epoch, serial, bool(revoked), *rest)
+    return checked_machine(MachineRow(machine_id, name, epoch, serial, bool(revoked), *rest))
 
 
 def _point(row: tuple[Any, ...]) -> PointRow:
     values: list[Any] = list(row)
     values[-1] = bool(values[-1])
-    return PointRow(*values)
+    return checked_point(PointRow(*values))
 
 
 def _disk_record(row: tuple[Any, ...]) -> DiskRecord:
     slot, disk_id, name, size_bytes, removed, gap = row
-    return DiskRecord(slot=slot, id=disk_id, name=name, size_bytes=size_bytes, removed=bool(removed), gap=bool(gap))
+    record = DiskRecord(slot=slot, id=disk_id, name=name, size_bytes=size_bytes, removed=bool(removed), gap=bool(gap))
+    return checked_disk(record)

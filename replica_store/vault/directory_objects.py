@@ -21,6 +21,7 @@ from replica_store.vault.objects import (
     ObjectExistsError,
     ObjectMissingError,
     check_object_name,
+    is_object_name,
 )
 
 _INCOMING = ".incoming"
@@ -133,7 +134,8 @@ class DirectoryObjects:
             if base.startswith("."):
                 continue
             if base.endswith(SUFFIX):
-                yield name
+                if is_object_name(name):
+                    yield name
             elif name.startswith(prefix) or prefix.startswith(name + "/"):
                 yield from self._walk(name, prefix)
 

@@ -13,7 +13,7 @@ import os
 import secrets
 from hashlib import sha256
 
-from asrfs.errors import AuthenticationError, BadInputError, RefusedError
+from asrfs.errors import AuthenticationError, BadInputError, IntegrityError, RefusedError
 from asrfs.format.log_object import KEY_BYTES
 from asrfs.model.clock import Clock
 from asrfs.model.names import check_name, is_id
@@ -113,6 +113,10 @@ def _check_token(vault: Vault, secret_digest: bytes, machine_name: str, now_ns: 
         raise AuthenticationError(f"the token is for machine {name}, not for {machine_name}")
     if used_ns is not None:
         raise AuthenticationError("the token has been used: make a new one with `replica-store token`")
+    if not isinstance(expires_ns, int):
+        raise IntegrityError(
+            f"{vault.catalog.path}: a token's row is damaged: make a new one with `replica-store token`"
+        )
     if now_ns >= expires_ns:
         raise AuthenticationError("the token has expired: make a new one with `replica-store token`")
 

@@ -58,7 +58,12 @@ class Objects(Protocol):
         """Path or URL, for people."""
 
 
+def is_object_name(name: str) -> bool:
+    """Whether a put would have taken this name. Anything else that lies among the objects is somebody else's."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_object_name(name: str) -> str:
     """A wrong name is our own bug: they are made of ids and numbers only."""
-    assert _NAME.fullmatch(name), f"{name!r} is not the name of an object"
+    assert is_object_name(name), f"{name!r} is not the name of an object"
     return name

@@ -56,7 +56,6 @@ def rebuild(root: str, progress: Callable[[int, int], None] = lambda done, total
             catalog.close()  # the last connection: SQLite folds its write-ahead log into the file and removes it
         storage.sync_directory("")
         _remove(storage, CATALOG_FILE)
-        storage.sync_directory("")
         storage.rename(_NEW_FILE, CATALOG_FILE)
         storage.sync_directory("")
     return report
@@ -161,6 +160,8 @@ def _machine_row(description: MachineDescription, epoch: int) -> MachineRow:
 
 
 def _remove(storage: DirectoryStorage, name: str) -> None:
+    """Durably, a catalog before its log: without the log it would be found again, older than it was or damaged."""
     for beside in _BESIDE:
         if storage.exists(name + beside):
             storage.unlink(name + beside)
+            storage.sync_directory("")

@@ -27,7 +27,7 @@ from asrfs.format.log_object import (
 )
 from asrfs.model.clock import Clock
 from asrfs.model.machine import DiskRecord
-from asrfs.model.names import check_name
+from asrfs.model.names import check_name, is_id, is_name
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import read_whole, write_atomically
 from asrfs.transport.tls import server_name_of
@@ -218,6 +218,8 @@ def describe(root: str) -> VaultFile:
         raise IntegrityError(f"{path} cannot be read: {error}") from None
     if description.format != 1:
         raise RefusedError(f"{path}: vault format {description.format} is not known to this program: upgrade it")
+    if not is_id(description.id) or not is_name(description.name):
+        raise IntegrityError(f"{path}: a vault cannot have the id {description.id[:40]!r} or that name")
     return description
 
 
@@ -235,7 +237,8 @@ def lock(root: str) -> VaultLock:
 def check_header(header: ObjectHeader, row: ObjectRow, where: str) -> None:
     """Raise IntegrityError unless this is the object the catalog means."""
     found = (header.machine_id.hex(), header.epoch, header.first_lsn, header.last_lsn, header.object_length)
-    if found != (row.machine_id, row.epoch, row.first_lsn, row.last_lsn, row.length):
+    is_it = found == (row.machine_id, row.epoch, row.first_lsn, row.last_lsn, row.length)
+    if not is_it or (header.first_time_ns, header.last_time_ns) != (row.first_time_ns, row.last_time_ns):
         raise IntegrityError(
             f"{where}: holds LSN {header.first_lsn}..{header.last_lsn} of machine {header.machine_id.hex()}, "
             f"but the catalog has LSN {row.first_lsn}..{row.last_lsn} of machine {row.machine_id} there"

@@ -17,6 +17,7 @@ class Fate(Enum):
     LOST = "lost"
     TORN = "torn"
     SUBSET = "subset"
+    REORDERED = "reordered"
 
 
 @dataclass
@@ -51,39 +52,76 @@ class Change:
 
 @dataclass
 class Inode:
-    visible: bytearray = field(default_factory=bytearray)
+    """A file. What is `bytes` may be shared with copies of it and is copied before it changes."""
+
+    visible: bytes | bytearray = b""
     durable: bytes = b""
     unsynced: list[Change] = field(default_factory=list)
+    has_lost_writes: bool = False
+    """A datasync has failed: what is visible is not all that the next one makes durable."""
 
     def change(self, change: Change) -> None:
         self.unsynced.append(change)
+        if isinstance(self.visible, bytes):
+            self.visible = bytearray(self.visible)
         change.apply(self.visible)
 
+    def freeze(self) -> bytes:
+        """What is visible, to be shared."""
+        if isinstance(self.visible, bytearray):
+            self.visible = bytes(self.visible)
+        return self.visible
+
     def copy(self) -> Inode:
-        return Inode(bytearray(self.visible), self.durable, list(self.unsynced))
+        return Inode(self.freeze(), self.durable, list(self.unsynced), self.has_lost_writes)
 
     def datasync(self) -> None:
         """What was written since the last one, failed ones too, is durable now; nothing from before a failed one is."""
-        content = bytearray(self.durable)
-        for change in self.unsynced:
-            change.apply(content)
-        self.durable = bytes(content)
+        if not self.has_lost_writes:
+            self.durable = self.freeze()
+        elif self.unsynced:
+            content = bytearray(self.durable)
+            for change in self.unsynced:
+                change.apply(content)
+            self.durable = bytes(content)
         self.unsynced.clear()
 
     def fail_datasync(self) -> None:
         """As the kernel does: the bytes stay visible and count as clean, and no later datasync writes them."""
         self.unsynced.clear()
+        self.has_lost_writes = True
 
     def after_power_loss(self, fate: Fate, rng: random.Random) -> Inode:
         if fate is Fate.KEPT:
-            content = bytearray(self.visible)
+            content = self.freeze()
+        elif fate is Fate.LOST or not self.unsynced:
+            content = self.durable
         else:
-            content = bytearray(self.durable)
-            for change in self.unsynced if fate is not Fate.LOST else ():
-                for part in change.sectors() if fate is Fate.TORN else (change,):
-                    if rng.random() < 0.5:
-                        part.apply(content)
-        return Inode(content, bytes(content))
+            content = self._some_of_it(fate, rng)
+        return Inode(content, content)
+
+    def _some_of_it(self, fate: Fate, rng: random.Random) -> bytes:
+        content = bytearray(self.durable)
+        for change in reordered(self.unsynced, rng) if fate is Fate.REORDERED else self.unsynced:
+            for part in change.sectors() if fate is Fate.TORN else (change,):
+                if rng.random() < 0.5:
+                    part.apply(content)
+        return bytes(content)
+
+
+def reordered(changes: list[Change], rng: random.Random) -> list[Change]:
+    """The same changes as the disk may get them: in any order between two changes of the size."""
+    found: list[Change] = []
+    run: list[Change] = []
+    for change in changes:
+        if change.content is None:
+            rng.shuffle(run)
+            found += [*run, change]
+            run = []
+        else:
+            run.append(change)
+    rng.shuffle(run)
+    return found + run
 
 
 @dataclass(frozen=True)

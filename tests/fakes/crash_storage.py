@@ -5,11 +5,13 @@ likewise keeps its names. `crash` decides the fate of each change that was not s
 
     KEPT    all of it reached the disk          LOST    none of it
     SUBSET  each change as a whole, or not      TORN    each 512-byte sector of each change, or not
+    REORDERED  as SUBSET, and those that reach it in any order
 
 and returns the storage the next start would find. `killed` returns what a killed process leaves: everything visible,
 still not durable. Both are copies, so one run can be looked at after each of its operations (`after_operation`).
 
-Faults are injected by the number of the operation; `assert_fired` fails a test whose fault was never reached.
+Faults are injected by the number of the operation; `assert_fired` fails a test whose fault was never reached. As the
+interface says, a call that was interrupted or came short goes on by itself; a power loss may come in between.
 Directories themselves are durable at once; only the names in them are not.
 """
 
@@ -20,42 +22,14 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from asrfs.storage.interface import Bytes
 from tests.fakes.crash_state import SECTOR_BYTES, Change, Fate, Inode, NameChange, directory_of
+from tests.fakes.faults import CHANGING, READING, Fault
 
-__all__ = ["CHANGING", "CrashFile", "CrashStorage", "Fate", "Fault"]
+__all__ = ["CHANGING", "READING", "CrashFile", "CrashStorage", "Fate", "Fault"]
 
 _HOLE_BYTES = 4096
-CHANGING = frozenset(
-    ("write", "datasync", "punch", "allocate", "truncate", "create", "rename", "link", "unlink", "sync_directory")
-)
-"""Operations after which a crash can find something new. Reads are counted on their own."""
-
-
-@dataclass
-class Fault:
-    """Make operations fail: the `at`-th (from 0) of `kinds`, or it and all later ones.
-
-    A failing write first puts down `partial` of its bytes, in whole sectors, as a full disk does.
-    """
-
-    at: int
-    error: int = errno.EIO
-    for_ever: bool = False
-    kinds: frozenset[str] = CHANGING
-    partial: float = 0.0
-    seen: int = 0
-    fired: int = 0
-
-    def strikes(self, kind: str) -> bool:
-        if kind not in self.kinds:
-            return False
-        number, self.seen = self.seen, self.seen + 1
-        strikes = number == self.at or (self.for_ever and number > self.at)
-        self.fired += strikes
-        return strikes
 
 
 class CrashFile:
@@ -87,7 +61,10 @@ class CrashFile:
                 short = content[: max(0, whole - whole % SECTOR_BYTES - offset)]
                 if short:
                     inode.change(Change(offset, short))
-                raise OSError(fault.error, os.strerror(fault.error), self._name)
+                if not fault.goes_on:
+                    raise OSError(fault.error, os.strerror(fault.error), self._name)
+                self._storage.leave("write", self._name)
+                offset, content = offset + len(short), content[len(short) :]
             room = self._storage.room_for(inode, offset + len(content))
             if room < offset + len(content):
                 if room > offset:
@@ -280,6 +257,11 @@ class CrashStorage:
         self.make_directory(directory)
         return Below(self, directory)
 
+    def used_bytes(self) -> int:
+        """Bytes of all files, which `capacity` bounds."""
+        with self.lock:
+            return self._used()
+
     # ---- crashes ----
 
     def crash(self, fate: Fate, rng: random.Random) -> CrashStorage:
@@ -287,22 +269,41 @@ class CrashStorage:
         with self.lock:
             after = self._successor()
             names = dict(self._names if fate is Fate.KEPT else self._durable_names)
-            if fate in (Fate.TORN, Fate.SUBSET):
+            if fate not in (Fate.KEPT, Fate.LOST):
                 for change in self._unsynced_names:
                     if rng.random() < 0.5:
                         change.apply(names, frozenset(self._names))
-            after._inodes = {number: self._inodes[number].after_power_loss(fate, rng) for number in set(names.values())}
+            numbers = sorted(set(names.values()))
+            after._inodes = {number: self._inodes[number].after_power_loss(fate, rng) for number in numbers}
             after._names, after._durable_names = names, dict(names)
             return after
+
+    def is_settled(self) -> bool:
+        """Whether a power loss now could take nothing: every fate leaves what a kill leaves."""
+        with self.lock:
+            return not self._unsynced_names and not any(
+                inode.unsynced or inode.has_lost_writes for inode in self._living()
+            )
+
+    def contents(self) -> dict[str, bytes]:
+        """Every file that has a name, with its visible bytes."""
+        with self.lock:
+            return {name: self._inodes[number].freeze() for name, number in self._names.items()}
 
     def killed(self) -> CrashStorage:
         """What the next start finds when the process was killed: all of it, and not more durable than it was."""
         with self.lock:
             after = self._successor()
-            after._inodes = {number: inode.copy() for number, inode in self._inodes.items()}
+            reachable = {*self._names.values(), *self._durable_names.values()}
+            reachable.update(change.inode for change in self._unsynced_names)
+            after._inodes = {number: self._inodes[number].copy() for number in sorted(reachable)}
             after._names, after._durable_names = dict(self._names), dict(self._durable_names)
             after._unsynced_names = list(self._unsynced_names)
             return after
+
+    def keep_failing(self, before: CrashStorage) -> None:
+        """The disk stays the same one: what was injected into it goes on counting here."""
+        self._faults = before._faults
 
     def unsynced_bytes(self, name: str) -> int:
         """How much of a file a power loss could still take."""
@@ -323,7 +324,7 @@ class CrashStorage:
 
     def enter(self, kind: str, name: str) -> None:
         """An operation begins. Raises OSError if a fault strikes."""
-        if (fault := self.strike(kind)) is not None:
+        if (fault := self.strike(kind)) is not None and not fault.goes_on:
             raise OSError(fault.error, os.strerror(fault.error), name)
 
     def strike(self, kind: str) -> Fault | None:
@@ -347,6 +348,9 @@ class CrashStorage:
         if self.capacity is None or size <= len(inode.visible):
             return size
         return min(size, len(inode.visible) + max(0, self.capacity - self._used()))
+
+    def _living(self) -> list[Inode]:
+        return [self._inodes[number] for number in set(self._names.values())]
 
     def _used(self) -> int:
         return sum(len(self._inodes[number].visible) for number in set(self._names.values()))
@@ -382,6 +386,7 @@ class Below:
     def __init__(self, storage: CrashStorage, directory: str) -> None:
         self._storage = storage
         self._directory = directory
+        self.root = directory  # for messages
 
     def _path(self, name: str) -> str:
         return f"{self._directory}/{name}" if name else self._directory

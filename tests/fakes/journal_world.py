@@ -22,13 +22,14 @@ from asrfs.journal.recovery import Recovered, recover
 from asrfs.journal.spares import prepare_spare, trim
 from asrfs.journal.writer import Journal
 from asrfs.model.positions import Cursor, Positions
-from asrfs.storage.interface import Bytes, write_atomically
+from asrfs.storage.interface import Bytes, read_whole, write_atomically
 from tests.fakes.crash_storage import CrashStorage
 
 MACHINE_ID = b"machine-of-tests"
 RECORDS_A_SEGMENT = 4
 SEGMENT_BYTES = SEGMENT_HEADER_BYTES + RECORDS_A_SEGMENT * (RECORD_HEADER_BYTES + 4096) + 512
 SECTOR_BYTES = 512
+BLOCK_BYTES = 4096
 
 
 class StepClock:
@@ -47,29 +48,15 @@ class StepClock:
         return self.now_ns / 1e9
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelRecord:
-    """A record as the model keeps it. `content` is empty for those that read as zeros."""
+    """A record as the model keeps it, equal to nothing but itself. `content` is empty for those that read as zeros."""
 
     kind: int
     slot: int
     offset: int
     length: int
     content: bytes
-
-
-class _TellingJournal(Journal):
-    """Tells the model of a record before the first byte of it is written: from then on a crash may find it."""
-
-    told: list[ModelRecord]
-
-    def append_locked(self, kind: int, slot: int, offset: int, length: int, payload: Bytes = b"") -> int:
-        self.told.append(ModelRecord(kind, slot, offset, length, bytes(payload)))
-        try:
-            return super().append_locked(kind, slot, offset, length, payload)
-        except OSError:
-            self.told.pop()
-            raise
 
 
 @dataclass
@@ -79,32 +66,71 @@ class Model:
     initial: tuple[bytes, ...]
     records: list[ModelRecord] = field(default_factory=list)
     promised_lsn: int = 0
+    refused: tuple[ModelRecord, ...] = ()
+    """Writes that failed last. Nobody was promised one, but all of its bytes may have come to lie where they belong."""
+    _known: tuple[tuple[ModelRecord, ...], tuple[bytes, ...]] = ((), ())
+    """The disks after these records, which were asked for last."""
 
     def copy(self) -> Model:
-        return Model(self.initial, list(self.records), self.promised_lsn)
+        return Model(self.initial, list(self.records), self.promised_lsn, self.refused, self._known)
 
     def disks_at(self, lsn: int) -> list[bytearray]:
         """The disks at an LSN, byte for byte (I9)."""
-        disks = [bytearray(content) for content in self.initial]
-        for record in self.records[:lsn]:
+        return [bytearray(content) for content in self._disks_at(lsn)]
+
+    def _disks_at(self, lsn: int) -> tuple[bytes, ...]:
+        records = tuple(self.records[:lsn])
+        known, content = self._known
+        if known == records and content:
+            return content
+        if not content or known != records[: len(known)]:
+            known, content = (), self.initial
+        disks = [bytearray(each) for each in content]
+        for record in records[len(known) :]:
             put_record(disks, record)
-        return disks
+        self._known = records, tuple(map(bytes, disks))
+        return self._known[1]
 
     def assert_image_never_ahead(self, images: Sequence[bytes], lsn: int) -> None:
         """I1: each sector of an image is what it was at some LSN up to `lsn`."""
-        possible = [_sector_sets(content) for content in self.initial]
-        disks = [bytearray(content) for content in self.initial]
-        for record in self.records[:lsn]:
-            put_record(disks, record)
-            if record.length:
-                for at in range(record.offset, record.offset + record.length, SECTOR_BYTES):
-                    sector = bytes(disks[record.slot][at : at + SECTOR_BYTES])
-                    possible[record.slot][at // SECTOR_BYTES].add(sector)
+        newest = self._disks_at(lsn)
         for slot, image in enumerate(images):
-            for number, allowed in enumerate(possible[slot]):
-                at = number * SECTOR_BYTES
-                sector = image[at : at + SECTOR_BYTES]
-                assert sector in allowed, f"I1: sector {number} of image {slot} holds bytes of no LSN up to {lsn}"
+            oldest = self.initial[slot]
+            for at in range(0, len(image), BLOCK_BYTES):
+                block = image[at : at + BLOCK_BYTES]
+                if block != newest[slot][at : at + BLOCK_BYTES] and block != oldest[at : at + BLOCK_BYTES]:
+                    self._assert_block_never_ahead(slot, at, block, lsn)
+
+    def _assert_block_never_ahead(self, slot: int, at: int, block: bytes, lsn: int) -> None:
+        """The same for the sectors of one block, with every state they were in."""
+        states = [bytearray(self.initial[slot])]
+        for record in self.records[:lsn]:
+            if record.slot == slot and record.offset < at + len(block) and at < record.offset + record.length:
+                disks = [bytearray()] * slot + [bytearray(states[-1])]
+                put_record(disks, record)
+                states.append(disks[slot])
+        for sector in range(0, len(block), SECTOR_BYTES):
+            place = slice(at + sector, at + sector + SECTOR_BYTES)
+            assert block[sector : sector + SECTOR_BYTES] in [state[place] for state in states], (
+                f"I1: sector {place.start // SECTOR_BYTES} of image {slot} holds bytes of no LSN up to {lsn}"
+            )
+
+
+class _TellingJournal(Journal):
+    """Tells the model of a record before the first byte of it is written: from then on a crash may find it."""
+
+    model: Model
+
+    def append_locked(self, kind: int, slot: int, offset: int, length: int, payload: Bytes = b"") -> int:
+        records = self.model.records
+        records.append(ModelRecord(kind, slot, offset, length, bytes(payload)))
+        try:
+            position = super().append_locked(kind, slot, offset, length, payload)
+        except OSError:
+            self.model.refused += (records.pop(),)
+            raise
+        self.model.refused = ()
+        return position
 
 
 @dataclass(frozen=True)
@@ -126,12 +152,16 @@ def put_record(disks: list[bytearray], record: ModelRecord) -> None:
         disks[record.slot][record.offset : end] = record.content
 
 
-def _sector_sets(content: bytes) -> list[set[bytes]]:
-    return [{content[at : at + SECTOR_BYTES]} for at in range(0, len(content), SECTOR_BYTES)]
+def load_positions(storage: CrashStorage) -> Positions:
+    """What the applier saved last."""
+    if not storage.exists("positions.json"):
+        return Positions()
+    return msgspec.json.decode(read_whole(storage, "positions.json"), type=Positions)
 
 
 class JournalWorld:
-    """See the module. `model` None begins a new machine with random images, else this is its next start."""
+    """See the module. `model` None begins a new machine with random images, else this is its next start. `lives`: this
+    one and those it came from by `restart`, also when one of them failed to start."""
 
     def __init__(
         self,
@@ -143,11 +173,16 @@ class JournalWorld:
         segment_bytes: int = SEGMENT_BYTES,
         steals: bool = False,
         looks: list[Look] | None = None,
+        lives: list[JournalWorld] | None = None,
     ) -> None:
         self.storage = storage
+        self.lives = [] if lives is None else lives
+        self.lives.append(self)
         self.looks = looks
         self.segment_bytes = segment_bytes
         self.steals = steals
+        if model is not None:
+            self.model = model
         self.journal_storage = storage.below("journal")
         storage.replaces_nothing_in.add("journal")
         self.image_storage = storage.below("images")
@@ -157,11 +192,13 @@ class JournalWorld:
         self.model = model
         if looks is not None:
             storage.after_operation = self._look
-        self.positions = self._load_positions()
+        storage.sync_directory("")  # as `StateDirectory.settle` does
+        self.positions = load_positions(storage)
         self.recovered: Recovered = recover(
             self.journal_storage, self.positions, MACHINE_ID, segment_bytes=segment_bytes
         )
         self._check_end(self.recovered.last_lsn)
+        self.model.promised_lsn = self.recovered.last_lsn  # what recovery found counts as durable
         self.journal = _TellingJournal(
             self.journal_storage,
             MACHINE_ID,
@@ -170,7 +207,7 @@ class JournalWorld:
             segment_bytes=segment_bytes,
             prepare_ahead=False,  # its thread would make the order of operations another one in each run
         )
-        self.journal.told = self.model.records
+        self.journal.model = self.model
         maps = {slot: BlockMap() for slot in range(len(model.initial))}
         rebuild_maps(self.recovered, maps)
         self.images = [self.image_storage.open(str(slot), write=True) for slot in maps]
@@ -193,17 +230,15 @@ class JournalWorld:
         self.image_storage.sync_directory("")
         return initial
 
-    def _load_positions(self) -> Positions:
-        if not self.storage.exists("positions.json"):
-            return Positions()
-        file = self.storage.open("positions.json")
-        raw = file.read_at(file.size(), 0)
-        file.close()
-        return msgspec.json.decode(raw, type=Positions)
-
     def _check_end(self, lsn: int) -> None:
         """Recovery found a prefix that holds what was promised (I2, host part of I3). The rest never was."""
         assert lsn >= self.model.promised_lsn, f"I2: LSN {self.model.promised_lsn} was promised, {lsn} was found"
+        if lsn == len(self.model.records) + 1 and self.model.refused:
+            *_, last = self.recovered.records()
+            extent = (last.kind, last.slot, last.offset, last.length)
+            same = [each for each in self.model.refused if (each.kind, each.slot, each.offset, each.length) == extent]
+            self.model.records += same[:1]
+        self.model.refused = ()
         assert lsn <= len(self.model.records), f"I9: LSN {lsn} was found, {len(self.model.records)} were appended"
         del self.model.records[lsn:]
 
@@ -273,17 +308,22 @@ class JournalWorld:
     def restart(self) -> JournalWorld:
         """SIGKILL and the next start. The model of what was not promised is cut to what the start found."""
         self.close()
+        storage = self.storage.killed()
+        storage.keep_failing(self.storage)
         return JournalWorld(
-            self.storage.killed(),
+            storage,
             self.model.copy(),
             segment_bytes=self.segment_bytes,
             steals=self.steals,
             looks=self.looks,
+            lives=self.lives,
         )
 
     def close(self) -> None:
-        self.journal.close()
-        for image in self.images:
+        """Also one that failed to start."""
+        if hasattr(self, "journal"):
+            self.journal.close()
+        for image in getattr(self, "images", ()):
             image.close()
 
     # ---- what must hold ----

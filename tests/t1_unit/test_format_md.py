@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import asrfs.format
-from asrfs.format import log_object, record, segment
+from asrfs.format import log_object, log_writes, record, segment
 from asrfs.protocol import frames
 
 TEXT = (Path(asrfs.format.__file__).parent / "FORMAT.md").read_text()
@@ -52,6 +52,8 @@ LAYOUTS = {
     ],
     "Record header": fields_of(record._PREFIX, ["magic", "crc"])
     + fields_of(record._BODY, [*record.RecordHeader._fields, "reserved"], record._PREFIX.size),
+    "Write log super block": fields_of(log_writes._SUPER, ["magic", "version", "nr_entries", "sectorsize"]),
+    "Write log entry": fields_of(log_writes._ENTRY, ["sector", "nr_sectors", "flags", "data_len"]),
     "Log object header": fields_of(log_object._PREFIX, ["magic", "crc"])
     + fields_of(log_object._HEADER, list(log_object.ObjectHeader._fields), log_object._PREFIX.size),
     "Frame table entry": fields_of(log_object._FRAME, ["stored_length", "flags"]),
@@ -79,6 +81,11 @@ def test_record_kinds() -> None:
 def test_frame_types() -> None:
     documented = {int(row[0]): row[1] for row in table("Frame header", 1)}
     assert documented == {kind.value: kind.name for kind in frames.FrameType}
+
+
+def test_write_log_flags() -> None:
+    documented = {int(row[0]): row[1] for row in table("Write log entry", 1)}
+    assert documented == {flag.value: name for name, flag in log_writes.LogFlag.__members__.items()}
 
 
 def test_sizes_named_in_the_text() -> None:

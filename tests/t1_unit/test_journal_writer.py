@@ -344,6 +344,31 @@ def test_no_space_for_the_next_segment_is_asked_for_again() -> None:
     journal.close()
 
 
+@pytest.mark.parametrize("has_spare", [False, True])
+def test_a_file_that_could_not_be_removed_is_used_the_next_time(has_spare: bool) -> None:
+    """No rename replaces its name, whatever spares there are by then."""
+    storage = CrashStorage(capacity=SMALL + 100)
+    storage.replaces_nothing_in.add("")
+    journal = begin(storage)
+    for _ in range(4):
+        write(journal)
+    storage.inject(Fault(0, kinds=frozenset(["unlink"])))
+    with pytest.raises(OSError) as caught:
+        write(journal)
+    assert caught.value.errno == errno.ENOSPC
+    storage.assert_fired()
+    assert list_journal(storage).segments == [1, 2]
+    storage.capacity = None
+    if has_spare:
+        prepare_spare(storage, segment_bytes=SMALL)
+    assert write(journal) >> POSITION_SHIFT == 2
+    journal.sync()
+    assert (journal.failed, journal.durable_lsn) == (None, 5)
+    assert len(list_journal(storage).fresh) == has_spare
+    journal.close()
+    assert recover(storage, Positions(), MACHINE_ID, segment_bytes=SMALL).last_lsn == 5
+
+
 def test_a_journal_without_room_begins_and_asks_again_with_the_first_append() -> None:
     storage = CrashStorage(capacity=100)
     journal = begin(storage)

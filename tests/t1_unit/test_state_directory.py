@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import stat
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from asrfs.daemon.state import Served, StateDirectory, next_slot
 from asrfs.errors import BadInputError, IntegrityError, NotFoundError, RefusedError
 from asrfs.model.machine import SLOT_MAX, DiskConfig, MachineConfig
 from asrfs.model.positions import Cursor, Positions
+from tests.fakes.crash_storage import CrashStorage, Fate
+from tests.fakes.journal_world import load_positions
+from tests.fakes.state_world import on_double
 
 
 @pytest.fixture
@@ -161,3 +165,22 @@ def test_role_is_free_after_sigkill(state: StateDirectory) -> None:
     lock = state.take_lock("agent")
     assert lock is not None
     lock.close()
+
+
+@pytest.mark.parametrize("settles", [False, True])
+def test_i4_a_start_relies_on_no_name_that_a_power_loss_takes_back(
+    settles: bool, scratch: Path, rng: random.Random
+) -> None:
+    """Positions whose writer was killed before its last step are found by the next start, and stay found."""
+    storage = CrashStorage()
+    looks: list[CrashStorage] = []
+    with on_double(scratch / "state", storage) as state:
+        state.save_positions(Positions(applied=Cursor(lsn=1)))
+        storage.after_operation = lambda kind, name: looks.append(storage.killed())
+        state.save_positions(Positions(applied=Cursor(lsn=2)))
+    found = looks[-2]
+    assert load_positions(found).applied.lsn == 2
+    with on_double(scratch / "state", found) as state:
+        if settles:
+            state.settle()
+    assert load_positions(found.crash(Fate.LOST, rng)).applied.lsn == (2 if settles else 1)

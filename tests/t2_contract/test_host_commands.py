@@ -180,7 +180,9 @@ def test_status_of_a_machine_that_is_not_served(machine: Run) -> None:
     assert {"bytes", "quota_bytes"} <= set(status["journal"])
 
 
-@pytest.mark.parametrize("word", ["object_age", "colour=red", "object_age=never", "journal_quota=-1", "object_size=1", "=", "=1"])
+@pytest.mark.parametrize(
+    "word", ["object_age", "colour=red", "object_age=never", "journal_quota=-1", "object_size=1", "=", "=1"]
+)
 def test_bad_settings_change_nothing(machine: Run, word: str) -> None:
     before = machine("settings", "--json").out
     assert machine("set", "object_size=1M", word).code == 2

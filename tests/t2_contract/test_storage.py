@@ -12,19 +12,32 @@ from pathlib import Path
 
 import pytest
 
+from asrfs.storage import directory
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import File, Storage, read_whole, write_atomically
-from tests.fakes.crash_storage import CrashStorage, Fate, Fault
+from tests.fakes.crash_storage import CHANGING, READING, CrashStorage, Fate, Fault
+from tests.fakes.short_system import ShortSystem
 
 MiB = 1 << 20
 
 
-@pytest.fixture(params=["directory", "crash", "below"])
+KINDS = ("directory", "directory-short", "crash", "crash-short", "crash-interrupted", "below")
+
+
+@pytest.fixture(params=KINDS)
 def storage(request: pytest.FixtureRequest) -> Storage:
-    if request.param == "directory":
+    """`short`: each read and write does only a part of what is asked; `interrupted`: each call is, once."""
+    if request.param.startswith("directory"):
+        if request.param == "directory-short":
+            request.getfixturevalue("monkeypatch").setattr(directory, "os", ShortSystem())
         scratch: Path = request.getfixturevalue("scratch")
         return DirectoryStorage(str(scratch / "root"))
-    return CrashStorage() if request.param == "crash" else CrashStorage().below("a/b")
+    storage = CrashStorage()
+    if request.param == "crash-short":
+        storage.inject(Fault(0, for_ever=True, kinds=frozenset(("write",)), partial=0.6, is_short=True))
+    if request.param == "crash-interrupted":
+        storage.inject(Fault(0, errno.EINTR, for_ever=True, kinds=CHANGING | READING, partial=0.4))
+    return storage.below("a/b") if request.param == "below" else storage
 
 
 @pytest.fixture

@@ -12,72 +12,16 @@ import errno
 import random
 from collections.abc import Callable
 
-import msgspec
 import pytest
 
 from asrfs.journal.reader import JournalReader
-from asrfs.model.positions import Positions
-from asrfs.replication.applier import Applier, Image
-from asrfs.replication.positions_file import PositionsFile
-from asrfs.storage.interface import File, Storage, write_atomically
+from asrfs.replication.applier import Applier
+from tests.fakes.applied_world import AppliedWorld
 from tests.fakes.crash_storage import CrashStorage, Fate, Fault
 from tests.fakes.journal_world import MACHINE_ID, JournalWorld, Look
 
 BLOCK = 4096
 SIZES = (61_952, 40_960)
-
-
-class StoredImages:
-    """Images in a storage, opened when they are first asked for."""
-
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-        self._open: dict[int, File] = {}
-
-    def image(self, slot: int) -> Image | None:
-        if slot not in self._open:
-            self._open[slot] = self._storage.open(str(slot), write=True)
-        return Image(self._open[slot], SIZES[slot])
-
-    def drop(self, slot: int) -> None:
-        self._open.pop(slot).close()
-
-
-class AppliedWorld:
-    """A machine whose images are kept by the applier. `rounds`: how many share a datasync, how large each is."""
-
-    def __init__(self, world: JournalWorld, rng: random.Random) -> None:
-        self.world = world
-        self.images = StoredImages(world.image_storage)
-        self.positions = PositionsFile(world.positions, self._save)
-        self.applier = Applier(
-            JournalReader(world.journal_storage, MACHINE_ID),
-            self.positions,
-            self.images,
-            round_bytes_max=rng.choice((1, BLOCK, 5 * BLOCK, 1 << 20)),
-            rounds_max=rng.randint(1, 4),
-        )
-
-    def apply_once(self, *, steal: bool = False) -> None:
-        journal = self.world.journal
-        self.applier.apply_span(journal.appended_lsn if steal else journal.durable_lsn)
-        if not steal:
-            self.world.model.promised_lsn = max(self.world.model.promised_lsn, self.positions.saved.applied.lsn)
-
-    def apply_all(self) -> None:
-        while self.positions.saved.applied.lsn < self.world.journal.durable_lsn:
-            self.apply_once()
-
-    def image(self, slot: int) -> bytes:
-        file = self.world.image_storage.open(str(slot))
-        try:
-            return file.read_at(file.size(), 0)
-        finally:
-            file.close()
-
-    def _save(self, positions: Positions) -> None:
-        write_atomically(self.world.storage, "positions.json", msgspec.json.encode(positions))
-        self.world.positions = positions
 
 
 def change_something(world: JournalWorld, rng: random.Random) -> None:
@@ -104,16 +48,6 @@ def new_world(rng: random.Random, looks: list[Look] | None = None) -> JournalWor
     return JournalWorld(CrashStorage(), sizes=SIZES, seed=rng.randrange(1 << 30), looks=looks)
 
 
-def finish(applied: AppliedWorld) -> None:
-    """Make all durable, apply all, and compare the images with the model."""
-    world = applied.world
-    world.sync()
-    applied.apply_all()
-    expected = world.model.disks_at(len(world.model.records))
-    for slot in range(len(SIZES)):
-        assert applied.image(slot) == expected[slot], f"I9: image {slot} is not the model"
-
-
 @pytest.mark.parametrize("number", range(60))
 def test_i9_any_split_of_a_history_gives_the_model(number: int, rng: random.Random) -> None:
     world = new_world(rng)
@@ -124,7 +58,7 @@ def test_i9_any_split_of_a_history_gives_the_model(number: int, rng: random.Rand
             applied.apply_once()
             images = [applied.image(slot) for slot in range(len(SIZES))]
             world.model.assert_image_never_ahead(images, world.journal.durable_lsn)
-    finish(applied)
+    applied.finish()
     world.close()
 
 
@@ -143,7 +77,7 @@ def run_history(rng: random.Random, looks: list[Look], *, steal: bool = False) -
 def continue_after_power_loss(look: Look, fate: Fate, rng: random.Random) -> None:
     world = JournalWorld(look.storage.crash(fate, rng), look.model.copy(), sizes=SIZES)
     world.check()
-    finish(AppliedWorld(world, rng))
+    AppliedWorld(world, rng).finish()
     world.close()
 
 
@@ -199,7 +133,7 @@ def test_i4_a_failed_round_moves_no_position(fail: Callable[[CrashStorage], Faul
     for fate in Fate:
         after = JournalWorld(world.storage.crash(fate, rng), world.model.copy(), sizes=SIZES)
         after.check()
-        finish(AppliedWorld(after, rng))
+        AppliedWorld(after, rng).finish()
         after.close()
 
 

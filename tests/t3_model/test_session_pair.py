@@ -12,55 +12,21 @@ from hypothesis import strategies as st
 from asrfs.format.log_object import OBJECT_BYTES_MAX
 from asrfs.protocol.frames import FRAME_HEADER_BYTES, ProtocolError, encode_frame_header
 from asrfs.protocol.messages import (
-    PROTOCOL_VERSION,
     TYPE_OF,
     Acknowledge,
     Goodbye,
     Heartbeat,
-    Hello,
     Message,
     ObjectBegin,
     Refused,
-    Welcome,
     encode_message,
 )
-from asrfs.protocol.session import Event, ObjectReceived, Role, Session, State
+from asrfs.protocol.session import ObjectReceived, Role, Session, State
+from tests.fakes.session_exchange import HELLO, WELCOME, begin_of, greeted, random_exchange
 from tests.fakes.wire import Cut, SessionPair, all_at_once, byte_by_byte, cut_at
 
-HELLO = Hello(
-    protocol=PROTOCOL_VERSION,
-    machine_id="ab" * 16,
-    machine_name="web1",
-    epoch=1,
-    appended_lsn=9,
-    durable_lsn=8,
-    acknowledged_lsn=7,
-    last_digest="cd" * 32,
-)
-WELCOME = Welcome(
-    protocol=PROTOCOL_VERSION,
-    store_id="ef" * 16,
-    session_salt=bytes(range(32)),
-    epoch=1,
-    acknowledged_lsn=7,
-    acknowledged_time_ns=9,
-    last_digest="cd" * 32,
-)
 REFUSED = Refused(code="fenced", text="no")
 GOODBYE = Goodbye(reason="done")
-
-
-def greeted() -> SessionPair:
-    pair = SessionPair()
-    pair.say("host", HELLO)
-    assert pair.carry("host") == [HELLO]
-    pair.say("store", WELCOME)
-    assert pair.carry("store") == [WELCOME]
-    return pair
-
-
-def begin_of(content: bytes, first_lsn: int = 8) -> ObjectBegin:
-    return ObjectBegin(first_lsn=first_lsn, last_lsn=first_lsn + 2, length=len(content))
 
 
 @pytest.mark.parametrize("cut", [all_at_once, byte_by_byte, cut_at(1, 17, 300)])
@@ -85,27 +51,10 @@ def test_a_whole_session_however_it_is_cut(cut: Cut) -> None:
     assert {end.state for end in pair.ends.values()} == {State.CLOSED}
 
 
-@given(lengths=st.lists(st.integers(257, 9000), max_size=4), seed=st.integers(0, 1 << 32), cuts=st.integers(0, 40))
+@given(seed=st.integers(0, 1 << 32), objects=st.integers(0, 4), cuts=st.integers(0, 40))
 @settings(max_examples=150)
-def test_random_exchanges_at_random_cuts(lengths: list[int], seed: int, cuts: int) -> None:
-    """The model is a list: what one end says, in order, is what the other hears."""
-    rng = random.Random(seed)
-    pair = greeted()
-    said: list[Event] = []
-    lsn = 8
-    for length in lengths:
-        content = rng.randbytes(length)
-        begin = ObjectBegin(first_lsn=lsn, last_lsn=lsn + 1, length=length)
-        edges = sorted(rng.sample(range(1, length), 3))
-        pair.say_object(begin, [content[i:j] for i, j in zip([0, *edges], [*edges, length], strict=True)])
-        said.append(ObjectReceived(begin, content))
-        if rng.random() < 0.5:
-            beat = Heartbeat(appended_lsn=rng.randrange(1 << 60), durable_lsn=lsn)
-            pair.say("host", beat)
-            said.append(beat)
-        lsn += 2
-    total = len(pair.sent["host"])
-    assert pair.carry("host", cut_at(*(rng.randrange(total + 1) for _ in range(cuts)))) == said
+def test_random_exchanges_at_random_cuts(seed: int, objects: int, cuts: int) -> None:
+    random_exchange(random.Random(seed), objects, cuts)
 
 
 def test_what_the_store_says_within_an_object_does_not_end_it() -> None:

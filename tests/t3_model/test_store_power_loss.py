@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,64 +25,11 @@ from replica_store.vault import vault as vault_room
 from replica_store.vault.directory_objects import DirectoryObjects
 from replica_store.vault.schema import REBUILDABLE
 from tests.fakes.crash_storage import CHANGING, CrashStorage, Fate, Fault
-from tests.fakes.vault_world import MACHINE_ID, StoreLook, VaultWorld, listed, make_history
+from tests.fakes.rebuild_world import RebuildLook, check_rebuilt, put_catalog, rebuild
+from tests.fakes.store_power_loss import check_next_start, lose_power_everywhere, new_world
+from tests.fakes.vault_world import MACHINE_ID, StoreLook, VaultWorld, listed
 
 Plant = Callable[[pytest.MonkeyPatch], None]
-
-
-def new_world(scratch: Path, rng: random.Random) -> VaultWorld:
-    world = VaultWorld.new(scratch / "vault", rng.randrange(1 << 30))
-    make_history(world.history, rng)
-    return world
-
-
-def next_starts(look: StoreLook, rng: random.Random) -> Iterator[tuple[str, CrashStorage, Path | None]]:
-    """What the next start can find, with the catalog that belongs to it, an older one, or none."""
-    for what, storage in (("killed", look.storage.killed()), *((f.value, look.storage.crash(f, rng)) for f in Fate)):
-        catalog = rng.choice((look.catalogs[-1], look.catalogs[-1], rng.choice(look.catalogs), None))
-        yield f"{what}, catalog {catalog}", storage, catalog
-
-
-def check_next_start(
-    world: VaultWorld, look: StoreLook, storage: CrashStorage, catalog: Path | None, rng: random.Random
-) -> None:
-    after = world.next_start(world.root.parent / "next", storage, catalog)
-    try:
-        after.acknowledged = look.acknowledged
-        after.begin()
-        after.check(rng)
-        after.check(rng, storage.crash(Fate.LOST, rng))  # what the host was welcomed with is durable by then
-        assert after.ingest(rng) == []
-        assert after.acknowledged == world.history.last_lsn
-        after.check(rng, storage.crash(Fate.LOST, rng))
-    finally:
-        after.vault.close()
-        for copy in after.catalogs:
-            copy.unlink()
-
-
-def lose_power_everywhere(scratch: Path, rng: random.Random, step: int = 1) -> int:
-    """Every `step`-th operation × every fate. Returns how many crashes there were."""
-    world = new_world(scratch, rng)
-    crashes = 0
-    try:
-        looks = world.look_at_everything()
-        assert world.ingest(rng) == []
-        world.storage.after_operation = None
-        world.check(rng)
-        assert {"write", "datasync", "link", "sync_directory"} <= {look.kind for look in looks}
-        for number, look in enumerate(looks[rng.randrange(step) :: step]):
-            for what, storage, catalog in next_starts(look, rng):
-                crashes += 1
-                try:
-                    check_next_start(world, look, storage, catalog, rng)
-                except (AssertionError, AsrfsError) as error:
-                    raise AssertionError(
-                        f"crash after operation {number} ({look.kind} {look.name}), {what}: {error}"
-                    ) from error
-    finally:
-        world.vault.close()
-    return crashes
 
 
 @pytest.mark.timeout(240)
@@ -95,7 +42,7 @@ def test_i3_a_catalog_made_again_is_the_one_that_was_lost(scratch: Path, rng: ra
     assert world.ingest(rng) == []
     tables = {name: world.vault.catalog.table(name) for name in REBUILDABLE}
     world.vault.close()
-    after = world.next_start(scratch / "next", world.storage.crash(Fate.LOST, rng), None)
+    after = world.next_start(world.storage.crash(Fate.LOST, rng), None)
     assert {name: after.vault.catalog.table(name) for name in REBUILDABLE} == tables
     after.vault.close()
 
@@ -132,11 +79,11 @@ def test_i5_no_point_is_listed_behind_a_missing_record(is_rebuilt: bool, scratch
     world.vault.objects.delete(hole.name)
     before = [catalog for catalog in world.catalogs if received_by(world, catalog) < hole.first_lsn][-1]
     if is_rebuilt:
-        with pytest.raises(AssertionError, match=f"LSN {hole.first_lsn}..{hole.last_lsn} is missing"):
-            world.next_start(scratch / "next", world.storage, None)
-        after = world.next_start(scratch / "again", world.storage, scratch / "next" / "catalog.sqlite3")
+        after, damages = world.rebuilt(world.storage)
+        assert len(damages) == 1
+        assert f"LSN {hole.first_lsn}..{hole.last_lsn} is missing" in damages[0]
     else:
-        after = world.next_start(scratch / "next", world.storage, before)
+        after = world.next_start(world.storage, before)
         after.begin()
     assert after.vault.received_lsn(MACHINE_ID) == hole.first_lsn - 1
     points = [point.lsn for point in after.vault.points(MACHINE_ID)]
@@ -146,8 +93,8 @@ def test_i5_no_point_is_listed_behind_a_missing_record(is_rebuilt: bool, scratch
     world.vault.close()
 
 
-def received_by(world: VaultWorld, catalog: Path) -> int:
-    after = world.next_start(world.root.parent / "look", world.storage, catalog)
+def received_by(world: VaultWorld, catalog: bytes) -> int:
+    after = world.next_start(world.storage, catalog)
     received = after.vault.received_lsn(MACHINE_ID)
     after.vault.close()
     return received
@@ -158,17 +105,30 @@ def test_i6_what_a_superseded_side_left_without_a_row_is_never_taken_in(scratch:
     world = new_world(scratch, rng)
     looks = world.look_at_everything()
     assert world.ingest(rng) == []
-    world.storage.after_operation = None
+    world.look_away()
     world.vault.close()
     linked = [look for look in looks if look.kind == "sync_directory" and look.name.endswith("/log")]
     for look in rng.sample(linked, 5):
-        after = world.next_start(scratch / "next", look.storage.killed(), look.catalogs[-1])
+        after = world.next_start(look.storage.killed(), look.catalogs[-1])
         received = after.vault.received_lsn(MACHINE_ID)
         with after.vault.catalog.transaction():
             after.vault.catalog.put_machine(replace(after.vault.machine("web1"), epoch=2))
         _, position, _ = after.begin()
         assert (position.epoch, position.lsn) == (2, received)
         after.vault.close()
+
+
+def test_i3_power_loss_while_the_catalog_is_made_again(scratch: Path, rng: random.Random) -> None:
+    """At each step there is the old catalog with its log, or the new one without it, or none."""
+    world = new_world(scratch, rng)
+    assert world.ingest(rng) == []
+    looks: list[RebuildLook] = []
+    rebuild(world, put_catalog(world.catalogs[-1]), world.storage.killed(), looks)
+    assert {"create", "unlink", "rename", "sync_directory"} <= {look.kind for look in looks}
+    for look in looks:
+        for fate in Fate:
+            check_rebuilt(world, look, look.files.crash(fate, rng), look.objects.crash(fate, rng))
+    world.vault.close()
 
 
 # ---- planted bugs: the harness must notice ----

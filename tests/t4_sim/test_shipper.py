@@ -20,14 +20,20 @@ from asrfs.format.segment import SEGMENT_HEADER_BYTES
 from asrfs.journal.reader import JournalReader
 from asrfs.model.machine import NO_SLOT
 from asrfs.model.positions import Cursor, Positions
-from asrfs.protocol.messages import RefusalCode
+from asrfs.protocol.messages import RefusalCode, Refused
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.link import Link
-from asrfs.replication.object_builder import MachineKeys, ObjectBuilder
+from asrfs.replication.object_builder import BuiltObject, MachineKeys, ObjectBuilder
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.shipper import HOPELESS_RETRY_S, Shipper, StoreAccess
-from asrfs.replication.shipping_session import OBJECTS_UNACKNOWLEDGED_MAX, SILENCE_S_MAX, ShippingSettings, Source
+from asrfs.replication.shipping_session import (
+    OBJECTS_UNACKNOWLEDGED_MAX,
+    SILENCE_S_MAX,
+    ShippingSession,
+    ShippingSettings,
+    Source,
+)
 from asrfs.replication.trimmer import Limit, Trimmer, freeable
 from asrfs.transport.backoff import Backoff
 from tests.fakes.crash_storage import CrashStorage
@@ -381,6 +387,26 @@ async def test_refused(
         host.shipper.retry_now()
         await host.until_acknowledged()
         assert not host.alarms.now()
+
+
+async def test_nothing_is_said_after_a_refusal_that_comes_with_the_next_object(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Refusal and object may reach their tasks in one round, and the object's task may be the first to run."""
+    async with shipping(begun=False, records=3) as host:
+        session = ShippingSession(await host.store.connect(), host.source, KEYS, lambda: None)
+        await session._reconcile(await session._greet())
+        assert host.store._current is not None
+        session._session.receive(host.store._current.send(Refused(code="space", text="full")))
+        built = session._build_next()
+        assert built is not None
+        sending, receiving = trio.open_memory_channel[BuiltObject](1)
+        await sending.send(built)
+        before = host.store.bytes_received
+        with trio.fail_after(60):
+            await session._send_objects(receiving)
+        await pass_time(1)
+        assert host.store.bytes_received == before
 
 
 async def test_somebody_who_waits_is_not_kept_waiting_by_the_backoff(autojump_clock: trio.testing.MockClock) -> None:

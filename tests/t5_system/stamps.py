@@ -27,6 +27,8 @@ class Stamper:
         self._seed = seed
         self._places: list[tuple[int, int, int]] = [(0, 0, 0)]
         self._random = random.Random(seed)
+        self._modelled = 0
+        self._model: list[dict[int, int]] = []
 
     def place(self, k: int) -> tuple[int, int, int]:
         """`(disk, first block, blocks)` of operation k, k from 1."""
@@ -41,13 +43,15 @@ class Stamper:
         return (_STAMP.pack(k, disk, block) * (BLOCK // _STAMP.size + 1))[:BLOCK]
 
     def model(self, k: int) -> list[dict[int, int]]:
-        """For each disk: which operation of 1..k wrote each block last."""
-        state: list[dict[int, int]] = [{} for _ in range(self.disks)]
-        for each in range(1, k + 1):
+        """For each disk: which operation of 1..k wrote each block last. Good until the next call, which goes on."""
+        if k < self._modelled or not self._model:
+            self._modelled, self._model = 0, [{} for _ in range(self.disks)]
+        for each in range(self._modelled + 1, k + 1):
             disk, first, count = self.place(each)
             for block in range(first, first + count):
-                state[disk][block] = each
-        return state
+                self._model[disk][block] = each
+        self._modelled = k
+        return self._model
 
     def check(self, images: Sequence[Path], at_least: int = 0, exactly: int | None = None) -> int:
         """Check that the images together are the state after operations 1..k for one k, and return k.
@@ -55,7 +59,7 @@ class Stamper:
         Raises AssertionError naming I9, the disk and the block; or if k is less than `at_least`.
         """
         contents = [image.read_bytes() for image in images]
-        k = max(self._greatest_stamp(content) for content in contents)
+        k = max(map(self._greatest_stamp, contents))
         assert k >= at_least, f"I2/I3: operation {at_least} was acknowledged, the images end at {k}"
         assert exactly is None or k == exactly, f"the images end at operation {k} instead of {exactly}"
         for disk, (content, last) in enumerate(zip(contents, self.model(k), strict=True)):
@@ -68,6 +72,10 @@ class Stamper:
                     f"is of {_STAMP.unpack_from(found)}"
                 )
         return k
+
+    def greatest(self, images: Sequence[Path]) -> int:
+        """The number of the newest operation any block of these is of; 0 for none."""
+        return max(self._greatest_stamp(image.read_bytes()) for image in images)
 
     def _greatest_stamp(self, content: bytes) -> int:
         assert len(content) == self.blocks * BLOCK

@@ -1,0 +1,118 @@
+"""Random histories of several disks, and every LSN of them read back through real log objects."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from asrfs.format.record import Kind
+from asrfs.model.extents import BLOCK_BYTES
+from replica_store.points.builder import disks_of, open_disks, resolve
+from replica_store.points.point_disk import FrameCache, PointDisk
+from tests.fakes.memory_history import MemoryHistory, random_extent
+
+SIZES = (512, 4096, 5 * 4096 + 1536, 16 * 4096, 40 * 4096 + 3584)
+"""Among them disks whose last block is short."""
+
+
+class HistoryWriter:
+    """Turns drawn steps into a history that a host could have written."""
+
+    def __init__(self, frame_bytes: int, seed: int) -> None:
+        self.history = MemoryHistory(frame_bytes=frame_bytes)
+        self._rng = random.Random(seed)
+        self._next_slot = 0
+        self.live: list[int] = []
+        self._names: dict[int, str] = {}
+
+    def add(self, size_bytes: int) -> None:
+        """A disk under the first free of three names: one that was removed comes back as another slot."""
+        name = next((name for name in ("a", "b", "c") if name not in map(self._names.get, self.live)), None)
+        if name is not None:
+            self.history.disk(self._next_slot, name, size_bytes)
+            self._names[self._next_slot] = name
+            self.live.append(self._next_slot)
+            self._next_slot += 1
+
+    def step(self, what: str) -> None:
+        rng = self._rng
+        if what == "add" or not self.live:
+            self.add(rng.choice(SIZES))
+            return
+        slot = rng.choice(self.live)
+        size = len(self.history.model[slot])
+        offset, length = random_extent(rng, size)
+        if what in ("write", "fill"):
+            content = rng.randbytes(length) if rng.random() < 0.8 else bytes(length)
+            self.history.write(slot, offset, content, Kind.FILL if what == "fill" else Kind.WRITE)
+        elif what in ("zero", "discard"):
+            if rng.random() < 0.2:
+                offset, length = 0, size
+            self.history.zero(slot, offset, length, Kind.ZERO if what == "zero" else Kind.DISCARD)
+        elif what == "remove":
+            self.history.disk(slot, self._names[slot], size, removed=True)
+            self.live.remove(slot)
+        elif what == "resize":
+            self.history.disk(slot, self._names[slot], rng.choice(SIZES))
+        elif what == "restart":
+            for each in self.live:
+                self.history.disk(each, self._names[each], len(self.history.model[each]))
+        elif what == "marker":
+            self.history.marker()
+        else:
+            self.history.seal()
+
+
+STEPS = (
+    *("write",) * 6,
+    *("fill", "zero", "discard", "discard", "add", "remove", "resize", "restart", "marker", "seal", "seal"),
+)
+FRAME_BYTES = (512, 4096, 12288, 131072)
+
+
+def check_every_lsn(steps: Sequence[str], seed: int, frame_bytes: int) -> int:
+    """Play the steps, then read every LSN back; how many there were."""
+    writer = HistoryWriter(frame_bytes, seed)
+    writer.add(SIZES[seed % len(SIZES)])
+    for what in steps:
+        writer.step(what)
+    history = writer.history
+    history.seal()
+    frames = FrameCache(history, 64 << 10)
+    rng = random.Random(seed)
+    for lsn in range(1, history.lsn + 1):
+        check_at(history, lsn, rng, frames)
+    return history.lsn
+
+
+def check_at(history: MemoryHistory, lsn: int, rng: random.Random, frames: FrameCache) -> dict[int, PointDisk]:
+    """Every disk at an LSN, whole and in part, against the model."""
+    cut = resolve(history, history.name, f"lsn:{lsn}")
+    expected = history.state_at(lsn)
+    disks = disks_of(history, cut)
+    assert [disk.slot for disk in disks] == sorted(expected)
+    opened = open_disks(history, cut, [disk.name for disk in disks], frames)
+    for disk in disks:
+        point, content = opened[disk.name], expected[disk.slot]
+        assert point.size_bytes == len(content)
+        assert point.read(0, len(content)) == content
+        for _ in range(3):
+            low, high = sorted(rng.randint(0, len(content)) for _ in range(2))
+            assert point.read(low, high - low) == content[low:high]
+        check_windows(point, content)
+    return {disk.slot: opened[disk.name] for disk in disks}
+
+
+def check_windows(point: PointDisk, content: bytes) -> None:
+    for bytes_max in (BLOCK_BYTES, 3 * BLOCK_BYTES, 1 << 20):
+        copy = bytearray(len(content))
+        for window in point.windows(bytes_max):
+            assert len(window.buffer) == int(window.lengths.sum()) <= bytes_max
+            assert bool(np.all(window.offsets[1:] >= (window.offsets + window.lengths)[:-1])), "in order, disjoint"
+            at = 0
+            for offset, length in zip(window.offsets.tolist(), window.lengths.tolist(), strict=True):
+                copy[offset : offset + length] = window.buffer[at : at + length]
+                at += length
+        assert copy == content

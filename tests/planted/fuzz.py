@@ -1,0 +1,188 @@
+"""Bugs that let hostile input through: each one a check that is left out, or made too late."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+import pytest
+import zstandard
+
+from asrfs.daemon import control
+from asrfs.format import log_object, record
+from asrfs.journal import segments
+from asrfs.model import machine, names
+from asrfs.protocol import frames, messages
+from asrfs.transport import enrolment
+from replica_store.vault import catalog
+from tests.planted import Plant
+
+_LEVEL = "fuzz"
+
+
+def cap_after_allocation(patch: pytest.MonkeyPatch) -> None:
+    """Room for a whole frame is made as soon as its header came, before anybody looks at the length."""
+    sound = frames.FrameReader._frame_at
+
+    def frame_at(self: frames.FrameReader, at: int) -> frames.Frame | None:
+        if len(self._buffer) - at >= frames.FRAME_HEADER_BYTES:
+            bytearray(int.from_bytes(self._buffer[at + 4 : at + 8], "little"))
+        return sound(self, at)
+
+    patch.setattr(frames.FrameReader, "_frame_at", frame_at)
+
+
+def frame_length_before_its_checksum(patch: pytest.MonkeyPatch) -> None:
+    """The checksum of a frame's header is not compared."""
+
+    class Believed(int):
+        """Equal to every checksum."""
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        def __ne__(self, other: object) -> bool:
+            return False
+
+        __hash__ = int.__hash__
+
+    patch.setattr(frames, "crc32c", lambda content: Believed(0))
+
+
+def object_length_before_its_checksum(patch: pytest.MonkeyPatch) -> None:
+    """The header of a log object is believed whatever its checksum says."""
+    sound, crc = log_object.decode_object_header, log_object.crc32c
+
+    def decode(buffer: log_object.Bytes, where: str) -> log_object.ObjectHeader:
+        content = bytearray(buffer[: log_object.OBJECT_HEADER_BYTES])
+        content[8:12] = crc(bytes(content[12:])).to_bytes(4, "little")
+        return sound(bytes(content), where)
+
+    patch.setattr(log_object, "decode_object_header", decode)
+
+
+def digest_not_compared(patch: pytest.MonkeyPatch) -> None:
+    def check(buffer: log_object.Bytes, where: str) -> bytes:
+        log_object.decode_object_header(buffer, where)
+        return bytes(buffer[-log_object.DIGEST_BYTES :])
+
+    patch.setattr(log_object, "check_digest", check)
+
+
+def decompression_without_cap(patch: pytest.MonkeyPatch) -> None:
+    """The length is compared when everything has been unpacked."""
+
+    def unpack(packed: log_object.Bytes, raw_length: int, where: str) -> bytes:
+        try:
+            raw = zstandard.ZstdDecompressor().decompressobj().decompress(bytes(packed))
+        except zstandard.ZstdError as error:
+            raise log_object.FormatError(f"{where}: {error}") from None
+        if len(raw) != raw_length:
+            raise log_object.FormatError(f"{where}: {len(raw)} bytes instead of {raw_length}")
+        return raw
+
+    patch.setattr(log_object, "_unpack", unpack)
+
+
+def index_without_bounds(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(log_object, "_check_index", lambda header, index, where: None)
+
+
+def name_may_be_a_path(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(names, "_NAME", re.compile(r"[A-Za-z0-9./_-]{1,63}"))
+
+
+def name_checked_at_its_start(patch: pytest.MonkeyPatch) -> None:
+    """`match` with a `$` instead of `fullmatch`: a line break at the end goes through."""
+    sound = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+
+    class Loose:
+        fullmatch = staticmethod(sound.match)
+
+    patch.setattr(names, "_NAME", Loose())
+
+
+def disk_of_any_size(patch: pytest.MonkeyPatch) -> None:
+    """Slot and id of a DISK record are believed."""
+
+    def decode(payload: bytes) -> machine.DiskRecord:
+        try:
+            return msgspec.msgpack.decode(payload, type=machine.DiskRecord)
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise machine.FormatError(str(error)) from None
+
+    from replica_store.vault import contents
+
+    patch.setattr(contents, "decode_disk", decode)
+
+
+def catalog_rows_believed(patch: pytest.MonkeyPatch) -> None:
+    for name in ("checked_machine", "checked_object", "checked_point", "checked_disk"):
+        patch.setattr(catalog, name, lambda row: row)
+
+
+def positions_of_any_size(patch: pytest.MonkeyPatch) -> None:
+    """A host's word goes to the catalog as it came."""
+
+    class Heartbeat(msgspec.Struct, frozen=True, kw_only=True):
+        appended_lsn: int = 0
+        durable_lsn: int = 0
+        durable_time_ns: int = 0
+
+    from replica_store.ingest import session
+
+    patch.setattr(session, "Heartbeat", Heartbeat)
+    patch.setitem(messages._DECODERS, frames.FrameType.HEARTBEAT, msgspec.msgpack.Decoder(Heartbeat))
+
+
+def record_of_any_kind(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(record, "_is_sound", lambda header: True)
+
+
+def payload_not_checked(patch: pytest.MonkeyPatch) -> None:
+    """The reader hands on what it read, whatever its checksum."""
+    sound = segments.scan
+    from asrfs.journal import reader, recovery
+
+    def scan(*arguments: Any, **options: Any) -> segments.Scan:
+        return sound(*arguments, **{**options, "check_payloads": False})
+
+    patch.setattr(reader, "scan", scan)
+    patch.setattr(recovery, "scan", scan)
+
+
+def deep_document_unexpected(patch: pytest.MonkeyPatch) -> None:
+    """A token that nests without end raises what nobody catches."""
+
+    def decode(text: str) -> enrolment.Token:
+        packed = enrolment.decode_base64url(text.removeprefix("asrfs1."))
+        token = msgspec.msgpack.decode(packed, type=enrolment.Token)
+        names.check_name(token.machine, "machine")
+        return token
+
+    patch.setattr(enrolment, "decode_token", decode)
+
+
+def control_message_of_any_length(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(control, "decode_length", lambda prefix: int.from_bytes(prefix, "little"))
+
+
+_BROKEN = (
+    (cap_after_allocation, "a frame's length is allocated before it is capped", 3_000),
+    (frame_length_before_its_checksum, "a frame's length is believed before its checksum", 3_000),
+    (object_length_before_its_checksum, "an object's lengths are believed before their checksum", 3_000),
+    (digest_not_compared, "an object's digest is not compared", 3_000),
+    (decompression_without_cap, "decompression has no cap of its own", 20_000),
+    (index_without_bounds, "an index is not checked against the payload", 10_000),
+    (name_may_be_a_path, "a name may be a path", 3_000),
+    (name_checked_at_its_start, "only the beginning of a name is checked", 10_000),
+    (disk_of_any_size, "a DISK record from a host is believed", 20_000),
+    (catalog_rows_believed, "rows of the catalog are believed", 20_000),
+    (positions_of_any_size, "numbers of a host that no catalog holds are taken", 20_000),
+    (record_of_any_kind, "a record's header is not checked for sense", 10_000),
+    (payload_not_checked, "a record's payload is handed on unchecked", 10_000),
+    (deep_document_unexpected, "errors of a decoder leave as they are", 3_000),
+    (control_message_of_any_length, "a control message's length has no cap", 10_000),
+)
+PLANTS = tuple(Plant(apply.__name__.replace("_", "-"), text, _LEVEL, cases, apply) for apply, text, cases in _BROKEN)

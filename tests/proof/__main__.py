@@ -1,0 +1,118 @@
+"""`tools/prove`: run levels by name, print what they found, write the report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+import asrfs
+from tests import sweep
+from tests.proof import report as report_page
+from tests.proof.level import Context, Level
+from tests.proof.registry import LEVELS
+from tests.proof.run import Outcome, run_level
+
+SAY_EVERY_S = 15.0
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("names", nargs=-1, metavar="[LEVEL]…")
+@click.option("--seed", type=int, help="Play an earlier run again.")
+@click.option("--case", "only", metavar="LABEL", help="Only this case of one level.")
+@click.option("--cases", type=click.IntRange(1), help="So many of each level, instead of its own number.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="At most so long for each level.")
+@click.option("--release", is_flag=True, help="The large run, before a release.")
+@click.option("--report", "report_to", type=click.Path(path_type=Path), help="Directory for report.md and report.json.")
+@click.option("--list", "is_list", is_flag=True, help="Name the levels and their sizes.")
+def prove(
+    names: tuple[str, ...],
+    seed: int | None,
+    only: str | None,
+    cases: int | None,
+    minutes: float | None,
+    release: bool,
+    report_to: Path | None,
+    is_list: bool,
+) -> None:
+    """Break the product on purpose and check what must hold. Without LEVEL: all of them."""
+    by_name = {level.name: level for level in LEVELS}
+    if unknown := [name for name in names if name not in by_name]:
+        raise click.UsageError(f"there is no level {unknown[0]}: choose from {', '.join(by_name)}")
+    chosen = [by_name[name] for name in names] or list(LEVELS)
+    if is_list:
+        for level in chosen:
+            print(f"{level.name:12} {level.submission:>8,} {level.unit} a submission, {level.release:,} a release")
+        return
+    if only is not None and (len(chosen) != 1 or seed is None):
+        raise click.UsageError("--case plays one case of one level again: name the level and give --seed")
+    seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
+    print(f"seed {seed}", flush=True)
+    sweep.sweep_dead_runs()
+    base = sweep.run_directory(os.getpid())
+    base.mkdir(mode=0o700)
+    outcomes = []
+    try:
+        for level in chosen:
+            outcomes.append(_run(level, base, seed, only, cases, minutes, release))
+    finally:
+        left = sweep.sweep(base)
+    if left:
+        print(f"left behind, removed now: {left}")
+    about = {
+        "version": asrfs.__version__,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "size": "release" if release else "submission",
+    }
+    written = report_page.document(outcomes, about)
+    directory = report_to or Path(f"/tmp/asrfs-proof-{os.getpid()}")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "report.md").write_text(report_page.markdown(written))
+    (directory / "report.json").write_text(report_page.as_json(written))
+    print(report_page.markdown(written))
+    print(f"report: {directory}/report.md and report.json")
+    sys.exit(0 if written["passed"] and not left else 1)
+
+
+def _run(
+    level: Level, base: Path, seed: int, only: str | None, cases: int | None, minutes: float | None, release: bool
+) -> Outcome:
+    scratch = base / level.name
+    scratch.mkdir()
+    own_minutes = level.release_minutes if release else level.submission_minutes
+    own_cases = level.release if release else level.submission
+    limit = minutes if minutes is not None else own_minutes
+    wanted = cases if cases is not None else None if limit is not None else own_cases
+    said_at = time.monotonic()
+
+    def progress(outcome: Outcome) -> None:
+        nonlocal said_at
+        if time.monotonic() - said_at >= SAY_EVERY_S:
+            said_at = time.monotonic()
+            print(f"{level.name}: {outcome.notes.cases:,} {level.unit} in {outcome.seconds:.0f} s", flush=True)
+
+    outcome = run_level(
+        level,
+        Context(seed, scratch),
+        wanted=wanted,
+        seconds_max=None if limit is None else limit * 60,
+        only=only,
+        progress=progress,
+    )
+    verdict = "FAILED" if outcome.failures else "ok"
+    print(f"{level.name}: {verdict}: {outcome.notes.cases:,} {level.unit} in {outcome.seconds:.0f} s", flush=True)
+    for violation in outcome.violations:
+        print(f"  {violation.label}: {violation.text}", flush=True)
+    return outcome
+
+
+if __name__ == "__main__":
+    prove()

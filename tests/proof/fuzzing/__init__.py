@@ -1,0 +1,1 @@
+"""What the level `fuzz` feeds to the product: how inputs are broken, and the places they are fed to."""

@@ -1,0 +1,261 @@
+"""Power is lost at every operation of every scenario, in every way, and again while that is being recovered from.
+
+A case is one scenario, played once and looked at after each operation of its storage. Each look is continued with
+each fate of what was not synced; whatever is found is recovered twice, compared with the model byte for byte, goes
+on, and for one operation of that loses power again. What would find the same bytes with the same promises as
+before is left out and not counted. A round is every scenario once; rounds differ by their randomness.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from itertools import count, zip_longest
+from pathlib import Path
+
+import pytest
+
+from asrfs.errors import IntegrityError
+from asrfs.format.segment import POSITION_MASK, POSITION_SHIFT
+from asrfs.journal.recovery import recover
+from asrfs.journal.segments import segment_name
+from asrfs.model.positions import Positions
+from tests.fakes.crash_storage import CrashStorage, Fate
+from tests.fakes.host_scenarios import SCENARIOS, Scenario, many_segments_one_sync
+from tests.fakes.journal_world import MACHINE_ID, SEGMENT_BYTES, JournalWorld, Look
+from tests.fakes.pair_scenarios import PAIR_SCENARIOS, PairScenario
+from tests.fakes.power_loss import Seen, check_next_start, check_recovers_twice, distinct_starts, watch
+from tests.fakes.rebuild_world import RebuildLook, check_rebuilt, put_catalog, rebuild
+from tests.fakes.replicated_world import PairLook, PairStart, ReplicatedWorld, starts_of
+from tests.fakes.state_world import EditLook, EnrolLook, EnrolWorld, check_edited, edit_machine
+from tests.fakes.store_power_loss import check_next_start as check_store_start
+from tests.fakes.store_power_loss import new_world
+from tests.fakes.vault_world import VaultWorld, make_vault
+from tests.proof.level import Case, Context, Level, Notes
+
+IN_RECOVERY = "in recovery"
+DAMAGED = "damaged"
+AGAIN_SHARE = 0.25
+"""Of a pair's crashes, so many are followed by one in their recovery; of a lone host's all."""
+FATES = list(Fate)
+Play = Callable[[Path, random.Random, Notes], None]
+
+
+@contextmanager
+def crashed(number: int, look: Look | PairLook | EditLook | EnrolLook | RebuildLook, way: str) -> Iterator[None]:
+    """Whatever leaves this says at which operation and in which way."""
+    try:
+        yield
+    except Exception as error:
+        place = f"after operation {number} ({look.kind} {look.name}), {way}"
+        raise AssertionError(f"{place}: {type(error).__name__}: {error}") from error
+
+
+def note(notes: Notes, way: str) -> None:
+    notes.count()
+    for word in way.replace(":", "").replace(",", "").split():
+        if word in FAULTS:
+            notes.fired(word)
+
+
+# ---- host alone ----
+
+
+def play_host(scenario: Scenario, scratch: Path, rng: random.Random, notes: Notes) -> None:
+    seen: Seen = set()
+    for number, look in enumerate(watch(scenario, rng)):
+        promised = (look.model.promised_lsn, *map(id, look.model.records[: look.model.promised_lsn]))
+        for way, found in distinct_starts(look.storage, rng, seen, promised):
+            again: list[Look] = []
+            with crashed(number, look, way):
+                check_recovers_twice(found)
+                check_next_start(found, look.model, again)
+            note(notes, way)
+            second = rng.choice(again)
+            fate = rng.choice(FATES)
+            with crashed(number, second, f"{way}, and {fate.value} in its recovery"):
+                check_next_start(second.storage.crash(fate, rng), second.model)
+            note(notes, fate.value)
+            notes.fired(IN_RECOVERY)
+
+
+def play_damage(scratch: Path, rng: random.Random, notes: Notes) -> None:
+    """A record that was durable is damaged: that is said, and nothing is cut or changed."""
+    world = many_segments_one_sync(JournalWorld(CrashStorage()), rng)
+    world.close()
+    durable = world.storage.crash(Fate.KEPT, rng)
+    found = recover(durable.killed().below("journal"), Positions(), MACHINE_ID, segment_bytes=SEGMENT_BYTES)
+    for lsn, record in enumerate(list(found.records())[: world.model.promised_lsn], 1):
+        for at in (-20, rng.randrange(record.length)):
+            storage = durable.killed()
+            with closing(
+                storage.open(f"journal/{segment_name(record.position >> POSITION_SHIFT)}", write=True)
+            ) as file:
+                place = (record.position & POSITION_MASK) + at
+                file.write_at([bytes([file.read_at(1, place)[0] ^ 0x10])], place)
+            before = storage.contents()
+            with pytest.raises(IntegrityError):
+                recover(storage.below("journal"), Positions(), MACHINE_ID, segment_bytes=SEGMENT_BYTES)
+            assert storage.contents() == before, f"LSN {lsn} is damaged, and recovery changed something"
+            notes.count()
+            notes.fired(DAMAGED)
+
+
+# ---- host and store ----
+
+
+def play_pair(scenario: PairScenario, scratch: Path, rng: random.Random, notes: Notes) -> None:
+    store = VaultWorld.new(scratch / "vault", rng.getrandbits(30))
+    pair = ReplicatedWorld.new(store, rng)
+    looks: list[PairLook] = []
+    try:
+        pair.look_at_everything(looks)
+        scenario(pair)
+        pair.look_away()
+        pair.go_on()
+        seen: Seen = set()
+        for number, look in enumerate(looks):
+            for way, start in starts_of(look, rng, seen):
+                again: list[PairLook] | None = [] if rng.random() < AGAIN_SHARE else None
+                with crashed(number, look, way):
+                    check_pair(store, look, start, rng, again)
+                note(notes, way)
+                if again is None:
+                    continue
+                second = rng.choice(again)
+                both = PairStart(second.host.killed(), second.store.killed(), second.catalogs[-1])
+                fate = rng.choice(FATES)
+                if second.side == "host":
+                    both = both._replace(host=second.host.crash(fate, rng))
+                else:
+                    both = both._replace(store=second.store.crash(fate, rng))
+                with crashed(number, second, f"{way}, and {second.side} {fate.value} in its recovery"):
+                    check_pair(store, second, both, rng)
+                note(notes, fate.value)
+                notes.fired(IN_RECOVERY)
+    finally:
+        pair.close()
+
+
+def check_pair(
+    store: VaultWorld, look: PairLook, start: PairStart, rng: random.Random, again: list[PairLook] | None = None
+) -> None:
+    """Both start, hold what was promised, find the same a second time, and go on to the end."""
+    pair = ReplicatedWorld.next_start(look, start.host, store.next_start(start.store, start.catalog), rng)
+    try:
+        if again is not None:
+            pair.look_at_everything(again)
+        pair.check_found()
+        files, rows = pair.store.storage.contents(), pair.store.tables()
+        after = pair.store.next_start(pair.store.storage.killed(), pair.store.catalogs[-1])
+        after.begin(rng)
+        assert (after.storage.contents(), after.tables()) == (files, rows), "the store recovers twice to two states"
+        after.vault.close()
+        pair.go_on()
+    finally:
+        pair.close()
+
+
+# ---- the store's objects and catalog ----
+
+
+def play_ingest(scratch: Path, rng: random.Random, notes: Notes) -> None:
+    world = new_world(scratch, rng)
+    try:
+        looks = world.look_at_everything()
+        assert world.ingest(rng) == []
+        world.look_away()
+        seen: Seen = set()
+        for number, look in enumerate(looks):
+            for way, found in distinct_starts(look.storage, rng, seen, (look.acknowledged, id(look.catalogs[-1]))):
+                newest = len(look.catalogs) - 1
+                which = rng.choice((newest, newest, rng.randrange(newest + 1), -1))
+                with crashed(number, look, f"{way}, catalog {which}"):
+                    check_store_start(world, look, found, look.catalogs[which] if which >= 0 else None, rng)
+                note(notes, way)
+    finally:
+        world.vault.close()
+
+
+def play_rebuild(scratch: Path, rng: random.Random, notes: Notes) -> None:
+    world = new_world(scratch, rng)
+    try:
+        assert world.ingest(rng) == []
+        looks: list[RebuildLook] = []
+        rebuild(world, put_catalog(world.catalogs[-1]), world.storage.killed(), looks)
+        seen: Seen = set()
+        for number, look in enumerate(looks):
+            for way, files in distinct_starts(look.files, rng, seen, (number if look.objects.is_settled() else 0,)):
+                objects = look.objects.crash(rng.choice(FATES), rng)
+                with crashed(number, look, way):
+                    check_rebuilt(world, look, files, objects)
+                note(notes, way)
+    finally:
+        world.vault.close()
+
+
+# ---- small files ----
+
+
+def play_edits(scratch: Path, rng: random.Random, notes: Notes) -> None:
+    looks: list[EditLook] = []
+    edit_machine(scratch / "host", CrashStorage(), rng, looks)
+    seen: Seen = set()
+    for number, look in enumerate(looks):
+        for way, found in distinct_starts(look.storage, rng, seen, look.allowed):
+            with crashed(number, look, way):
+                check_edited(scratch / "host", found, look, rng)
+            note(notes, way)
+
+
+def play_enrolment(scratch: Path, rng: random.Random, notes: Notes) -> None:
+    make_vault(scratch / "vault")
+    looks: list[EnrolLook] = []
+    EnrolWorld(scratch, CrashStorage(), CrashStorage(), None).enrol_twice(looks)
+    seen: Seen = set()
+    for number, look in enumerate(looks):
+        at_work = look.host if look.side == "host" else look.store
+        promised = (look.side, id(look.catalog), len(look.replies), look.done)
+        for way, one in distinct_starts(at_work, rng, seen, promised):
+            host, store = (one, look.store.killed()) if look.side == "host" else (look.host.killed(), one)
+            with crashed(number, look, f"{look.side} {way}"):
+                EnrolWorld(scratch, host, store, look.catalog).check(look)
+            note(notes, way)
+
+
+HOSTS: list[tuple[str, Play]] = [(each.__name__, partial(play_host, each)) for each in SCENARIOS]
+PAIRS: list[tuple[str, Play]] = [(each.__name__, partial(play_pair, each)) for each in PAIR_SCENARIOS]
+SMALL: list[tuple[str, Play]] = [
+    ("damaged_records", play_damage),
+    ("disks_added_and_removed", play_edits),
+    ("rebuild", play_rebuild),
+    ("enrolment", play_enrolment),
+    ("ingest", play_ingest),
+]
+PLAYS = [play for plays in zip_longest(HOSTS, SMALL, PAIRS) for play in plays if play is not None]
+FAULTS = ("killed", *(fate.value for fate in Fate), "both", IN_RECOVERY, DAMAGED)
+
+
+def cases(context: Context) -> Iterator[Case]:
+    for number in count():
+        for name, play in PLAYS:
+            label = f"{name} {number}"
+            yield Case(label, partial(_play, context, label, play))
+
+
+def _play(context: Context, label: str, play: Play, notes: Notes) -> None:
+    scratch = context.scratch / label.replace(" ", "-")
+    scratch.mkdir()
+    play(scratch, context.rng(label), notes)
+
+
+LEVEL = Level(
+    name="crash",
+    unit="crash points",
+    submission=9_000,  # a round and some of the next: every operation of every scenario
+    release=250_000,
+    faults=FAULTS,
+    cases=cases,
+)

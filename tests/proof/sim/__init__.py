@@ -1,0 +1,1 @@
+"""A world for the simulation: two hosts, a network and a store of real parts in one process, one seed, virtual time."""

@@ -1,0 +1,202 @@
+"""One life of an agent, composed as `asrfs.daemon.agent` composes it, of the same parts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import trio
+
+from asrfs.consistency.points import PointLog
+from asrfs.daemon.control import raise_if_refused, refusal
+from asrfs.errors import AsrfsError, TemporaryError
+from asrfs.format.record import RecordHeader
+from asrfs.journal.reader import JournalReader
+from asrfs.model.machine import DiskConfig
+from asrfs.replication.alarms import Alarms
+from asrfs.replication.applier import Applier, Image
+from asrfs.replication.applier_task import ApplierTask
+from asrfs.replication.disk_server import HostPositions
+from asrfs.replication.filler import Filler
+from asrfs.replication.link import Link
+from asrfs.replication.object_builder import ObjectBuilder
+from asrfs.replication.positions_file import PositionsFile
+from asrfs.replication.progress import Progress
+from asrfs.replication.shipper import Shipper, StoreAccess
+from asrfs.replication.shipping_session import Source
+from asrfs.replication.ticker import Ticker
+from asrfs.replication.trimmer import Trimmer
+from asrfs.storage.interface import File
+from asrfs.transport.backoff import Backoff
+from tests.fakes.crash_storage import CrashFile, CrashStorage
+from tests.proof.sim.disk_server import DiskServerLife
+from tests.proof.sim.processes import Killed
+
+if TYPE_CHECKING:
+    from tests.proof.sim.host import Host
+
+AGENT_THREADS = 5
+FILL_RETRY_S = 1.0
+SPARES_INTERVAL_S = 8.0
+T = TypeVar("T")
+
+
+class Images:
+    """`asrfs.replication.applier.Images` of a machine whose disks all stay."""
+
+    def __init__(self, storage: CrashStorage, sizes: list[int]) -> None:
+        self._storage = storage
+        self._sizes = sizes
+        self._open: dict[int, CrashFile] = {}
+
+    def image(self, slot: int) -> Image:
+        if slot not in self._open:
+            self._open[slot] = self._storage.open(f"images/{slot}", write=True)
+        return Image(self._open[slot], self._sizes[slot])
+
+    def drop(self, slot: int) -> None:
+        if slot in self._open:
+            self._open.pop(slot).close()
+
+
+class DiskServerLine:
+    """`asrfs.replication.disk_server.DiskServer`: the control socket of whatever disk server runs now."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._process = host.agent_process
+
+    async def positions(self) -> HostPositions:
+        return await self._call(DiskServerLife.positions)
+
+    async def sync(self) -> HostPositions:
+        return await self._call(DiskServerLife.sync)
+
+    async def marker(self, payload: bytes) -> tuple[int, int]:
+        return await self._call(lambda server: server.marker(payload))
+
+    async def applied(self, lsn: int, segment: int) -> None:
+        await self._call(lambda server: server.applied(lsn, segment))
+
+    async def fill(self, slot: int, offset: int, length: int) -> int:
+        return await self._call(lambda server: server.fill(slot, offset, length))
+
+    async def reread_disks(self) -> None:
+        await self._call(DiskServerLife.announce)
+
+    async def _call(self, verb: Callable[[DiskServerLife], T]) -> T:
+        host = self._host
+        await trio.lowlevel.checkpoint()
+        server, process = host.server, host.server_process
+        if server is None or process.is_dead:
+            raise TemporaryError("the disk server is away")
+        try:
+            with process.acting():
+                answer = verb(server)
+        except Killed:
+            self._process.check()
+            raise TemporaryError("the disk server died") from None
+        except OSError as error:
+            raise_if_refused(refusal(error))
+            raise
+        if host.loses_answers and host.rng.random() < host.loses_answers:
+            host.watch.fired("answer of a verb lost")
+            raise TemporaryError("the disk server's answer did not come")
+        return answer
+
+
+class Agent:
+    """One life of an agent. Made inside the event loop."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        server = DiskServerLine(host)
+        self._threads = trio.CapacityLimiter(AGENT_THREADS)
+        storage = host.storage
+        journal = storage.below("journal")
+        journal_turn = trio.Lock()
+        seeded = random.Random(host.rng.getrandbits(64))
+        sizes = [len(content) for content in host.model.initial]
+        self.positions = PositionsFile(host.load_positions(), host.save_positions)
+        self.progress = Progress(self.positions.current)
+        self.alarms = Alarms()
+        self.points = PointLog(storage, "points.jsonl")
+        self._readers = [JournalReader(journal, host.machine_id) for _ in range(3)]
+        self._trimmer = Trimmer(journal, host.machine_id)
+        self.ticker = Ticker(server, self.progress, self.alarms, lambda: host.settings.object_age)
+        self.applier = ApplierTask(
+            Applier(self._readers[0], self.positions, Images(storage, sizes), self._on_marker, round_bytes_max=20_000),
+            self._trimmer,
+            server,
+            self.positions,
+            self.progress,
+            self.alarms,
+            self._threads,
+            journal_turn,
+        )
+        source = Source(
+            machine_id=host.machine_id,
+            machine_name=host.name,
+            journal=journal,
+            reader=self._readers[1],
+            builder=ObjectBuilder(self._readers[2]),
+            positions=self.positions,
+            progress=self.progress,
+            settings=host.settings,
+            threads=self._threads,
+            journal_turn=journal_turn,
+        )
+        store = StoreAccess(host.connect, host.keys)
+        self.shipper = Shipper(source, store, self.alarms, Link(), Backoff(seeded))
+        self._filler = Filler(
+            server,
+            self.progress,
+            self.positions,
+            self._threads,
+            self._disks,
+            host.close_gap,
+            self._open_image,
+            lambda: True,
+        )
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            for task in (
+                self.ticker.run,
+                self.applier.run,
+                self.applier.run_trimming,
+                self.shipper.run,
+                self._keep_spares,
+            ):
+                nursery.start_soon(task)
+            if self.positions.current.fills or any(disk.gap for disk in self._disks()):
+                nursery.start_soon(self._fill)
+
+    async def _fill(self) -> None:
+        """As `Filler.run`, which also looks for disks that are added later; here there are none."""
+        await self.progress.wait_until(lambda: self.progress.is_known)
+        while True:
+            try:
+                if await self._filler.fill_once():
+                    return
+            except (AsrfsError, OSError):
+                await trio.sleep(FILL_RETRY_S)  # sleep: virtual, before it tries again
+
+    def _on_marker(self, header: RecordHeader, payload: bytes) -> None:
+        self.points.add_marker(header, payload, self.progress.epoch)
+
+    def _disks(self) -> tuple[DiskConfig, ...]:
+        return self._host.load_machine().live_disks()
+
+    def _open_image(self, disk: DiskConfig) -> File:
+        return self._host.storage.open(f"images/{disk.slot}")
+
+    async def _keep_spares(self) -> None:
+        """As `asrfs.daemon.housekeeping` does."""
+        while True:
+            try:
+                await trio.to_thread.run_sync(self._trimmer.prepare, trio.current_time(), limiter=self._threads)
+            except OSError:
+                pass
+            await trio.sleep(SPARES_INTERVAL_S)  # sleep: virtual, its interval
