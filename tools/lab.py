@@ -77,7 +77,8 @@ class Lab:
     def enroll(self) -> None:
         """A token of the store for the machine, and the machine's use of it."""
         token = run(command("replica_store.cli.main", "--vault", self.vault, "token", self.machine)).strip()
-        self.asrfs("enroll", "--store", self.manage, "--token", token)
+        enroll = ("enroll", "--store", self.manage, "--token", "-")
+        run(command("asrfs.cli.main", "--state", self.state, *enroll), told=token)
 
     def start_host(self) -> None:
         """Serve the machine's disks."""
@@ -172,11 +173,9 @@ def command(module: str, *arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", module, *map(str, arguments)]
 
 
-def run(arguments: list[str], *, timeout: float = 300.0) -> str:
-    """Run to the end; stdout. Raises LabError with the program's own words."""
-    done = subprocess.run(
-        arguments, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, check=False
-    )
+def run(arguments: list[str], *, told: str = "", timeout: float = 300.0) -> str:
+    """Run to the end with `told` on stdin; stdout. Raises LabError with the program's own words."""
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=timeout, input=told, check=False)
     if done.returncode:
         words = (done.stderr or done.stdout).strip()
         raise LabError(f"{' '.join(arguments)} ended with {done.returncode}: {words[-2000:]}")

@@ -19,7 +19,8 @@ from asrfs.terminal.output import pairs
 def enroll(invocation: Invocation, store: str, token: str) -> None:
     """Register this machine with a store: keys and a certificate for a one-time token."""
     if token == "-":
-        token = sys.stdin.readline().strip()
+        asked = sys.stdin.isatty()
+        token = click.prompt("token", hide_input=True, err=True) if asked else sys.stdin.readline().strip()
     state = invocation.open_state()
     document = enroll_with(state, store, token)
     tell_agent_to_reload(state)

@@ -1,4 +1,4 @@
-"""`replica-store machine list` and `machine show`: who is protected here, and how well."""
+"""`replica-store machine list`, `show`, `revoke`: who is protected here, how well, and who no longer."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 import click
 from rich.console import Console
 
+from asrfs.errors import BadInputError
 from asrfs.model.quantities import format_size, format_time
 from asrfs.storage.system_clock import SystemClock
 from asrfs.terminal.output import pairs, table
 from replica_store.cli.invocation import Invocation, pass_invocation
+from replica_store.vault import enrolment
 from replica_store.vault.standing import Standing, standing_of
 
 
@@ -52,6 +54,33 @@ def show_machine(invocation: Invocation, name: str) -> None:
     with invocation.open_vault() as vault:
         standing = standing_of(vault, vault.machine(name), SystemClock().time_ns())
     invocation.answer(_document(standing), lambda out: _render(out, standing))
+
+
+@machine.command()
+@click.argument("name", metavar="MACHINE")
+@click.option("--yes", is_flag=True, help="Do it; without this only the plan is printed.")
+@pass_invocation
+def revoke(invocation: Invocation, name: str, yes: bool) -> None:
+    """Let MACHINE in no more: neither its certificate nor an unused token is good. Its history stays.
+
+    A connection it has is cut within seconds. A new token lets the machine enrol again and go on where it was.
+    """
+    if not yes:
+        with invocation.open_vault() as vault:
+            found = vault.machine(name)
+        raise BadInputError(
+            f"this would revoke the certificate and unused tokens of machine {found.name}, so that nothing more of it "
+            "is received until it enrols again: repeat with --yes"
+        )
+    with invocation.open_vault(writable=True) as vault:
+        revoked = enrolment.revoke(vault, name, SystemClock())
+    document = {"machine": revoked.name, "id": revoked.id, "revoked": True}
+    invocation.answer(
+        document,
+        lambda out: out.print(
+            f"machine {revoked.name} is revoked; `replica-store token {revoked.name}` lets it enrol again"
+        ),
+    )
 
 
 def _document(standing: Standing) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""One-time tokens, and what becomes of one: a machine with a certificate and keys.
+"""One-time tokens, what becomes of one, and its end: a machine with a certificate and keys, until they are revoked.
 
 A machine that enrols again, with a new token, gets a new certificate; the old one is good no longer, the keys and the
 history stay. The order is: description object, then one catalog transaction that uses the token up and makes the
 machine. If that transaction does not come about, nothing but an unused description is left, and the next enrolment
-takes its keys from there.
+takes its keys from there. Revoking goes the same way, so that a rebuilt catalog does not forget it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import os
 import secrets
+from dataclasses import replace
 from hashlib import sha256
 
 from asrfs.errors import AuthenticationError, BadInputError, IntegrityError, RefusedError
@@ -84,6 +85,25 @@ def enrol(vault: Vault, request: EnrolRequest, clock: Clock, data_port: int) -> 
         payload_key=base64.b64encode(keys.payload_key).decode(),
         index_key=base64.b64encode(keys.index_key).decode(),
     )
+
+
+def revoke(vault: Vault, machine_name: str, clock: Clock) -> MachineRow:
+    """From now on no certificate and no unused token of the machine is good. Its history and its keys stay.
+
+    Whoever serves the vault ends the machine's connection at its next frame or heartbeat. Raises NotFoundError.
+    """
+    now_ns = clock.time_ns()
+    with vault.catalog.transaction():
+        row = vault.machine(machine_name)
+        known = newest_description(vault, row.id)
+        row = replace(row, revoked=True, generation=max(row.generation, known.generation if known else 0) + 1)
+        _put_description(vault, row)
+        vault.catalog.put_machine(row)
+        vault.catalog.change(
+            "UPDATE tokens SET expires_ns = ? WHERE machine_name = ? AND used_ns IS NULL AND expires_ns > ?",
+            (now_ns, row.name, now_ns),
+        )
+    return row
 
 
 def newest_description(vault: Vault, machine_id: str) -> MachineDescription | None:

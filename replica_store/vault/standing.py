@@ -7,6 +7,7 @@ from typing import Literal
 
 from asrfs.model.machine import DiskRecord
 from asrfs.model.quantities import NS_PER_SECOND
+from replica_store.vault.gaps import Gap
 from replica_store.vault.rows import LinkRow, MachineRow
 from replica_store.vault.vault import Vault
 
@@ -45,12 +46,12 @@ def standing_of(vault: Vault, machine: MachineRow, now_ns: int) -> Standing:
     gap = vault.gap_at(machine.id, received)
     objects, size = vault.catalog.space(machine.id)
     heard_recently = link is not None and now_ns - link.heard_ns < SILENT_S_MAX * NS_PER_SECOND
-    state: State = "unprotected" if last is None else "initial-replication" if gap else "protected"
+    state, reason = _state(machine, is_empty=last is None, gap=gap)
     return Standing(
         id=machine.id,
         name=machine.name,
         state=state,
-        reason="nothing has been received yet" if last is None else str(gap) if gap else "",
+        reason=reason,
         epoch=machine.epoch,
         connected=link is not None and link.connected and heard_recently,
         heard_ns=link.heard_ns if link else None,
@@ -63,6 +64,15 @@ def standing_of(vault: Vault, machine: MachineRow, now_ns: int) -> Standing:
         enrolled_ns=machine.enrolled_ns,
         disks=tuple(disk for disk in vault.disks_at(machine.id, received) if not disk.removed),
     )
+
+
+def _state(machine: MachineRow, *, is_empty: bool, gap: Gap | None) -> tuple[State, str]:
+    """The state, and why it is not the best one."""
+    if machine.revoked:
+        return "unprotected", "its certificate is revoked, so nothing more is received: enrol it again"
+    if is_empty:
+        return "unprotected", "nothing has been received yet"
+    return ("initial-replication", str(gap)) if gap else ("protected", "")
 
 
 def achieved_rpo_s(received_lsn: int, received_time_ns: int, link: LinkRow | None, now_ns: int) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from asrfs.errors import AsrfsError, AuthenticationError, BadInputError, RefusedError
+from asrfs.errors import AsrfsError, AuthenticationError, BadInputError, NotFoundError, RefusedError
 from asrfs.storage.system_clock import SystemClock
 from asrfs.transport.enrolment import (
     EnrolReply,
@@ -21,7 +21,7 @@ from asrfs.transport.enrolment import (
     encode_token,
 )
 from asrfs.transport.tls import fingerprint, machine_identity, make_key_and_request
-from replica_store.vault.enrolment import enrol, make_token
+from replica_store.vault.enrolment import enrol, make_token, newest_description, revoke
 from replica_store.vault.keys import MachineDescription
 from replica_store.vault.objects import Objects
 from replica_store.vault.vault import Vault
@@ -121,6 +121,26 @@ def test_the_certificate_names_whom_the_token_is_for_whatever_the_request_asks(v
     _, csr = make_key_and_request("somebody-else", "f" * 32)
     reply = enrol(vault, request(make_token(vault, "web1", clock), csr=csr.decode()), clock, 9443)
     assert identity_of(reply) == (f"{1:032x}", "web1")
+
+
+def test_a_revoked_machine_comes_back_by_a_new_token_only(vault: Vault, clock: HandClock) -> None:
+    wanted = request(make_token(vault, "web1", clock))
+    enrol(vault, wanted, clock, 9443)
+    unused, others = make_token(vault, "web1", clock), make_token(vault, "web2", clock)
+    keys = vault.machine_keys(vault.machine("web1"))
+    revoked = revoke(vault, "web1", clock)
+    assert vault.machine("web1") == revoked and revoked.revoked
+    known = newest_description(vault, revoked.id)
+    assert known is not None and known.revoked and known.generation == revoked.generation, "a rebuild must know, too"
+    with pytest.raises(AuthenticationError, match="has expired"):
+        enrol(vault, request(unused), clock, 9443)
+    assert revoke(vault, "web1", clock).revoked, "twice is once"
+    enrol(vault, request(others, 2), clock, 9443)
+    enrol(vault, request(make_token(vault, "web1", clock)), clock, 9443)
+    again = vault.machine("web1")
+    assert not again.revoked and again.id == revoked.id and vault.machine_keys(again) == keys
+    with pytest.raises(NotFoundError):
+        revoke(vault, "nobody", clock)
 
 
 def test_a_token_is_used_once(vault: Vault, clock: HandClock) -> None:

@@ -32,6 +32,8 @@ def test_bad_input_is_one_line_and_a_code_and_changes_nothing(
         (None, ("token", "web1", "--expires", "0s"), 2),
         (None, ("machine", "show", "nobody"), 3),
         (None, ("machine", "show", "../x"), 2),
+        (None, ("machine", "revoke", "nobody"), 3),
+        (None, ("machine", "revoke", "nobody", "--yes"), 3),
         (None, ("verify", "nobody"), 3),
         (None, ("serve", "--data-port", "70000"), 2),
         (None, ("serve", "--host", "192.0.2.1"), 4),

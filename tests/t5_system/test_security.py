@@ -229,14 +229,14 @@ async def test_a_certificate_out_of_its_time_is_refused(store: StoreUnderTest, m
 
 @pytest.mark.parametrize("how", ["revoked", "enrolled again"])
 def test_a_certificate_that_is_revoked_while_connected_is_cut(store: StoreUnderTest, how: str) -> None:
-    """There is no verb for it yet: the row is changed as the product would change it."""
     machine = with_history(store.enrol("web1"))
     client, welcome = welcomed(machine)
     client.ship(machine.history.build(1, 2, welcome.session_salt))
     assert isinstance(client.hear(), Acknowledge)
     if how == "revoked":
-        with Vault.open(str(store.path), writable=True) as vault, vault.catalog.transaction():
-            vault.catalog.put_machine(replace(vault.machine("web1"), revoked=True))
+        planned = store.run("machine", "revoke", "web1")
+        assert planned.returncode == 2 and "repeat with --yes" in planned.stderr, planned.stderr
+        assert store.run("machine", "revoke", "web1", "--yes").returncode == 0
     else:
         store.enrol("web1")
     begun = time.monotonic()
