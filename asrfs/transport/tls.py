@@ -117,7 +117,7 @@ def sign_request(
         parsed = x509.load_pem_x509_csr(request)
         key = parsed.public_key()
         sound = parsed.is_signature_valid
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+    except _UNREADABLE as error:
         raise BadInputError(f"the certificate request cannot be read: {error}") from None
     if not sound or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise BadInputError("the certificate request is not signed by an EC P-256 key")

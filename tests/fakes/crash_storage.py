@@ -264,19 +264,29 @@ class CrashStorage:
 
     # ---- crashes ----
 
-    def crash(self, fate: Fate, rng: random.Random) -> CrashStorage:
-        """What the next start finds after a power loss now. This storage stays as it is."""
+    def crash(self, fate: Fate, rng: random.Random, names_kept: Sequence[bool] | None = None) -> CrashStorage:
+        """What the next start finds after a power loss now. This storage stays as it is.
+
+        `names_kept`: of each unsynced change of a name, whether it got to the disk; else the fate decides that, too.
+        """
         with self.lock:
             after = self._successor()
-            names = dict(self._names if fate is Fate.KEPT else self._durable_names)
-            if fate not in (Fate.KEPT, Fate.LOST):
-                for change in self._unsynced_names:
-                    if rng.random() < 0.5:
+            if names_kept is None and fate is Fate.KEPT:
+                names = dict(self._names)
+            else:
+                names = dict(self._durable_names)
+                for i, change in enumerate(self._unsynced_names):
+                    if names_kept[i] if names_kept is not None else fate is not Fate.LOST and rng.random() < 0.5:
                         change.apply(names, frozenset(self._names))
             numbers = sorted(set(names.values()))
             after._inodes = {number: self._inodes[number].after_power_loss(fate, rng) for number in numbers}
             after._names, after._durable_names = names, dict(names)
             return after
+
+    def unsynced_names(self) -> int:
+        """How many changes of names a power loss could still take."""
+        with self.lock:
+            return len(self._unsynced_names)
 
     def is_settled(self) -> bool:
         """Whether a power loss now could take nothing: every fate leaves what a kill leaves."""

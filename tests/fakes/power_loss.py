@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import product
 
 from asrfs.errors import IntegrityError
 from asrfs.journal.recovery import recover
@@ -38,6 +39,8 @@ def next_starts(look: Look, rng: random.Random) -> Iterator[tuple[str, CrashStor
         yield fate.value, look.storage.crash(fate, rng)
 
 
+EVERY_SUBSET_MAX = 4
+"""Of so many unsynced changes of names every subset is tried; of more, what the fates happen to choose."""
 Seen = set[tuple[object, ...]]
 """States that were found before with the same promises: what holds for one holds for the other."""
 
@@ -50,11 +53,21 @@ def distinct_starts(
     if storage.is_settled():
         return
     for fate in Fate:
-        after = storage.crash(fate, rng)
-        state = (promised, *sorted(after.contents().items()))
-        if state not in seen:
-            seen.add(state)
-            yield fate.value, after
+        yield from _distinct(fate.value, storage.crash(fate, rng), seen, promised)
+    names = storage.unsynced_names()
+    for kept in product((False, True), repeat=names) if 0 < names <= EVERY_SUBSET_MAX else ():
+        fate = rng.choice(list(Fate))
+        said = ", ".join("kept" if each else "lost" for each in kept)
+        yield from _distinct(f"{fate.value} (names: {said})", storage.crash(fate, rng, kept), seen, promised)
+
+
+def _distinct(
+    way: str, after: CrashStorage, seen: Seen, promised: tuple[object, ...]
+) -> Iterator[tuple[str, CrashStorage]]:
+    state = (promised, *sorted(after.contents().items()))
+    if state not in seen:
+        seen.add(state)
+        yield way, after
 
 
 def check_recovers_twice(storage: CrashStorage) -> None:

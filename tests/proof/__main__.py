@@ -15,11 +15,8 @@ import click
 import asrfs
 from tests import sweep
 from tests.proof import report as report_page
-from tests.proof.level import Context, Level
-from tests.proof.registry import LEVELS
-from tests.proof.run import Outcome, run_level
-
-SAY_EVERY_S = 15.0
+from tests.proof.play import Asked, play
+from tests.proof.registry import BY_NAME, LEVELS
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -29,6 +26,13 @@ SAY_EVERY_S = 15.0
 @click.option("--cases", type=click.IntRange(1), help="So many of each level, instead of its own number.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="At most so long for each level.")
 @click.option("--release", is_flag=True, help="The large run, before a release.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=os.cpu_count() or 1,
+    show_default=True,
+    help="So many processes: levels at a time, or parts of one.",
+)
 @click.option("--report", "report_to", type=click.Path(path_type=Path), help="Directory for report.md and report.json.")
 @click.option("--list", "is_list", is_flag=True, help="Name the levels and their sizes.")
 def prove(
@@ -38,14 +42,14 @@ def prove(
     cases: int | None,
     minutes: float | None,
     release: bool,
+    jobs: int,
     report_to: Path | None,
     is_list: bool,
 ) -> None:
     """Break the product on purpose and check what must hold. Without LEVEL: all of them."""
-    by_name = {level.name: level for level in LEVELS}
-    if unknown := [name for name in names if name not in by_name]:
-        raise click.UsageError(f"there is no level {unknown[0]}: choose from {', '.join(by_name)}")
-    chosen = [by_name[name] for name in names] or list(LEVELS)
+    if unknown := [name for name in names if name not in BY_NAME]:
+        raise click.UsageError(f"there is no level {unknown[0]}: choose from {', '.join(BY_NAME)}")
+    chosen = [BY_NAME[name] for name in names] or list(LEVELS)
     if is_list:
         for level in chosen:
             print(f"{level.name:12} {level.submission:>8,} {level.unit} a submission, {level.release:,} a release")
@@ -54,13 +58,12 @@ def prove(
         raise click.UsageError("--case plays one case of one level again: name the level and give --seed")
     seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
     print(f"seed {seed}", flush=True)
+    started = time.monotonic()
     sweep.sweep_dead_runs()
     base = sweep.run_directory(os.getpid())
     base.mkdir(mode=0o700)
-    outcomes = []
     try:
-        for level in chosen:
-            outcomes.append(_run(level, base, seed, only, cases, minutes, release))
+        outcomes = play(chosen, Asked(base, seed, only, cases, minutes, release), jobs)
     finally:
         left = sweep.sweep(base)
     if left:
@@ -71,6 +74,7 @@ def prove(
         "python": platform.python_version(),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "size": "release" if release else "submission",
+        "took": f"{time.monotonic() - started:.0f} s by {jobs} processes",
     }
     written = report_page.document(outcomes, about)
     directory = report_to or Path(f"/tmp/asrfs-proof-{os.getpid()}")
@@ -80,38 +84,6 @@ def prove(
     print(report_page.markdown(written))
     print(f"report: {directory}/report.md and report.json")
     sys.exit(0 if written["passed"] and not left else 1)
-
-
-def _run(
-    level: Level, base: Path, seed: int, only: str | None, cases: int | None, minutes: float | None, release: bool
-) -> Outcome:
-    scratch = base / level.name
-    scratch.mkdir()
-    own_minutes = level.release_minutes if release else level.submission_minutes
-    own_cases = level.release if release else level.submission
-    limit = minutes if minutes is not None else own_minutes
-    wanted = cases if cases is not None else None if limit is not None else own_cases
-    said_at = time.monotonic()
-
-    def progress(outcome: Outcome) -> None:
-        nonlocal said_at
-        if time.monotonic() - said_at >= SAY_EVERY_S:
-            said_at = time.monotonic()
-            print(f"{level.name}: {outcome.notes.cases:,} {level.unit} in {outcome.seconds:.0f} s", flush=True)
-
-    outcome = run_level(
-        level,
-        Context(seed, scratch),
-        wanted=wanted,
-        seconds_max=None if limit is None else limit * 60,
-        only=only,
-        progress=progress,
-    )
-    verdict = "FAILED" if outcome.failures else "ok"
-    print(f"{level.name}: {verdict}: {outcome.notes.cases:,} {level.unit} in {outcome.seconds:.0f} s", flush=True)
-    for violation in outcome.violations:
-        print(f"  {violation.label}: {violation.text}", flush=True)
-    return outcome
 
 
 if __name__ == "__main__":

@@ -29,6 +29,11 @@ class Notes:
         """The fault of this name struck."""
         self.faults[fault] += times
 
+    def add(self, other: Notes) -> None:
+        """What another process noted, too."""
+        self.cases += other.cases
+        self.faults += other.faults
+
 
 @dataclass(frozen=True)
 class Case:
@@ -55,6 +60,7 @@ class Level:
     """`submission` and `release`: units a run of that size tries. `faults`: each must strike in every such run.
 
     `minutes`, where given, bounds a level that has no natural number of cases; `cases` may then yield for ever.
+    `is_divisible`: its cases need nothing of each other and of the machine, so that several processes can share them.
     """
 
     name: str
@@ -65,3 +71,4 @@ class Level:
     cases: Callable[[Context], Iterator[Case]]
     submission_minutes: float | None = None
     release_minutes: float | None = None
+    is_divisible: bool = False

@@ -1,4 +1,4 @@
-"""Every level there is, in the order in which they run: the cheap ones first."""
+"""Every level there is, in the order in which they start: the longest first, so that processes end together."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from tests.proof.levels import (
 )
 
 _BASE: tuple[Level, ...] = (
-    crash.LEVEL,
-    errors.LEVEL,
+    simulation.LEVEL,
     model.LEVEL,
     fuzz.LEVEL,
-    simulation.LEVEL,
     kernel_syscalls.LEVEL,
-    kernel_prefixes.LEVEL,
-    kernel_kills.LEVEL,
     kernel_power.LEVEL,
+    kernel_kills.LEVEL,
+    crash.LEVEL,
+    errors.LEVEL,
+    kernel_prefixes.LEVEL,
 )
-LEVELS: tuple[Level, ...] = (*_BASE, planted.level(_BASE))
+LEVELS: tuple[Level, ...] = (planted.level(_BASE), *_BASE)
+BY_NAME = {level.name: level for level in LEVELS}

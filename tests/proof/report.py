@@ -10,7 +10,7 @@ from tests.proof.run import Outcome
 
 
 def document(outcomes: Sequence[Outcome], about: Mapping[str, str]) -> dict[str, Any]:
-    """Everything a later run or a person wants to know. `about`: version, kernel, when, how big."""
+    """Everything a later run or a person wants to know. `about`: version, kernel, when, how big, how long."""
     return {
         "about": dict(about),
         "passed": not any(outcome.failures for outcome in outcomes),

@@ -6,6 +6,8 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
 
 from tests.proof.level import Case, Context, Level, Notes
 
@@ -21,18 +23,39 @@ class Violation:
     trace: str
 
 
+class Part(NamedTuple):
+    """Every `parts`-th case of a level, from the `number`-th on."""
+
+    number: int
+    parts: int
+
+
+WHOLE = Part(0, 1)
+
+
 @dataclass
+class Found:
+    """What one process found of a level."""
+
+    notes: Notes = field(default_factory=Notes)
+    violations: list[Violation] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What a run of one level found. `wanted` None: it ran for a time, not for a number."""
+    """What a run of one level found. `wanted` None: it ran for a time, not for a number.
+
+    `is_whole`: not a run of a chosen case, which need not fire every fault.
+    """
 
     level: Level
     seed: int
     wanted: int | None
-    notes: Notes = field(default_factory=Notes)
-    violations: list[Violation] = field(default_factory=list)
-    seconds: float = 0.0
-    is_whole: bool = True
-    """False for a run of chosen cases: it need not fire every fault."""
+    notes: Notes
+    violations: list[Violation]
+    seconds: float
+    is_whole: bool
 
     @property
     def silent_faults(self) -> list[str]:
@@ -59,32 +82,33 @@ def run_level(
     wanted: int | None,
     seconds_max: float | None,
     only: str | None = None,
+    part: Part = WHOLE,
     violations_max: int = VIOLATIONS_MAX,
-    progress: Callable[[Outcome], None] = lambda outcome: None,
-) -> Outcome:
+    progress: Callable[[Found], None] = lambda found: None,
+) -> Found:
     """Run `wanted` cases, or as many as fit in the time, or the case labelled `only`."""
-    outcome = Outcome(level, context.seed, wanted, is_whole=only is None)
+    found = Found()
     started = time.monotonic()
-    for case in level.cases(context):
+    for case in islice(level.cases(context), part.number, None, part.parts):
         if only is not None and case.label != only:
             continue
-        _run_case(case, outcome)
-        outcome.seconds = time.monotonic() - started
-        progress(outcome)
-        if only is not None or len(outcome.violations) >= violations_max:
+        _run_case(case, found)
+        found.seconds = time.monotonic() - started
+        progress(found)
+        if only is not None or len(found.violations) >= violations_max:
             break
-        if wanted is not None and outcome.notes.cases >= wanted:
+        if wanted is not None and found.notes.cases >= wanted:
             break
-        if seconds_max is not None and outcome.seconds >= seconds_max:
+        if seconds_max is not None and found.seconds >= seconds_max:
             break
-    return outcome
+    return found
 
 
-def _run_case(case: Case, outcome: Outcome) -> None:
+def _run_case(case: Case, found: Found) -> None:
     try:
-        case.run(outcome.notes)
+        case.run(found.notes)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever leaves a case is what it found, exception groups and Trio's included
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        outcome.violations.append(Violation(case.label, text[:500], "".join(traceback.format_exception(error))))
+        found.violations.append(Violation(case.label, text[:500], "".join(traceback.format_exception(error))))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
+import ssl
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 import trio
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from asrfs.cli.inspect import detail
 from asrfs.daemon import control
@@ -113,15 +112,18 @@ def test_a_reply_to_enrolling_that_would_enrol_with_nothing_is_refused() -> None
             decode_reply(msgspec.json.encode({**good, **changes}), "here")
 
 
-def test_a_request_for_a_certificate_with_an_unknown_algorithm_is_refused() -> None:
-    """The library raises an error of its own kind for it."""
+@pytest.mark.parametrize(
+    ("known", "unknown"), [("06082a8648ce3d040302", "06082a8648ce3d04037f"), ("020100300f", "020108300f")]
+)
+def test_a_request_for_a_certificate_of_an_unknown_algorithm_or_version_is_refused(known: str, unknown: str) -> None:
+    """The library raises an error of its own kind for either."""
     _, request = make_key_and_request("web1", ID)
-    der = x509.load_pem_x509_csr(request).public_bytes(Encoding.DER)
-    ecdsa_with_sha256 = bytes.fromhex("06082a8648ce3d040302")
-    assert der.count(ecdsa_with_sha256) == 1
-    changed = x509.load_der_x509_csr(der.replace(ecdsa_with_sha256, ecdsa_with_sha256[:-1] + b"\x7f"))
+    der = ssl.PEM_cert_to_DER_cert(request.decode().replace("CERTIFICATE REQUEST", "CERTIFICATE"))
+    assert der.count(bytes.fromhex(known)) == 1
+    changed = ssl.DER_cert_to_PEM_cert(der.replace(bytes.fromhex(known), bytes.fromhex(unknown)))
+    pem = changed.replace("CERTIFICATE", "CERTIFICATE REQUEST").encode()
     with pytest.raises(BadInputError):
-        sign_request(make_authority("b", NOW_NS), changed.public_bytes(Encoding.PEM), "web1", ID, NOW_NS)
+        sign_request(make_authority("b", NOW_NS), pem, "web1", ID, NOW_NS)
 
 
 def test_what_one_object_may_cost_is_bounded() -> None:

@@ -284,4 +284,5 @@ LEVEL = Level(
     release=100_000,
     faults=FAULTS,
     cases=cases,
+    is_divisible=True,
 )

@@ -96,4 +96,5 @@ LEVEL = Level(
     release=100_000_000,
     faults=(*(f"mutation {kind}" for kind in KINDS), *(f"target {target.name}" for target in TARGETS)),
     cases=cases,
+    is_divisible=True,
 )

@@ -79,4 +79,5 @@ LEVEL = Level(
     release=100_000,
     faults=("disk", "store", "cut wire", "concurrent applier"),
     cases=cases,
+    is_divisible=True,
 )

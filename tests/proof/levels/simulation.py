@@ -42,4 +42,5 @@ LEVEL = Level(
     faults=FAULTS,
     cases=cases,
     submission_minutes=5.0,
+    is_divisible=True,
 )

@@ -1,0 +1,98 @@
+"""What a run of proofs may call a success: everything was tried, every fault struck, nothing was violated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.proof.level import Case, Context, Level, Notes
+from tests.proof.report import document, markdown
+from tests.proof.run import WHOLE, Found, Outcome, Part, run_level
+
+CASES = 10
+
+
+def level(run: Callable[[int, Notes], None]) -> Level:
+    def cases(context: Context) -> Iterator[Case]:
+        for number in range(CASES):
+            yield Case(f"case {number}", lambda notes, number=number: run(number, notes))  # type: ignore[misc]
+
+    return Level("level", "cases", CASES, CASES, ("fault",), cases)
+
+
+def outcome_of(played: Level, found: Found, wanted: int | None = CASES, *, is_whole: bool = True) -> Outcome:
+    return Outcome(played, 7, wanted, found.notes, found.violations, found.seconds, is_whole)
+
+
+def strikes(number: int, notes: Notes) -> None:
+    notes.count()
+    notes.fired("fault")
+
+
+def strikes_not(number: int, notes: Notes) -> None:
+    notes.count()
+
+
+def breaks_at_three(number: int, notes: Notes) -> None:
+    strikes(number, notes)
+    if number == 3:
+        raise AssertionError("three")
+
+
+@pytest.mark.parametrize(
+    ("run", "wanted", "failure"),
+    [
+        (strikes, CASES, None),
+        (strikes, CASES + 1, "only 10 of 11 cases in the time given"),
+        (strikes_not, CASES, "fault 'fault' never fired"),
+        (breaks_at_three, CASES, "case 3: AssertionError: three"),
+        (lambda number, notes: notes.fired("fault"), None, "nothing was tried"),
+    ],
+)
+def test_what_a_run_fails_for(
+    run: Callable[[int, Notes], None], wanted: int | None, failure: str | None, scratch: Path
+) -> None:
+    played = level(run)
+    found = run_level(played, Context(7, scratch), wanted=wanted, seconds_max=None)
+    outcome = outcome_of(played, found, wanted)
+    assert [text.splitlines()[0] for text in outcome.failures] == ([failure] if failure else [])
+    report = document([outcome], {"version": "1"})
+    assert report["passed"] is (failure is None)
+    assert ("**FAILED**" in markdown(report)) is (failure is not None)
+
+
+def test_one_case_alone_need_not_fire_every_fault(scratch: Path) -> None:
+    played = level(strikes_not)
+    found = run_level(played, Context(7, scratch), wanted=CASES, seconds_max=None, only="case 2")
+    assert found.notes.cases == 1
+    assert not outcome_of(played, found, is_whole=False).failures
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_parts_try_every_case_once(parts: int, scratch: Path) -> None:
+    tried: list[int] = []
+    notes = Notes()
+    for number in range(parts):
+        part = Part(number, parts)
+        assert part == WHOLE or parts > 1
+        notes.add(
+            run_level(
+                level(lambda case, notes: (tried.append(case), strikes(case, notes))[1]),
+                Context(7, scratch),
+                wanted=None,
+                seconds_max=None,
+                part=part,
+            ).notes
+        )
+    assert sorted(tried) == list(range(CASES))
+    assert notes.cases == notes.faults["fault"] == CASES
+
+
+def test_it_stops_when_too_much_is_broken(scratch: Path) -> None:
+    def breaks(number: int, notes: Notes) -> None:
+        raise ValueError(number)
+
+    found = run_level(level(breaks), Context(7, scratch), wanted=CASES, seconds_max=None, violations_max=2)
+    assert [each.label for each in found.violations] == ["case 0", "case 1"]
