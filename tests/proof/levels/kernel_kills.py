@@ -34,7 +34,14 @@ def start_fio(where: Path, log: Path) -> subprocess.Popen[bytes]:
             [
                 *("fio", "--name=verify", f"--directory={where}", "--size=24M", "--numjobs=1", "--rw=randwrite"),
                 *("--bsrange=4k-64k", "--ioengine=libaio", "--direct=1", "--iodepth=16", "--fsync=32"),
-                *("--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--loops=1000", "--verify_backlog=256"),
+                *(
+                    "--verify=crc32c",
+                    "--verify_state_save=0",
+                    "--verify_fatal=1",
+                    "--do_verify=1",
+                    "--loops=1000",
+                    "--verify_backlog=256",
+                ),
                 *("--time_based", f"--runtime={FIO_SECONDS}", "--rate_iops=1500"),
             ],
             stdout=output,
