@@ -80,11 +80,12 @@ class Lab:
         enroll = ("enroll", "--store", self.manage, "--token", "-")
         run(command("asrfs.cli.main", "--state", self.state, *enroll), told=token)
 
-    def start_host(self) -> None:
-        """Serve the machine's disks."""
+    def start_host(self, *, wait_for_agent: bool = True) -> None:
+        """Serve the machine's disks; returns when they can be used, or when the agent runs too."""
         serve = command("asrfs.cli.main", "--state", self.state, "serve", "--mount", self.disks)
         _, self.host = self._start(serve, "host.log")
-        wait_until(lambda: bool(self.status()["processes"]["agent"]), "the start of the agent")
+        if wait_for_agent:
+            wait_until(lambda: bool(self.status()["processes"]["agent"]), "the start of the agent")
 
     def stop_host(self) -> int:
         """SIGTERM the supervisor and wait; its exit code."""
@@ -149,6 +150,7 @@ class Lab:
                 stderr=errors,
                 stdin=subprocess.DEVNULL,
                 text=True,
+                start_new_session=True,  # a Ctrl-C is for us, who end it in its turn
             )
         self._daemons.append(daemon)
         assert daemon.stdout is not None
