@@ -173,7 +173,7 @@ class ShippingSession:
                 cursor = await self._locate(welcome.acknowledged_lsn)
             check_same_record(cursor.lsn, cursor.time_ns, welcome.acknowledged_time_ns)
             source.positions.change(acknowledged=cursor, last_digest=welcome.last_digest)
-            if cursor.lsn < ours.acknowledged.lsn:
+            if cursor.lsn < source.positions.saved.acknowledged.lsn:  # also when an earlier session could not save it
                 await source.in_thread(source.positions.save)
         source.progress.note_acknowledged(cursor)
         self._cursor = cursor

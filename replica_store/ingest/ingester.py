@@ -94,7 +94,7 @@ class Ingester:
             try:
                 entry = self._check(received, position)
                 if entry is None:
-                    acknowledged.append(self._again(received, position))
+                    acknowledged.append(self._again(received, position, entries))
                     continue
                 self._vault.objects.put(entry.row.name, [received.content])
             except AsrfsError as failure:
@@ -153,10 +153,13 @@ class Ingester:
         self._disks = disks
         return entry
 
-    def _again(self, received: ObjectReceived, position: Position) -> Acknowledge:
-        """An object that lies wholly below the acknowledged LSN: acknowledged once more if it is the same."""
+    def _again(self, received: ObjectReceived, position: Position, entries: Sequence[Entry]) -> Acknowledge:
+        """An object that lies wholly below the acknowledged LSN: acknowledged once more if it is the same. `entries`:
+        of the same batch, which have no row yet."""
         begin, digest = received.begin, received.content[-DIGEST_BYTES:]
-        row = self._vault.catalog.object_with(self._machine_id, begin.first_lsn)
+        row = next((each.row for each in entries if each.row.first_lsn == begin.first_lsn), None)
+        if row is None:
+            row = self._vault.catalog.object_with(self._machine_id, begin.first_lsn)
         if row is None or (row.first_lsn, row.last_lsn, row.digest) != (begin.first_lsn, begin.last_lsn, digest):
             raise ProtocolError(
                 f"log object of LSN {begin.first_lsn}..{begin.last_lsn} came again with other content: "

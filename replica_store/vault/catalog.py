@@ -74,6 +74,16 @@ class Catalog:
         with self._lock:
             self._connection.close()
 
+    def fold(self) -> None:
+        """Put all of SQLite's write-ahead log into the file, durably, so that the file alone is the whole catalog.
+
+        Closing does that, too, but says nothing when it fails. Raises TemporaryError while somebody reads an older
+        state.
+        """
+        ((is_busy, _, _),) = self.select("PRAGMA wal_checkpoint(TRUNCATE)")
+        if is_busy:
+            raise TemporaryError(f"{self.path}: somebody reads the catalog that is being made: try again")
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """What is written inside is durable when this ends, or, when anything is raised, is not there."""

@@ -2,6 +2,7 @@
 
     list machines ─▶ newest description of each ─▶ survey its log ─▶ chain ─▶ catalog.sqlite3.new ─▶ in place of the old
 
+The new one takes its place only once its file holds all of it, without SQLite's write-ahead log beside it.
 Tokens that were not used and what hosts last said of themselves are not in objects and are lost. The old catalog goes
 first, with what SQLite keeps beside it, because its write-ahead log must never meet the new one; a crash in
 between leaves no catalog, which every command says, and rebuilding again mends.
@@ -52,8 +53,9 @@ def rebuild(root: str, progress: Callable[[int, int], None] = lambda done, total
         catalog = Catalog.create(storage.path(_NEW_FILE))
         try:
             report = _fill(catalog, objects, KeyFiles(os.path.join(root, "keys")).sealer(), progress)
+            catalog.fold()  # only the file takes the old one's place
         finally:
-            catalog.close()  # the last connection: SQLite folds its write-ahead log into the file and removes it
+            catalog.close()
         storage.sync_directory("")
         _remove(storage, CATALOG_FILE)
         storage.rename(_NEW_FILE, CATALOG_FILE)

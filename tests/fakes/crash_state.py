@@ -75,16 +75,20 @@ class Inode:
     def copy(self) -> Inode:
         return Inode(self.freeze(), self.durable, list(self.unsynced), self.has_lost_writes)
 
-    def datasync(self) -> None:
-        """What was written since the last one, failed ones too, is durable now; nothing from before a failed one is."""
-        if not self.has_lost_writes:
+    def datasync(self, last: Change | None) -> None:
+        """Of what was written since the last one, failed ones too, all up to change `last` is durable now, and nothing
+        behind it; nothing from before a failed one is."""
+        covered = next((i + 1 for i, change in enumerate(self.unsynced) if change is last), 0)
+        if not covered:
+            return
+        if not self.has_lost_writes and covered == len(self.unsynced):
             self.durable = self.freeze()
-        elif self.unsynced:
+        else:
             content = bytearray(self.durable)
-            for change in self.unsynced:
+            for change in self.unsynced[:covered]:
                 change.apply(content)
             self.durable = bytes(content)
-        self.unsynced.clear()
+        del self.unsynced[:covered]
 
     def fail_datasync(self) -> None:
         """As the kernel does: the bytes stay visible and count as clean, and no later datasync writes them."""

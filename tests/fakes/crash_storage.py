@@ -10,6 +10,7 @@ likewise keeps its names. `crash` decides the fate of each change that was not s
 and returns the storage the next start would find. `killed` returns what a killed process leaves: everything visible,
 still not durable. Both are copies, so one run can be looked at after each of its operations (`after_operation`).
 
+A datasync takes its time: `within_datasync` does what others do meanwhile.
 Faults are injected by the number of the operation; `assert_fired` fails a test whose fault was never reached. As the
 interface says, a call that was interrupted or came short goes on by itself; a power loss may come in between.
 Directories themselves are durable at once; only the names in them are not.
@@ -84,6 +85,7 @@ class CrashFile:
         return len(piece)
 
     def datasync(self) -> None:
+        """What is there when it begins is durable when it ends. What is written meanwhile is not."""
         with self._storage.lock:
             assert self._open
             inode = self._storage.inode(self._inode)
@@ -94,9 +96,18 @@ class CrashFile:
                 self._sync_failed = True
                 inode.fail_datasync()
                 raise
+            last = inode.unsynced[-1] if inode.unsynced else None
+        self._meanwhile(False)
+        with self._storage.lock:
             if self._storage.honours_datasync:
-                inode.datasync()
+                inode.datasync(last)
             self._storage.leave("datasync", self._name)
+        self._meanwhile(True)
+
+    def _meanwhile(self, is_durable: bool) -> None:
+        """Between two steps of a datasync, without the lock: others write to the file, or power is lost."""
+        if self._storage.within_datasync is not None:
+            self._storage.within_datasync(self._name, is_durable)
 
     def punch(self, offset: int, length: int) -> None:
         with self._storage.lock:
@@ -159,6 +170,8 @@ class CrashStorage:
         self.operations = 0
         self.log: list[tuple[str, str]] = []
         self.after_operation: Callable[[str, str], None] | None = None
+        self.within_datasync: Callable[[str, bool], None] | None = None
+        """Called twice in each: before anything is durable, and when all is and the caller does not know it yet."""
         self._faults: list[Fault] = []
         self._inodes: dict[int, Inode] = {}
         self._names: dict[str, int] = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from typing import ClassVar
 
 import pytest
 from hypothesis import assume
@@ -21,11 +23,17 @@ SIZES = (15 * BLOCK + 512, 10 * BLOCK)
 SEGMENT_BYTES = SEGMENT_HEADER_BYTES + RECORD_HEADER_BYTES + 5 * BLOCK + 512
 SLOTS = st.integers(0, 1)
 WHERE = st.floats(0, 1, exclude_max=True)
+POWER_TOOK = "power loss that took a disk's records"
+KILLED_UNSYNCED = "killed with records that were not synced"
+REFUSED = "request past the end refused"
+EVENTS = (POWER_TOOK, KILLED_UNSYNCED, REFUSED)
 LENGTHS = st.one_of(st.sampled_from([1, 512, BLOCK, 2 * BLOCK]), st.integers(1, 4 * BLOCK))
 
 
 class DiskAgainstBytes(RuleBasedStateMachine):
-    """`disks` is what must be read; `durable` what must at least survive a power loss."""
+    """`disks` is what must be read. `events` counts what happened in all histories of this process."""
+
+    events: ClassVar[Counter[str]] = Counter()
 
     @initialize(seed=st.integers(0, 1 << 16))
     def begin(self, seed: int) -> None:
@@ -95,6 +103,7 @@ class DiskAgainstBytes(RuleBasedStateMachine):
             with pytest.raises(BadInputError):
                 refused()
         assert self.world.journal.appended_lsn == appended
+        self.events[REFUSED] += 1
 
     @rule()
     def sync(self) -> None:
@@ -110,14 +119,17 @@ class DiskAgainstBytes(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
+        self.events[KILLED_UNSYNCED] += self.world.journal.durable_lsn < self.world.journal.appended_lsn
         self.world = self.world.restart()
 
     @rule(fate=st.sampled_from(list(Fate)), seed=st.integers(0, 1 << 16))
     def lose_power(self, fate: Fate, seed: int) -> None:
         self.world.close()
+        appended = self.world.journal.appended_lsn
         storage = self.world.storage.crash(fate, random.Random(seed))
         self.world = JournalWorld(storage, self.world.model, segment_bytes=SEGMENT_BYTES)
         self.disks = self.world.model.disks_at(len(self.world.model.records))
+        self.events[POWER_TOOK] += self.world.recovered.last_lsn < appended
 
     @invariant()
     def every_byte(self) -> None:

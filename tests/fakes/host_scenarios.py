@@ -141,6 +141,24 @@ def two_disks_markers_and_fills(world: JournalWorld, rng: random.Random) -> Jour
     return world
 
 
+def written_while_syncing(world: JournalWorld, rng: random.Random) -> JournalWorld:
+    """Others write while a sync runs, into the segment that is synced and into the next; it answers for none of it."""
+
+    def write(count: int) -> None:
+        for _ in range(count):
+            world.disks[0].write(rng.randrange(15) * BLOCK, block_of(rng))
+
+    for i in range(4):
+        write(1 + i)
+        world.sync_while(lambda: write(rng.randrange(4)), lambda: write(rng.randrange(3)))
+        if i == 1:
+            world.apply()
+        if i == 2:
+            world.sync()
+            write(1)
+    return world
+
+
 def anything(world: JournalWorld, rng: random.Random) -> JournalWorld:
     for _ in range(40):
         step = rng.randrange(11)
@@ -180,5 +198,6 @@ SCENARIOS: tuple[Scenario, ...] = (
     killed_again_and_again,
     killed_between_applying,
     two_disks_markers_and_fills,
+    written_while_syncing,
     anything,
 )

@@ -8,7 +8,7 @@ images: durable ones only, image synced, position persisted, maps dropped, segme
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -45,7 +45,7 @@ class StepClock:
         return self.now_ns
 
     def monotonic(self) -> float:
-        return self.now_ns / 1e9
+        return self.looks / 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +176,7 @@ class JournalWorld:
         lives: list[JournalWorld] | None = None,
     ) -> None:
         self.storage = storage
+        self._is_closed = False
         self.lives = [] if lives is None else lives
         self.lives.append(self)
         self.looks = looks
@@ -250,6 +251,22 @@ class JournalWorld:
         assert self.journal.durable_lsn >= appended
         self.model.promised_lsn = max(self.model.promised_lsn, appended)
 
+    def sync_while(self, before: Callable[[], None], behind: Callable[[], None]) -> None:
+        """A sync. Something happens inside the first of its datasyncs of a segment, and behind it, before the journal
+        knows that it is done."""
+        waiting = [before, behind]
+
+        def within(name: str, is_durable: bool) -> None:
+            if waiting and name.startswith("journal/") and is_durable is (len(waiting) == 1):
+                waiting.pop(0)()
+
+        self.storage.within_datasync = within
+        try:
+            self.sync()
+        finally:
+            self.storage.within_datasync = None
+        assert not waiting, "nothing was synced"
+
     def apply(self, *, free: bool = True, spares_max: int = 2) -> None:
         """Move durable records into the images, then drop and free what is whole behind that."""
         until = self.journal.appended_lsn if self.steals else self.journal.durable_lsn
@@ -320,7 +337,10 @@ class JournalWorld:
         )
 
     def close(self) -> None:
-        """Also one that failed to start."""
+        """Also one that failed to start. A second time it does nothing: the descriptors may be another's by then."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         if hasattr(self, "journal"):
             self.journal.close()
         for image in getattr(self, "images", ()):

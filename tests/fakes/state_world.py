@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 from unittest import mock
 
 from cryptography import x509
@@ -28,7 +29,10 @@ from asrfs.storage.interface import Storage, read_whole
 from asrfs.storage.system_clock import SystemClock
 from asrfs.transport.enrolment import EnrolReply, EnrolRequest, decode_token, encode_base64url
 from asrfs.transport.tls import make_key_and_request
+from replica_store.vault import rebuild as rebuild_room
+from replica_store.vault.directory_objects import DirectoryObjects
 from replica_store.vault.enrolment import enrol, make_token, newest_description
+from replica_store.vault.schema import REBUILDABLE
 from replica_store.vault.vault import Vault
 from tests.fakes.crash_storage import CrashStorage, Fate
 from tests.fakes.memory_catalog import MemoryCatalog
@@ -72,30 +76,38 @@ class EditLook:
     allowed: tuple[MachineConfig | None, ...]
 
 
+@contextmanager
+def _watching(
+    state: StateDirectory, storage: CrashStorage, allowed: list[MachineConfig | None], looks: list[EditLook] | None
+) -> Iterator[None]:
+    """Each machine is told to `allowed` before it is saved, and each operation looked at, and the end."""
+    save = state.save_machine
+
+    def tell_and_save(machine: MachineConfig) -> None:
+        allowed.append(machine)
+        save(machine)
+
+    def look(kind: str, name: str) -> None:
+        if looks is not None:
+            looks.append(EditLook(kind, name, storage.killed(), tuple(allowed)))
+
+    storage.after_operation = look
+    try:
+        with mock.patch.object(state, "save_machine", tell_and_save):
+            yield
+    finally:
+        look("end", "")
+        storage.after_operation = None
+
+
 def edit_machine(root: Path, storage: CrashStorage, rng: random.Random, looks: list[EditLook] | None = None) -> None:
     """Make a machine, add disks, remove one, change a setting, add one of the same name again."""
-    with on_double(root, storage) as state:
-        allowed: list[MachineConfig | None] = [None]
-        save = state.save_machine
-
-        def tell_and_save(machine: MachineConfig) -> None:
-            allowed.append(machine)
-            save(machine)
-
-        def look(kind: str, name: str) -> None:
-            if looks is not None:
-                looks.append(EditLook(kind, name, storage.killed(), tuple(allowed)))
-
-        storage.after_operation = look
-        try:
-            with mock.patch.object(state, "save_machine", tell_and_save):
-                state.save_machine(MachineConfig(id=MACHINE_ID, name="web1"))
-                for step in ("+root", "+spare", "-root", "=", "+root", "-spare"):
-                    del allowed[:-1]
-                    _edit(state, step, rng)
-        finally:
-            look("end", "")
-            storage.after_operation = None
+    allowed: list[MachineConfig | None] = [None]
+    with on_double(root, storage) as state, _watching(state, storage, allowed, looks):
+        state.save_machine(MachineConfig(id=MACHINE_ID, name="web1"))
+        for step in ("+root", "+spare", "-root", "=", "+root", "-spare"):
+            del allowed[:-1]
+            _edit(state, step, rng)
 
 
 def _edit(state: StateDirectory, step: str, rng: random.Random) -> None:
@@ -107,35 +119,51 @@ def _edit(state: StateDirectory, step: str, rng: random.Random) -> None:
         disks_room.remove(state, step[1:], lambda: None)
 
 
-def check_edited(root: Path, storage: CrashStorage, look: EditLook, rng: random.Random) -> None:
-    """What is found is one of those states, whole, and the same commands work again."""
+def check_edited(
+    root: Path, storage: CrashStorage, look: EditLook, rng: random.Random, again: list[EditLook] | None = None
+) -> None:
+    """What is found is one of those states, whole, and the same commands work again, looked at if `again` is given."""
     with on_double(root, storage) as state:
-        state.settle()
-        before = storage.contents()
-        try:
-            machine: MachineConfig | None = state.load_machine()
-        except NotFoundError:
-            machine = None
-        state.load_settings()
-        assert storage.contents() == before, "looking changes nothing"
+        machine = _load_settled(state, storage)
         assert machine in look.allowed, f"machine.json is {machine}, which was never written"
+        if machine is not None:
+            check_images(storage, machine)
+        lost = storage.crash(Fate.LOST, rng)
+        with on_double(root, lost) as after:
+            assert _load_settled(after, lost) == machine, "what a start has found is not durable"
+    with on_double(root, storage) as state, _watching(state, storage, allowed := [machine], again):
         if machine is None:
             state.save_machine(MachineConfig(id=MACHINE_ID, name="web1"))
         else:
-            check_images(storage, machine)
             for disk in machine.disks:  # the same command goes on
                 if disk.removed and not disk.released:
+                    del allowed[:-1]
                     assert disks_room.remove(state, disk.name, lambda: None).released
         for name in ("root", "spare"):
+            del allowed[:-1]
             with suppress(RefusedError):
                 disks_room.add_sized(state, name, SIZE_BYTES)
+    with on_double(root, storage) as state:
         machine = state.load_machine()
         assert sorted(disk.name for disk in machine.live_disks()) == ["root", "spare"]
         assert len({disk.slot for disk in machine.disks}) == len(machine.disks)
-        after = storage.crash(Fate.LOST, rng)
-        check_images(after, machine)
-    with on_double(root, after) as state:
+        after_loss = storage.crash(Fate.LOST, rng)
+        check_images(after_loss, machine)
+    with on_double(root, after_loss) as state:
         assert state.load_machine() == machine, "what was acknowledged is durable"
+
+
+def _load_settled(state: StateDirectory, storage: CrashStorage) -> MachineConfig | None:
+    """As every start does; looking changes nothing."""
+    state.settle()
+    before = storage.contents()
+    try:
+        machine: MachineConfig | None = state.load_machine()
+    except NotFoundError:
+        machine = None
+    state.load_settings()
+    assert storage.contents() == before, "looking changes nothing"
+    return machine
 
 
 def check_images(storage: CrashStorage, machine: MachineConfig) -> None:
@@ -157,7 +185,7 @@ class EnrolLook:
     store: CrashStorage
     catalog: bytes
     replies: tuple[EnrolReply, ...]
-    tokens: tuple[str, ...]
+    used: tuple[str, ...]
     done: int
 
 
@@ -171,25 +199,31 @@ class EnrolWorld:
         self.catalog = MemoryCatalog(catalog)
         self.vault: Vault = open_vault(root / "vault", store, self.catalog)
         self.replies: list[EnrolReply] = []
-        self.tokens: list[str] = []
+        self.used: list[str] = []
         self.done = 0
 
     def enrol_twice(self, looks: list[EnrolLook] | None = None) -> None:
         """The second time for a new certificate."""
+        with self.watching(looks):
+            for _ in range(2):
+                self.enrol()
+
+    @contextmanager
+    def watching(self, looks: list[EnrolLook] | None) -> Iterator[None]:
+        """Each operation of both sides is looked at, and the end."""
 
         def look(side: str, kind: str, name: str) -> None:
             assert looks is not None
             host, store, catalog = self.host.killed(), self.storage.killed(), self.catalog.commits[-1]
-            replies, tokens = tuple(self.replies), tuple(self.tokens)
-            looks.append(EnrolLook(side, kind, name, host, store, catalog, replies, tokens, self.done))
+            replies, used = tuple(self.replies), tuple(self.used)
+            looks.append(EnrolLook(side, kind, name, host, store, catalog, replies, used, self.done))
 
         if looks is not None:
             self.host.after_operation = lambda kind, name: look("host", kind, name)
             self.storage.after_operation = lambda kind, name: look("store", kind, name)
             self.catalog.on_commit = lambda: look("store", "commit", "catalog")
         try:
-            for _ in range(2):
-                self.enrol()
+            yield
         finally:
             if looks is not None:
                 look("store", "end", "")
@@ -200,6 +234,7 @@ class EnrolWorld:
         token = make_token(self.vault, "web1", SystemClock())
         key, request = make_key_and_request("web1", MACHINE_ID)
         reply = self.ask(token, request)
+        self.used.append(token)
         self.replies.append(reply)
         enrolment = Enrolment(
             store_id=reply.store_id,
@@ -217,14 +252,15 @@ class EnrolWorld:
         return reply
 
     def ask(self, token: str, request: bytes) -> EnrolReply:
-        if token not in self.tokens:
-            self.tokens.append(token)
         secret = encode_base64url(decode_token(token).secret)
         wanted = EnrolRequest(secret=secret, machine="web1", machine_id=MACHINE_ID, csr=request.decode())
         return enrol(self.vault, wanted, SystemClock(), 9443)
 
-    def check(self, look: EnrolLook) -> None:
-        """Enrolled means whole, a used token stays used, keys are never drawn twice, and enrolling again works."""
+    def check(self, look: EnrolLook, again: list[EnrolLook] | None = None) -> None:
+        """Enrolled means whole, a used token stays used, keys are never drawn twice, and enrolling again works.
+
+        `again`: looks at all of that."""
+        self.replies, self.used, self.done = list(look.replies), list(look.used), look.done
         found = self._check_host(look)
         row = self.vault.catalog.machine_by_id(MACHINE_ID)
         if look.replies:
@@ -233,20 +269,35 @@ class EnrolWorld:
         if found is not None:
             assert keys is not None
             assert _keys_of(found) == (keys.payload_key, keys.index_key), "the host has other keys than the store"
-        first, second = (newest_description(self.vault, MACHINE_ID) for _ in range(2))
-        assert first == second
-        for token in look.tokens[: len(look.replies)]:
-            try:
-                self.ask(token, make_key_and_request("web1", MACHINE_ID)[1])
-            except AuthenticationError:
-                continue
-            raise AssertionError("I6: a token worked twice")
-        reply = self.enrol()
+        first = self._start()
+        killed = EnrolWorld(self.root, self.host.killed(), self.storage.killed(), self.catalog.commits[-1])
+        assert killed._start() == first, "both sides start twice and find or leave something else"
+        with self.watching(again):
+            for token in look.used:
+                try:
+                    self.ask(token, make_key_and_request("web1", MACHINE_ID)[1])
+                except AuthenticationError:
+                    continue
+                raise AssertionError("I6: a token worked twice")
+            reply = self.enrol()
         if keys is not None:
             assert _keys_of(reply) == (keys.payload_key, keys.index_key), "keys were drawn a second time"
         row = self.vault.catalog.machine_by_id(MACHINE_ID)
         assert row is not None
         assert int(row.serial, 16) == x509.load_pem_x509_certificate(reply.certificate.encode()).serial_number
+        rebuilt = MemoryCatalog()
+        rebuild_room._fill(rebuilt, self.vault.objects, self.vault.sealer, lambda done, total: None)
+        assert rebuilt.machines() == self.catalog.machines(), "I6: a rebuild finds another enrolment"
+
+    def _start(self) -> tuple[object, ...]:
+        """Both sides start: what they find, and what they leave."""
+        with on_double(self.root / "host", self.host) as state:
+            state.settle()
+            enrolment = load_enrolment(state)
+        cast(DirectoryObjects, self.vault.objects).sweep()
+        description = newest_description(self.vault, MACHINE_ID)
+        tables = {name: self.catalog.table(name) for name in (*REBUILDABLE, "tokens")}
+        return enrolment, description, tables, self.host.contents(), self.storage.contents()
 
     def _check_host(self, look: EnrolLook) -> Enrolment | None:
         with on_double(self.root / "host", self.host) as state:

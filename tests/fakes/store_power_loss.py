@@ -15,6 +15,9 @@ from asrfs.errors import AsrfsError
 from tests.fakes.crash_storage import CrashStorage, Fate
 from tests.fakes.vault_world import StoreLook, VaultWorld, make_history
 
+START_ALONE_SHARE = 0.8
+"""So often only the start itself is looked at, not the ingest that follows."""
+
 
 def new_world(scratch: Path, rng: random.Random) -> VaultWorld:
     world = VaultWorld.new(scratch / "vault", rng.randrange(1 << 30))
@@ -30,20 +33,54 @@ def next_starts(look: StoreLook, rng: random.Random) -> Iterator[tuple[str, Cras
 
 
 def check_next_start(
-    world: VaultWorld, look: StoreLook, storage: CrashStorage, catalog: bytes | None, rng: random.Random
+    world: VaultWorld,
+    look: StoreLook,
+    storage: CrashStorage,
+    catalog: bytes | None,
+    rng: random.Random,
+    again: list[StoreLook] | None = None,
 ) -> None:
+    """`again`: looks at all that the next start does, which is then also done twice. While a catalog is being made
+    again there is none yet."""
+
+    def look_at_start(kind: str, name: str) -> None:
+        assert again is not None
+        catalogs = () if catalog is None else (catalog,)
+        again.append(StoreLook(kind, name, storage.killed(), look.acknowledged, catalogs))
+
+    if again is not None:
+        storage.after_operation = look_at_start
+        look_at_start("start", "")
     after = world.next_start(storage, catalog)
     try:
         after.acknowledged = look.acknowledged
+        if again is not None:
+            after.look_at_everything(again)
         after.begin(rng)
+        if again is not None:
+            check_starts_twice(after, catalog, rng)
         after.check(rng)
         if not storage.is_settled():
             after.check(rng, storage.crash(Fate.LOST, rng))  # what the host was welcomed with is durable by then
+        if rng.random() < START_ALONE_SHARE:
+            after.look_away()
         assert after.ingest(rng) == []
+        after.look_away()
         assert after.acknowledged == world.history.last_lsn
         after.check(rng, storage.crash(Fate.LOST, rng), points_max=1)
     finally:
+        after.look_away()
         after.vault.close()
+
+
+def check_starts_twice(after: VaultWorld, catalog: bytes | None, rng: random.Random) -> None:
+    """Right after a first session began: the next start, after a kill or a power loss, finds and leaves the same."""
+    found = after.storage.contents(), after.tables()
+    for storage in (after.storage.killed(), after.storage.crash(Fate.LOST, rng)):
+        second = after.next_start(storage, catalog and after.catalogs[-1])
+        second.begin(rng)
+        assert (storage.contents(), second.tables()) == found, "the store recovers twice to two states"
+        second.vault.close()
 
 
 def lose_power_everywhere(scratch: Path, rng: random.Random, step: int = 1) -> int:

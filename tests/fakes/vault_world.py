@@ -127,9 +127,9 @@ class VaultWorld:
 
     # ---- what happens to a store ----
 
-    def look_at_everything(self) -> list[StoreLook]:
+    def look_at_everything(self, looks: list[StoreLook] | None = None) -> list[StoreLook]:
         """From now on every operation of the storage is looked at."""
-        self.looks = []
+        self.looks = [] if looks is None else looks
         self.storage.after_operation = self._look
         cast(MemoryCatalog, self.vault.catalog).on_commit = lambda: self._look("commit", "catalog")
         return self.looks

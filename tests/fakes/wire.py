@@ -9,6 +9,9 @@ one byte at a time, all at once, or cut where the test says.
     silence  bytes of one direction vanish (half-open) stall    bytes of one direction wait, the sender is held back
     echo     what the host says first is also said on another wire: a connection attempt that was doubled
 
+Only a first word can come twice. Later ones lie inside TLS and TCP: a segment that the network repeats, TCP drops, and
+a record that anybody sends again, TLS refuses and breaks the connection, which is a cut.
+
 Each of them says afterwards whether it struck (`cuts`, `swallowed`, `held_back`, `late`, `echoed`).
 """
 

@@ -13,10 +13,21 @@ import pytest
 
 @dataclass(frozen=True)
 class Plant:
-    """`level` must find it within `cases` of its units. `text`: what was broken, for the report."""
+    """`level` must find it within `cases` of its units. `text`: what was broken, for the report.
+
+    `shows`: a regular expression that the violation's text matches, so that an accident of the patch itself is not
+    taken for a catch. `only`: the cases whose label begins with one of these are enough to find it. Where no level can
+    see it, `level` is a test instead, "tests/…/test_….py::test_…", which must go red and print what `shows` matches.
+    """
 
     name: str
     text: str
     level: str
     cases: int
     apply: Callable[[pytest.MonkeyPatch], None]
+    shows: str = ""
+    only: tuple[str, ...] = ()
+
+    @property
+    def is_for_a_test(self) -> bool:
+        return "::" in self.level

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
 from asrfs.daemon.state import StateDirectory
+from asrfs.errors import IntegrityError
 from asrfs.format.record import CARRIES_EXTENT_BYTES, RecordHeader
 from asrfs.journal import recovery
 from asrfs.journal.next_segment import NextSegment
@@ -22,14 +24,16 @@ from asrfs.replication.applier_round import DiskRound
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.storage.interface import File, Storage
 from replica_store.ingest import ingester as ingester_room
-from replica_store.ingest.ingester import Ingester, Taken
-from replica_store.vault import rebuild
+from replica_store.ingest.ingester import Ingester, Position, Taken
+from replica_store.vault import adoption, enrolment, rebuild
 from replica_store.vault.directory_objects import DirectoryObjects
-from replica_store.vault.rows import Entry
-from tests.fakes.applied_world import AppliedWorld
+from replica_store.vault.keys import MachineKeys
+from replica_store.vault.rows import Entry, MachineRow, log_prefix
+from replica_store.vault.vault import Vault
 from tests.planted import Plant
 
 _CASES = 3_500
+_LOST = "I2:|is missing or damaged"
 
 
 def skip_the_fsync(patch: pytest.MonkeyPatch) -> None:
@@ -47,6 +51,20 @@ def sealed_segments_not_synced(patch: pytest.MonkeyPatch) -> None:
     def commit(self: Journal) -> OSError | None:
         self._unsynced.clear()
         return sound(self)
+
+    patch.setattr(Journal, "_commit", commit)
+
+
+def promises_what_came_meanwhile(patch: pytest.MonkeyPatch) -> None:
+    """A sync answers for what was appended while it ran, too."""
+    sound = Journal._commit
+
+    def commit(self: Journal) -> OSError | None:
+        error = sound(self)
+        if error is None:
+            with self.lock:
+                self.durable_lsn = self.appended_lsn
+        return error
 
     patch.setattr(Journal, "_commit", commit)
 
@@ -107,9 +125,20 @@ def refused_write_left(patch: pytest.MonkeyPatch) -> None:
 
 
 def applier_steals(patch: pytest.MonkeyPatch) -> None:
-    sound = AppliedWorld.apply_once
-    patch.setattr(AppliedWorld, "apply_once", lambda self: sound(self, steal=True))
-    patch.setattr("tests.fakes.journal_world.JournalWorld.sync", lambda self: None)
+    """Whatever can be read of the journal is applied, durable or not."""
+    sound = Applier.apply_span
+
+    def apply_span(self: Applier, durable_lsn: int) -> Cursor:
+        applied, following = None, sound(self, durable_lsn)
+        while following != applied:
+            applied = following
+            try:
+                following = sound(self, applied.lsn + 1)
+            except IntegrityError:  # nothing more can be read
+                break
+        return following
+
+    patch.setattr(Applier, "apply_span", apply_span)
 
 
 def applied_out_of_order(patch: pytest.MonkeyPatch) -> None:
@@ -205,6 +234,37 @@ def adopts_nothing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ingester_room, "adopt", lambda vault, machine: [])
 
 
+def adopts_before_it_settles(patch: pytest.MonkeyPatch) -> None:
+    """The rows of adopted objects are durable before the objects' names are: it takes a crash in between to tell."""
+    settle, begin_session = DirectoryObjects.settle, Ingester.begin_session
+
+    def begin_and_settle(self: Ingester, machine: MachineRow, session_salt: bytes) -> Position:
+        position = begin_session(self, machine, session_salt)
+        settle(cast(DirectoryObjects, self._vault.objects), log_prefix(machine.id))
+        return position
+
+    patch.setattr(DirectoryObjects, "settle", lambda self, prefix: None)
+    patch.setattr(Ingester, "begin_session", begin_and_settle)
+
+
+def adopts_one_at_a_start(patch: pytest.MonkeyPatch) -> None:
+    """What it left this time it takes in the next time."""
+    sound = adoption.chain_of
+    patch.setattr(adoption, "chain_of", lambda surveyed, last: sound(surveyed, last)[:1])
+
+
+def generation_given_twice(patch: pytest.MonkeyPatch) -> None:
+    """A description that a crash kept from being used is not counted: the next one is as new as that."""
+    sound = enrolment._next_generation
+
+    def next_generation(vault: Vault, *said: Any) -> tuple[MachineRow, MachineKeys]:
+        row, keys = sound(vault, *said)
+        known = vault.catalog.machine_by_id(row.id)
+        return replace(row, generation=known.generation + 1 if known else 1), keys
+
+    patch.setattr(enrolment, "_next_generation", next_generation)
+
+
 def log_removed_with_the_catalog(patch: pytest.MonkeyPatch) -> None:
     """Both names go before the directory is synced: the old catalog may come back without its log."""
 
@@ -217,23 +277,124 @@ def log_removed_with_the_catalog(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(rebuild, "_remove", remove)
 
 
+def rebuild_lets_revoked_back(patch: pytest.MonkeyPatch) -> None:
+    """Whoever was shut out may come back after the catalog was made again."""
+    sound = rebuild._machine_row
+    patch.setattr(rebuild, "_machine_row", lambda description, epoch: replace(sound(description, epoch), revoked=False))
+
+
+def rebuild_lets_superseded_back(patch: pytest.MonkeyPatch) -> None:
+    """The epoch is what the description says, which is older than the newest object's."""
+    sound = rebuild._machine_row
+    patch.setattr(rebuild, "_machine_row", lambda description, epoch: sound(description, description.epoch))
+
+
+def _plant(
+    name: str,
+    text: str,
+    apply: Callable[[pytest.MonkeyPatch], None],
+    shows: str,
+    part: str = "",
+    *,
+    level: str = "crash",
+    cases: int = _CASES,
+) -> Plant:
+    """`part`: the scenario that is enough to find it."""
+    return Plant(name, text, level, cases, apply, shows, (part,) if part else ())
+
+
+_SHIP, _REBUILD = "ship_and_acknowledge", "rebuild"
 PLANTS: tuple[Plant, ...] = (
-    Plant("skip-fsync", "fsync is answered without a sync", "crash", _CASES, skip_the_fsync),
-    Plant("sealed-not-synced", "fsync syncs the open segment only", "crash", _CASES, sealed_segments_not_synced),
-    Plant("segment-name", "a segment is used before its name is durable", "crash", _CASES, segment_name_not_synced),
-    Plant("recovery-sync", "recovery does not sync what it found", "crash", _CASES, recovery_does_not_sync),
-    Plant("recovery-rewrite", "recovery trusts a sync alone", "errors", _CASES, recovery_does_not_write_again),
-    Plant("cut-corruption", "corruption is cut as if it were torn", "crash", _CASES, corruption_is_cut),
-    Plant("retry-fsync", "a failed fsync is tried again and believed", "errors", _CASES, failed_fsync_tried_again),
-    Plant("refused-write", "a refused write is found by recovery", "errors", _CASES, refused_write_left),
-    Plant("steal", "records reach an image before they are durable", "crash", _CASES, applier_steals),
-    Plant("apply-order", "records are applied out of order", "crash", _CASES, applied_out_of_order),
-    Plant("early-position", "applied is saved before the images are synced", "crash", _CASES, position_before_image),
-    Plant("early-trim", "segments are freed before they were shipped", "crash", _CASES, trim_before_acknowledgement),
-    Plant("unsettled", "a start relies on names that are not durable", "crash", _CASES, found_names_not_settled),
-    Plant("early-ack", "the store acknowledges before it stores", "crash", _CASES, acknowledged_before_durable),
-    Plant("row-first", "the catalog's row comes before the object", "crash", _CASES, row_before_the_object),
-    Plant("object-name", "an object's name is not synced", "crash", _CASES, object_name_not_synced),
-    Plant("no-adoption", "objects without a row are left out", "crash", _CASES, adopts_nothing),
-    Plant("catalog-log", "the old catalog is found without its log", "crash", _CASES, log_removed_with_the_catalog),
+    _plant("skip-fsync", "fsync is answered without a sync", skip_the_fsync, _LOST),
+    _plant(
+        "sealed-not-synced",
+        "fsync syncs the open segment only",
+        sealed_segments_not_synced,
+        _LOST,
+        "many_segments_one_sync",
+    ),
+    _plant(
+        "late-promise",
+        "fsync answers for later writes",
+        promises_what_came_meanwhile,
+        "is missing or damaged|I9: disk|I2",
+        "written_while_syncing",
+        cases=1_000,
+    ),
+    _plant("segment-name", "a segment is used before its name is durable", segment_name_not_synced, _LOST),
+    _plant("recovery-sync", "recovery does not sync what it found", recovery_does_not_sync, "finds something else"),
+    _plant("recovery-rewrite", "recovery trusts a sync alone", recovery_does_not_write_again, _LOST, level="errors"),
+    _plant(
+        "cut-corruption", "corruption is cut as if it were torn", corruption_is_cut, "DID NOT RAISE", "damaged_records"
+    ),
+    _plant(
+        "retry-fsync", "a failed fsync is tried again and believed", failed_fsync_tried_again, _LOST, level="errors"
+    ),
+    _plant(
+        "refused-write",
+        "a refused write is found by recovery",
+        refused_write_left,
+        "begins with LSN",
+        "blocks_that_end_in_zeros",
+        level="errors",
+    ),
+    _plant("steal", "records reach an image before they are durable", applier_steals, "I1:", level="sim", cases=100),
+    _plant("apply-order", "records are applied out of order", applied_out_of_order, "I9:", _SHIP),
+    _plant(
+        "early-position",
+        "applied is saved before the images are synced",
+        position_before_image,
+        "I9:|else in images",
+        _SHIP,
+    ),
+    _plant(
+        "early-trim",
+        "segments are freed before they were shipped",
+        trim_before_acknowledgement,
+        "begins with LSN",
+        _SHIP,
+    ),
+    _plant(
+        "unsettled",
+        "a start relies on names that are not durable",
+        found_names_not_settled,
+        "is durable|is not durable",
+        "disks_added_and_removed",
+    ),
+    _plant("early-ack", "the store acknowledges before it stores", acknowledged_before_durable, "I3:", _SHIP),
+    _plant("row-first", "the catalog's row comes before the object", row_before_the_object, "no such object", _SHIP),
+    _plant("object-name", "an object's name is not synced", object_name_not_synced, "no such object|I3:", _SHIP),
+    _plant("no-adoption", "objects without a row are left out", adopts_nothing, "I3:|two states", _SHIP),
+    _plant(
+        "adopted-early", "rows come before the names they are of", adopts_before_it_settles, "no such object", "ingest"
+    ),
+    _plant("adopted-late", "a start takes in some of what it found", adopts_one_at_a_start, "I3:|two states"),
+    _plant(
+        "generation-twice",
+        "an unused description counts like a used one",
+        generation_given_twice,
+        "finds another enrolment",
+        "enrolment",
+    ),
+    _plant(
+        "catalog-log",
+        "the old catalog is found without its log",
+        log_removed_with_the_catalog,
+        "has lost its log",
+        _REBUILD,
+    ),
+    _plant(
+        "rebuild-revoked",
+        "a rebuild forgets who was revoked",
+        rebuild_lets_revoked_back,
+        "a revoked machine may come back",
+        _REBUILD,
+    ),
+    _plant(
+        "rebuild-epoch",
+        "a rebuild forgets the second epoch",
+        rebuild_lets_superseded_back,
+        "a superseded side may write again",
+        _REBUILD,
+    ),
 )

@@ -21,6 +21,26 @@ def never_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plants.PLANT, "never-sync")
 
 
+def names_never_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsync of a directory does nothing, at the host and at the store."""
+    monkeypatch.setenv(plants.PLANT, "names-never-sync")
+
+
+def name_of_next_segment_never_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next segment's file is made ahead without its name being durable."""
+    monkeypatch.setenv(plants.PLANT, "name-of-next-segment-never-syncs")
+
+
+def catalog_never_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store's catalog has `PRAGMA synchronous = OFF`."""
+    monkeypatch.setenv(plants.PLANT, "catalog-never-syncs")
+
+
+def acknowledges_before_object_is_synced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store does not sync an object before it acknowledges it."""
+    monkeypatch.setenv(plants.PLANT, "acknowledge-before-object-is-synced")
+
+
 def points_lack_their_last_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """A recovery point ends one record before its LSN."""
     add = builder._add_object
@@ -38,6 +58,7 @@ PLANTS: tuple[Plant, ...] = (
         "kills",
         24,
         answers_before_append,
+        shows="I[29]:",
     ),
     Plant(
         "syscalls-answers-before-append",
@@ -45,13 +66,59 @@ PLANTS: tuple[Plant, ...] = (
         "syscalls",
         34,
         answers_before_append,
+        shows="I[29]:",
     ),
-    Plant("power-never-syncs", "a flush is answered without fdatasync", "power", 10, never_syncs),
+    Plant(
+        "power-never-syncs",
+        "a flush is answered without fdatasync",
+        "power",
+        5,
+        never_syncs,
+        shows=r"I[123]|'verify',\) ended with 5",
+        only=("pair ext4",),
+    ),
+    Plant(
+        "power-names-never-sync",
+        "fsync of a directory does nothing",
+        "power",
+        5,
+        names_never_sync,
+        shows=r"I[23]|'verify',\) ended with 5",
+        only=("pair ext4",),
+    ),
+    Plant(
+        "power-next-segment-has-no-durable-name",
+        "the next segment is made ahead and its name not made durable",
+        "power",
+        5,
+        name_of_next_segment_never_syncs,
+        shows="I2",
+        only=("pair ext4",),
+    ),
+    Plant(
+        "power-catalog-never-syncs",
+        "the store's catalog has PRAGMA synchronous=OFF",
+        "power",
+        5,
+        catalog_never_syncs,
+        shows=r"I[35]|'web1'\) ended with 3",
+        only=("pair ext4",),
+    ),
+    Plant(
+        "power-acknowledges-unsynced-objects",
+        "the store acknowledges before the object is fsynced",
+        "power",
+        5,
+        acknowledges_before_object_is_synced,
+        shows=r"'verify',\) ended with 5",
+        only=("pair ext4",),
+    ),
     Plant(
         "prefixes-lack-their-last-record",
         "a recovery point ends one record before its LSN",
         "prefixes",
         100,
         points_lack_their_last_record,
+        shows="I9: at LSN",
     ),
 )

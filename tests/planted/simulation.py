@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -21,6 +21,7 @@ from asrfs.protocol.messages import Welcome
 from asrfs.protocol.session import ObjectReceived
 from asrfs.replication import applier_task as applier_task_room
 from asrfs.replication import shipping_session as shipping_session_room
+from asrfs.replication.applier import Applier, Image, Images
 from asrfs.replication.applier_task import ApplierTask
 from asrfs.replication.disk_server import HostPositions
 from asrfs.replication.positions_file import PositionsFile
@@ -28,7 +29,7 @@ from asrfs.replication.progress import Progress
 from asrfs.replication.shipping_session import ShippingSession
 from asrfs.replication.ticker import Ticker
 from asrfs.replication.trimmer import Limit
-from asrfs.storage.interface import Storage
+from asrfs.storage.interface import File, Storage
 from replica_store.ingest import ingester as ingester_room
 from replica_store.ingest.ingester import Ingester, Position
 from replica_store.ingest.listener import Listener
@@ -37,9 +38,8 @@ from replica_store.vault import vault as vault_room
 from replica_store.vault.directory_objects import DirectoryObjects
 from replica_store.vault.objects import Bytes
 from replica_store.vault.rows import Entry
-from tests.fakes.crash_storage import CrashFile
 from tests.planted import Plant
-from tests.proof.sim.processes import CURRENT
+from tests.proof.sim.steps import Steps
 
 LEVEL = "sim"
 
@@ -163,6 +163,40 @@ def trims_on_unsaved_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(applier_task_room, "freeable", freeable)
 
 
+def frees_what_the_store_has_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the store went back counts when it is saved, not when it is known. It does so often here."""
+
+    def freeable(positions: PositionsFile, dropped: Limit) -> Limit:
+        cursors = (positions.saved.applied, positions.saved.acknowledged)
+        return Limit(
+            min(dropped.lsn, *(cursor.lsn for cursor in cursors)),
+            min(dropped.segment, *(cursor.segment - 1 for cursor in cursors)),
+        )
+
+    monkeypatch.setattr(applier_task_room, "freeable", freeable)
+    _set_back_often(monkeypatch)
+
+
+def ships_before_it_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it could not be saved that the store went back, shipping goes on all the same. It does so often here."""
+    real = ShippingSession._reconcile
+
+    async def reconcile(session: ShippingSession, welcome: Welcome) -> None:
+        with pytest.MonkeyPatch.context() as inside:
+            if welcome.acknowledged_lsn == session._source.positions.current.acknowledged.lsn:
+                inside.setattr(session._source.positions, "_save", lambda positions: None)
+                inside.setattr(session._source.positions, "_saved", session._source.positions.saved)
+            await real(session, welcome)
+
+    monkeypatch.setattr(ShippingSession, "_reconcile", reconcile)
+    _set_back_often(monkeypatch)
+
+
+def _set_back_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    for quiet in ("jump", "delay", "double", "half_open", "stall_wire", "network_away", "pause_shipping"):
+        monkeypatch.setattr(Steps, quiet, Steps.set_vault_back)
+
+
 def frees_what_is_still_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk server is not told before its segments go."""
 
@@ -240,35 +274,65 @@ def forgets_sealed_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def saves_positions_before_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is said to be applied was not synced into the images."""
-    real = CrashFile.datasync
+    real = Applier.apply_span
 
-    def datasync(file: CrashFile) -> None:
-        process = CURRENT.get()
-        if process is None or process.part != "agent" or not file._name.startswith("images/"):
-            real(file)
+    def apply_span(applier: Applier, durable_lsn: int) -> Cursor:
+        below = applier._images
+        applier._images = _WithoutSync(below)
+        try:
+            return real(applier, durable_lsn)
+        finally:
+            applier._images = below
 
-    monkeypatch.setattr(CrashFile, "datasync", datasync)
+    monkeypatch.setattr(Applier, "apply_span", apply_span)
 
 
-def _plant(apply: Callable[[pytest.MonkeyPatch], None], cases: int) -> Plant:
+class _WithoutSync:
+    """Images whose sync says yes and does nothing."""
+
+    def __init__(self, images: Images) -> None:
+        self._images = images
+
+    def image(self, slot: int) -> Image | None:
+        image = self._images.image(slot)
+        return image and Image(cast(File, _UnsyncedFile(image.file)), image.size_bytes)
+
+    def drop(self, slot: int) -> None:
+        self._images.drop(slot)
+
+
+class _UnsyncedFile:
+    def __init__(self, file: File) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def datasync(self) -> None:
+        return
+
+
+def _plant(apply: Callable[[pytest.MonkeyPatch], None], cases: int, shows: str) -> Plant:
     text = (apply.__doc__ or "").strip()
-    return Plant(f"{LEVEL}: {apply.__name__.replace('_', ' ')}", text, LEVEL, cases, apply)
+    return Plant(f"{LEVEL}: {apply.__name__.replace('_', ' ')}", text, LEVEL, cases, apply, shows)
 
 
 PLANTS: tuple[Plant, ...] = (
-    _plant(acknowledges_before_durable, 20),
-    _plant(forgets_the_objects_name, 20),
-    _plant(accepts_a_gap, 50),
-    _plant(stores_an_lsn_twice, 300),
-    _plant(accepts_an_old_epoch, 300),
-    _plant(lets_two_sessions_write, 300),
-    _plant(trims_before_acknowledged, 300),
-    _plant(trims_on_unsaved_positions, 300),
-    _plant(frees_what_is_still_read, 300),
-    _plant(ships_what_is_not_durable, 20),
-    _plant(lists_before_the_object, 300),
-    _plant(lists_points_inside_a_gap, 100),
-    _plant(resumes_at_the_wrong_lsn, 300),
-    _plant(forgets_sealed_segments, 300),
-    _plant(saves_positions_before_images, 300),
+    _plant(acknowledges_before_durable, 20, "can still be lost"),
+    _plant(forgets_the_objects_name, 20, "I3:"),
+    _plant(accepts_a_gap, 50, "a history has no gap"),
+    _plant(stores_an_lsn_twice, 300, "I3:"),
+    _plant(accepts_an_old_epoch, 300, "I6:"),
+    _plant(lets_two_sessions_write, 300, "I6:"),
+    _plant(trims_before_acknowledged, 300, "I4:"),
+    _plant(trims_on_unsaved_positions, 300, "I4:"),
+    _plant(frees_what_the_store_has_lost, 300, "I4:"),
+    _plant(ships_before_it_is_saved, 300, "not drained.*(diverged|log object)|I3:|I4:"),
+    _plant(frees_what_is_still_read, 300, "I9:"),
+    _plant(ships_what_is_not_durable, 20, "I1:|not durable here"),
+    _plant(lists_before_the_object, 300, "no such object"),
+    _plant(lists_points_inside_a_gap, 100, "I5:"),
+    _plant(resumes_at_the_wrong_lsn, 300, "not drained"),
+    _plant(forgets_sealed_segments, 300, "not drained|I2:"),
+    _plant(saves_positions_before_images, 300, "I9:"),
 )

@@ -7,6 +7,8 @@ import platform
 import random
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,8 +17,10 @@ import click
 import asrfs
 from tests import sweep
 from tests.proof import report as report_page
+from tests.proof.level import Level
 from tests.proof.play import Asked, play
 from tests.proof.registry import BY_NAME, LEVELS
+from tests.proof.run import Outcome
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,32 +62,60 @@ def prove(
         raise click.UsageError("--case plays one case of one level again: name the level and give --seed")
     seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
     print(f"seed {seed}", flush=True)
-    started = time.monotonic()
     sweep.sweep_dead_runs()
     base = sweep.run_directory(os.getpid())
     base.mkdir(mode=0o700)
+    report = Report(report_to or Path(f"/tmp/asrfs-proof-{os.getpid()}"), chosen, jobs, release)
+    report.write()
     try:
-        outcomes = play(chosen, Asked(base, seed, only, cases, minutes, release), jobs)
+        with closing(play(chosen, Asked(base, seed, only, cases, minutes, release), jobs)) as outcomes:
+            for outcome in outcomes:
+                report.add(outcome)
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
     finally:
         left = sweep.sweep(base)
     if left:
         print(f"left behind, removed now: {left}")
-    about = {
-        "version": asrfs.__version__,
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "size": "release" if release else "submission",
-        "took": f"{time.monotonic() - started:.0f} s by {jobs} processes",
-    }
-    written = report_page.document(outcomes, about)
-    directory = report_to or Path(f"/tmp/asrfs-proof-{os.getpid()}")
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "report.md").write_text(report_page.markdown(written))
-    (directory / "report.json").write_text(report_page.as_json(written))
-    print(report_page.markdown(written))
-    print(f"report: {directory}/report.md and report.json")
-    sys.exit(0 if written["passed"] and not left else 1)
+    report.write()
+    print(report.page)
+    print(f"report: {report.directory}/report.md and report.json")
+    sys.exit(0 if report.passed and not left else 1)
+
+
+class Report:
+    """The report as it lies in its directory, written anew whenever a level has ended: a run may be stopped."""
+
+    def __init__(self, directory: Path, levels: Sequence[Level], jobs: int, is_release: bool) -> None:
+        self.directory = directory
+        self.page = ""
+        self.passed = False
+        self._levels = levels
+        self._outcomes: dict[str, Outcome] = {}
+        self._jobs = jobs
+        self._size = "release" if is_release else "submission"
+        self._started = time.monotonic()
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def add(self, outcome: Outcome) -> None:
+        self._outcomes[outcome.level.name] = outcome
+        self.write()
+
+    def write(self) -> None:
+        about = {
+            "version": asrfs.__version__,
+            "kernel": platform.release(),
+            "python": platform.python_version(),
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "size": self._size,
+            "took": f"{time.monotonic() - self._started:.0f} s by {self._jobs} processes",
+        }
+        ended = [self._outcomes[level.name] for level in self._levels if level.name in self._outcomes]
+        unended = [level.name for level in self._levels if level.name not in self._outcomes]
+        written = report_page.document(ended, about, unended)
+        self.passed, self.page = written["passed"], report_page.markdown(written)
+        (self.directory / "report.md").write_text(self.page)
+        (self.directory / "report.json").write_text(report_page.as_json(written))
 
 
 if __name__ == "__main__":

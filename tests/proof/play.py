@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 from tests.proof.level import Context, Level, Notes
@@ -14,6 +18,7 @@ from tests.proof.registry import BY_NAME
 from tests.proof.run import WHOLE, Found, Outcome, Part, Violation, run_level
 
 SAY_EVERY_S = 15.0
+END_S_MAX = 10.0
 
 
 class Asked(NamedTuple):
@@ -35,36 +40,64 @@ class Asked(NamedTuple):
         return wanted, None if minutes is None else minutes * 60
 
 
-def play(levels: Sequence[Level], asked: Asked, jobs: int) -> list[Outcome]:
-    """What each level found, in their order, by `jobs` processes at a time. One process alone is this one."""
+def play(levels: Sequence[Level], asked: Asked, jobs: int) -> Iterator[Outcome]:
+    """What each level found, as they end, by `jobs` processes at a time. One process alone is this one.
+
+    Whoever is interrupted here or closes this has ended the processes by then.
+    """
     parts = jobs if len(levels) == 1 and levels[0].is_divisible and asked.only is None else 1
     if len(levels) == 1 and parts == 1:
-        return [_outcome(levels[0], asked, [_play(levels[0].name, asked, WHOLE)])]
+        yield _outcome(levels[0], asked, [_play(levels[0].name, asked, WHOLE)])
+        return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(jobs, spawn, initializer=_end_when_told, max_tasks_per_child=1) as pool:
         try:
             playing = {
-                pool.submit(_play, level.name, asked, Part(number, parts)): level
+                pool.submit(_play_here, level.name, asked, Part(number, parts)): level
                 for level in levels
                 for number in range(parts)
             }
             found: dict[str, list[Found]] = {level.name: [] for level in levels}
-            outcomes: dict[str, Outcome] = {}
             for each in as_completed(playing):
                 level = playing[each]
                 found[level.name].append(_found(each))
                 if len(found[level.name]) == parts:
-                    outcomes[level.name] = _outcome(level, asked, found[level.name])
-            return [outcomes[level.name] for level in levels]
+                    yield _outcome(level, asked, found[level.name])
         except BaseException:  # told to stop: the levels are, too
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                process.terminate()
+            _end(multiprocessing.active_children())
             raise
 
 
+def _end_when_told() -> None:
+    """In the process that plays: told to stop, by its parent or a Ctrl-C, it is interrupted once and tidies up."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, interrupt)
+
+
+def _play_here(name: str, asked: Asked, part: Part) -> Found:
+    """In the process that plays. Interrupted, it ends at once, and with it the pool: nothing else is begun."""
+    try:
+        return _play(name, asked, part)
+    except KeyboardInterrupt:
+        os._exit(1)
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + END_S_MAX
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+
+
 def _play(name: str, asked: Asked, part: Part) -> Found:
-    """In the process that plays."""
     level = BY_NAME[name]
     scratch = asked.base / f"{name}-{part.number}"
     scratch.mkdir()

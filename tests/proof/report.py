@@ -9,11 +9,15 @@ from typing import Any
 from tests.proof.run import Outcome
 
 
-def document(outcomes: Sequence[Outcome], about: Mapping[str, str]) -> dict[str, Any]:
-    """Everything a later run or a person wants to know. `about`: version, kernel, when, how big, how long."""
+def document(outcomes: Sequence[Outcome], about: Mapping[str, str], unended: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything a later run or a person wants to know. `about`: version, kernel, when, how big, how long.
+
+    `unended`: levels that have not ended, so that nothing is proved.
+    """
     return {
         "about": dict(about),
-        "passed": not any(outcome.failures for outcome in outcomes),
+        "passed": not unended and not any(outcome.failures for outcome in outcomes),
+        "unended": list(unended),
         "levels": [
             {
                 "level": outcome.level.name,
@@ -53,6 +57,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     for level in report["levels"]:
         lines += [f"| {level['level']} | {fault} | {times:,} |" for fault, times in level["faults"].items()]
     failed = [(level, failure) for level in report["levels"] for failure in level["failures"]]
+    if report["unended"]:
+        lines += ["", f"Did not end: {', '.join(report['unended'])}."]
     if failed:
         lines += ["", "## What failed", ""]
         for level, failure in failed:

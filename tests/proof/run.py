@@ -12,6 +12,7 @@ from typing import NamedTuple
 from tests.proof.level import Case, Context, Level, Notes
 
 VIOLATIONS_MAX = 10
+TEXT_MAX = 1000
 
 
 @dataclass(frozen=True)
@@ -110,5 +111,9 @@ def _run_case(case: Case, found: Found) -> None:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever leaves a case is what it found, exception groups and Trio's included
+        if isinstance(error, BaseExceptionGroup) and error.subgroup(KeyboardInterrupt):
+            raise KeyboardInterrupt from None
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        found.violations.append(Violation(case.label, text[:500], "".join(traceback.format_exception(error))))
+        if len(text) > TEXT_MAX:
+            text = f"{text[: TEXT_MAX // 2]} … {text[-TEXT_MAX // 2 :]}"
+        found.violations.append(Violation(case.label, text, "".join(traceback.format_exception(error))))

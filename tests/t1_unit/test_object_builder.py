@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from asrfs.errors import IntegrityError
+from asrfs.format import log_object
 from asrfs.format.log_object import (
     NO_DIGEST,
     FrameTable,
@@ -174,3 +179,64 @@ def test_an_object_holds_one_epoch(rng: random.Random) -> None:
         cursor = built.cursor
     journal.close()
     assert epochs == [(1, 1, 2), (2, 3, 3)]
+
+
+class Seals:
+    """Stands for the cipher while objects are built, and counts with which keys and nonces something is sealed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pairs: Counter[tuple[bytes, bytes]] = Counter()
+        monkeypatch.setattr(log_object, "AESGCM", partial(_Seal, self.pairs))
+
+
+class _Seal:
+    def __init__(self, pairs: Counter[tuple[bytes, bytes]], key: bytes) -> None:
+        self._pairs, self._key = pairs, key
+
+    def encrypt(self, nonce: bytes, content: bytes, clear: bytes) -> bytes:
+        self._pairs[self._key, nonce] += 1
+        return AESGCM(self._key).encrypt(nonce, content, clear)
+
+
+def ship(world: JournalWorld, cursor: Cursor, keys: MachineKeys, salt: bytes, rng: random.Random) -> list[Cursor]:
+    """One session: objects of any size from a place on; where each begins and ends."""
+    ends, previous = [cursor], NO_DIGEST
+    reader = JournalReader(world.journal_storage, MACHINE_ID)
+    try:
+        while built := ObjectBuilder(reader).build(
+            ends[-1],
+            world.journal.durable_lsn,
+            keys=keys,
+            session_salt=salt,
+            previous_digest=previous,
+            bytes_max=rng.randint(1, 40) * 2 * BLOCK,
+            compress=rng.random() < 0.5,
+        ):
+            ends.append(built.cursor)
+            previous = built.digest
+    finally:
+        reader.close()
+    return ends
+
+
+def test_no_pair_of_key_and_nonce_seals_twice(
+    world: JournalWorld, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many objects of many frames, sessions that go on anywhere and ship LSNs again, other machines with these keys."""
+    for _ in range(200):
+        world.disks[0].write(0, rng.randbytes(rng.choice((1, 3)) * BLOCK))
+    world.sync()
+    last = world.journal.durable_lsn
+    seals = Seals(monkeypatch)
+    ends, shipped = [Cursor()], 0
+    for number in range(24):
+        keys = replace(KEYS, machine_id=bytes([number]) * 16) if number % 4 == 0 else KEYS
+        start = rng.choice(ends[: len(ends) // 2 + 1]) if number % 3 else Cursor()
+        shipped += last - start.lsn
+        ends = ship(world, start, keys, rng.randbytes(len(SALT)), rng)
+    assert max(seals.pairs.values()) == 1, "a key and a nonce have sealed two things"
+    assert shipped > 8 * last and len(seals.pairs) > 300, "LSNs were shipped again and again"
+    assert len({nonce[8:] for _, nonce in seals.pairs}) >= 3, "the index and several frames of an object"
+    for _ in range(2):
+        ship(world, Cursor(), KEYS, SALT, rng)
+    assert max(seals.pairs.values()) == 2, "a salt that came again would have been seen"

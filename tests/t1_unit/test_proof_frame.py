@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from tests.planted import Plant
+from tests.planted.catalogue import NAMED, PLANTS
 from tests.proof.level import Case, Context, Level, Notes
+from tests.proof.registry import BY_NAME
 from tests.proof.report import document, markdown
 from tests.proof.run import WHOLE, Found, Outcome, Part, run_level
 
 CASES = 10
+LABELS = 1000
 
 
 def level(run: Callable[[int, Notes], None]) -> Level:
@@ -61,6 +66,38 @@ def test_what_a_run_fails_for(
     report = document([outcome], {"version": "1"})
     assert report["passed"] is (failure is None)
     assert ("**FAILED**" in markdown(report)) is (failure is not None)
+
+
+def test_a_level_that_did_not_end_is_named_and_nothing_is_proved(scratch: Path) -> None:
+    played = level(strikes)
+    found = run_level(played, Context(7, scratch), wanted=CASES, seconds_max=None)
+    report = document([outcome_of(played, found)], {"version": "1"}, ["fuzz", "sim"])
+    assert report["passed"] is False and "Did not end: fuzz, sim." in markdown(report)
+
+
+def test_what_is_interrupted_is_no_violation(scratch: Path) -> None:
+    def interrupted(number: int, notes: Notes) -> None:
+        raise BaseExceptionGroup("of a nursery", [KeyboardInterrupt()])
+
+    with pytest.raises(KeyboardInterrupt):
+        run_level(level(interrupted), Context(7, scratch), wanted=CASES, seconds_max=None)
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=[plant.name for plant in PLANTS])
+def test_a_planted_bug_names_what_must_find_it(plant: Plant, scratch: Path) -> None:
+    assert plant.shows, "what must be shown, so that an accident of the patch is not taken for a catch"
+    if plant.is_for_a_test:
+        path, _, name = plant.level.partition("::")
+        assert f"def {name.partition('[')[0]}(" in Path(__file__).parents[2].joinpath(path).read_text()
+    else:
+        labels = (case.label for case in islice(BY_NAME[plant.level].cases(Context(7, scratch)), LABELS))
+        assert not plant.only or any(label.startswith(plant.only) for label in labels), "no case is called so"
+
+
+def test_names_of_planted_bugs_are_used_once_and_stand_for_the_named_ones() -> None:
+    names = {plant.name for plant in PLANTS}
+    assert len(names) == len(PLANTS)
+    assert len(NAMED) == 24 and names.issuperset(name for standing in NAMED.values() for name in standing)
 
 
 def test_one_case_alone_need_not_fire_every_fault(scratch: Path) -> None:

@@ -25,7 +25,14 @@ from replica_store.vault import vault as vault_room
 from replica_store.vault.directory_objects import DirectoryObjects
 from replica_store.vault.schema import REBUILDABLE
 from tests.fakes.crash_storage import CHANGING, CrashStorage, Fate, Fault
-from tests.fakes.rebuild_world import RebuildLook, check_rebuilt, put_catalog, rebuild
+from tests.fakes.rebuild_world import (
+    RebuildLook,
+    check_rebuilt,
+    check_restrictions,
+    new_rebuild_world,
+    put_catalog,
+    rebuild,
+)
 from tests.fakes.store_power_loss import check_next_start, lose_power_everywhere, new_world
 from tests.fakes.vault_world import MACHINE_ID, StoreLook, VaultWorld, listed
 
@@ -38,11 +45,11 @@ def test_i3_i5_i9_the_store_loses_power_after_every_operation(scratch: Path, rng
 
 
 def test_i3_a_catalog_made_again_is_the_one_that_was_lost(scratch: Path, rng: random.Random) -> None:
-    world = new_world(scratch, rng)
-    assert world.ingest(rng) == []
+    world = new_rebuild_world(scratch, rng)
     tables = {name: world.vault.catalog.table(name) for name in REBUILDABLE}
     world.vault.close()
     after = world.next_start(world.storage.crash(Fate.LOST, rng), None)
+    check_restrictions(after.vault.catalog)
     assert {name: after.vault.catalog.table(name) for name in REBUILDABLE} == tables
     after.vault.close()
 
@@ -120,8 +127,7 @@ def test_i6_what_a_superseded_side_left_without_a_row_is_never_taken_in(scratch:
 
 def test_i3_power_loss_while_the_catalog_is_made_again(scratch: Path, rng: random.Random) -> None:
     """At each step there is the old catalog with its log, or the new one without it, or none."""
-    world = new_world(scratch, rng)
-    assert world.ingest(rng) == []
+    world = new_rebuild_world(scratch, rng)
     looks: list[RebuildLook] = []
     rebuild(world, put_catalog(world.catalogs[-1]), world.storage.killed(), looks)
     assert {"create", "unlink", "rename", "sync_directory"} <= {look.kind for look in looks}

@@ -30,7 +30,7 @@ from asrfs.transport.tls import make_key_and_request
 from replica_store.ingest.budget import Budget
 from replica_store.ingest.listener import Listener
 from replica_store.ingest.session import HEARTBEAT_S, OBJECTS_WAITING, SILENCE_S_MAX
-from replica_store.vault.enrolment import enrol, make_token
+from replica_store.vault.enrolment import enrol, make_token, revoke
 from replica_store.vault.rebuild import rebuild
 from replica_store.vault.schema import REBUILDABLE
 from replica_store.vault.scrub import scrub
@@ -471,6 +471,8 @@ async def test_who_may_not_write_is_told_why(scratch: Path, autojump_clock: trio
         assert await code(hello()) == "authentication", "it has enrolled again since"
         world.certificates[history.machine_id] = old
         assert await code(hello()) == "welcome"
+        revoke(world.vault, "web1", world.clock)
+        assert await code(hello()) == "authentication", "it is revoked"
 
 
 def dies(entries: object) -> None:
@@ -484,13 +486,17 @@ def old_certificate(world: StoreWorld, history: HostHistory) -> tuple[bytes, byt
     return once, world.certificates[history.machine_id]
 
 
-async def test_a_certificate_that_is_superseded_is_cut_within_ten_seconds(
-    scratch: Path, autojump_clock: trio.testing.MockClock
+@pytest.mark.parametrize("how", ["superseded", "revoked"])
+async def test_a_certificate_that_is_good_no_more_is_cut_within_ten_seconds(
+    scratch: Path, autojump_clock: trio.testing.MockClock, how: str
 ) -> None:
     async with make_world(scratch) as world:
         history = world.enrol()
         host, _ = await world.begin(history)
-        world.enrol("web1", 1)
+        if how == "revoked":
+            revoke(world.vault, "web1", world.clock)
+        else:
+            world.enrol("web1", 1)
         began = trio.current_time()
         refused = await host.hear_except(Heartbeat)
         assert isinstance(refused, Refused)

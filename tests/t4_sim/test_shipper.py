@@ -6,6 +6,7 @@ compared with what was appended. Every fault of a script is seen to have struck.
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -263,6 +264,35 @@ async def test_store_set_back_within_the_journal_gets_the_records_again(
         assert store.records == host.appended()
         assert len(store.objects) >= len(first_objects)
         assert not host.alarms.now()
+
+
+async def test_nothing_is_shipped_until_it_is_saved_that_the_store_was_set_back(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Else a restart holds the old position for acknowledged, with digests of objects that the store has lost."""
+    async with shipping(records=12) as host:
+        store = host.store
+        await host.until_acknowledged()
+        await pass_time(1)
+        await store.hang_up()
+        store.acknowledged_lsn, store.last_digest = 0, ""
+        store.records.clear()
+        store.objects.clear()
+        refused: list[Positions] = []
+
+        def refuse(positions: Positions) -> None:
+            refused.append(positions)
+            raise OSError(errno.EIO, "positions.json")
+
+        host.positions._save = refuse
+        await pass_time(20)
+        assert len(refused) > 2
+        assert host.positions.saved.acknowledged.lsn == 12
+        assert not store.objects
+        host.positions._save, saved = host.saved.append, len(host.saved)
+        await pass_time(60)
+        assert host.saved[saved].acknowledged.lsn == 0
+        assert store.records == host.appended()
 
 
 async def test_store_set_back_behind_the_trimmed_journal_raises_an_alarm(

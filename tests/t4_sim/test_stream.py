@@ -17,19 +17,22 @@ from asrfs.transport import stream, tls
 from asrfs.transport.stream import LinkError, SecureStream
 
 NAME = "store.test"
+DAY_NS = 86_400 * 1_000_000_000
 
 
 class Ends:
     """Certificates of one authority in files, and a server that echoes what it gets until the other side ends."""
 
-    def __init__(self, scratch: Path, name: str = "one") -> None:
+    def __init__(self, scratch: Path, name: str = "one", machine_age_days: int = 0) -> None:
         now_ns = SystemClock().time_ns()
         self.path = scratch / name
         self.path.mkdir()
         authority = tls.make_authority(name, now_ns)
         server = tls.make_server(authority, NAME, now_ns)
         key, request = tls.make_key_and_request("web1", "1" * 32)
-        machine, self.identity = tls.sign_request(authority, request, "web1", "1" * 32, now_ns)
+        machine, self.identity = tls.sign_request(
+            authority, request, "web1", "1" * 32, now_ns - machine_age_days * DAY_NS
+        )
         for file, content in (
             ("ca", authority.certificate),
             ("server", server.key + server.certificate),
@@ -118,6 +121,18 @@ async def test_a_certificate_of_another_authority_is_an_authentication_error(scr
         await trio.testing.wait_all_tasks_blocked()
     assert len(ends.refused) == 3
     assert ends.served == []
+
+
+@pytest.mark.parametrize("age_days", [tls.MACHINE_DAYS + 1, -30], ids=["expired", "to come"])
+async def test_a_certificate_out_of_its_time_is_an_authentication_error(scratch: Path, age_days: int) -> None:
+    ends = Ends(scratch, machine_age_days=age_days)
+    async with ends.serving():
+        connection = await ends.connect()
+        with pytest.raises(AuthenticationError):
+            await connection.send_all(b"hello")
+            await connection.receive_some()
+        await connection.aclose()
+    assert (len(ends.refused), ends.served) == (1, [])
 
 
 async def test_a_peer_that_does_not_shake_hands_is_dropped(scratch: Path) -> None:

@@ -241,6 +241,8 @@ STORE_VERBS: tuple[tuple[str, ...], ...] = (
     ("init", "--name", "NAME"),
     ("token", "NAME"),
     ("machine", "show", "NAME"),
+    ("machine", "revoke", "NAME"),
+    ("machine", "revoke", "NAME", "--yes"),
     ("point", "list", "NAME"),
     ("export", "NAME", "root", "--point", "latest", "--output", "OUT"),
     ("export", "web1", "NAME", "--point", "latest", "--output", "OUT"),

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import re
 import socket
 import ssl
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import msgspec
 import pytest
+import trio
+from starlette.routing import Route
 
 from asrfs.errors import AuthenticationError
 from asrfs.protocol.frames import FrameType
@@ -31,7 +36,7 @@ from asrfs.transport.enrolment import (
     encode_token,
     fetch_certificate,
 )
-from asrfs.transport.stream import LinkError, parse_address
+from asrfs.transport.stream import LinkError, connect, parse_address
 from asrfs.transport.tls import (
     MACHINE_DAYS,
     fingerprint,
@@ -41,7 +46,9 @@ from asrfs.transport.tls import (
     manage_context,
     pinned_context,
     sign_request,
+    unverified_context,
 )
+from replica_store.api.app import make_app
 from replica_store.vault.vault import Vault
 from tests.fakes.scripted_host import BuiltObject, HostEnd, HostHistory
 from tests.t5_system.machine import HostUnderTest
@@ -53,6 +60,8 @@ CUT_S_MAX = 10.0
 DAY_NS = 86_400 * 1_000_000_000
 HOST_SAYS = {"HELLO", "OBJECT_BEGIN", "OBJECT_BYTES", "HEARTBEAT", "GOODBYE"}
 OPEN_PATHS = {("POST", ENROL_PATH), ("GET", HEALTH_PATH), ("HEAD", HEALTH_PATH)}
+TRIED_NAMES = {"machine": "web1", "name": "web1", "id": "1", "point": "noon", "disk": "root"}
+"""What stands for the parameters of a path that exists."""
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 PATHS = (
     *(ENROL_PATH, HEALTH_PATH, "/", "/api", "/api/v1", "/api/v1/", "/api/v2/enroll", "/docs", "/openapi.json"),
@@ -122,6 +131,18 @@ def test_every_frame_type_with_a_host_certificate(store: StoreUnderTest) -> None
     assert stored(store, machine) == []
 
 
+def existing_paths(store: StoreUnderTest) -> dict[str, set[str]]:
+    """Every path that the API has, from the API itself: one that is added later cannot be forgotten here."""
+    with Vault.open(str(store.path)) as vault:
+        routes = make_app(vault, SystemClock(), 0, trio.CapacityLimiter(1)).routes
+    found: dict[str, set[str]] = {}
+    for route in routes:
+        assert isinstance(route, Route), f"{route!r}: of another kind than this test looks at"
+        path = re.sub(r"\{(\w+)[^}]*\}", lambda parameter: TRIED_NAMES[parameter[1]], route.path)
+        found.setdefault(path, set()).update(route.methods or set())
+    return found
+
+
 def test_every_path_and_method_with_a_host_certificate(store: StoreUnderTest) -> None:
     machine = store.enrol("web1")
     host, port = parse_address(store.manage, 443)
@@ -129,8 +150,10 @@ def test_every_path_and_method_with_a_host_certificate(store: StoreUnderTest) ->
     context.load_cert_chain(str(machine.files / "machine"))
     before = store.ask("machine", "list")
     opened = set()
-    for path in PATHS:
-        for method in METHODS:
+    existing = existing_paths(store)
+    assert {(method, path) for path, methods in existing.items() for method in methods} >= OPEN_PATHS
+    for path in dict.fromkeys((*existing, *PATHS)):
+        for method in dict.fromkeys((*METHODS, *existing.get(path, ()))):
             connection = http.client.HTTPSConnection(host, port, context=context, timeout=20)
             connection.request(method, path, b"{}")
             response = connection.getresponse()
@@ -251,19 +274,79 @@ def test_a_certificate_that_is_revoked_while_connected_is_cut(store: StoreUnderT
     assert len(stored(store, machine)) == 1
 
 
+class Listening:
+    """The store's own certificate on a port that speaks one version of TLS: what it heard, or why it heard nothing."""
+
+    def __init__(self, store: StoreUnderTest, version: ssl.TLSVersion) -> None:
+        keys = store.path / "keys"
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(str(keys / "server.crt"), str(keys / "server.key"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._context.minimum_version = self._context.maximum_version = version
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._run)
+        self.port = int(self._socket.getsockname()[1])
+        self.heard: list[bytes] = []
+        self.refusals: list[str] = []
+
+    def __enter__(self) -> Listening:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)  # wakes who accepts
+        self._thread.join()
+        self._socket.close()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                plain, _ = self._socket.accept()
+            except OSError:
+                return
+            plain.settimeout(20)
+            try:
+                with self._context.wrap_socket(plain, server_side=True) as connection:
+                    self.heard.append(connection.recv(65536))
+            except OSError as error:
+                self.refusals.append(str(error))
+
+
+def ways_to_the_store(machine: Enrolled, certificate: bytes) -> dict[str, ssl.SSLContext]:
+    """The contexts with which a host ever dials: for data; with a token, after and before it has seen who answers."""
+    return {"data": machine.context(), "pinned": pinned_context(certificate), "look": unverified_context()}
+
+
 async def test_a_host_speaks_to_no_store_below_tls_1_3(store: StoreUnderTest) -> None:
-    """The host's side of it: its contexts refuse the older protocol whatever the store offers."""
+    """The store's own key and name, nothing wrong with it but the version: the host ends it before it says a word."""
     machine = store.enrol("web1")
-    host, port = parse_address(store.manage, 443)
-    for context in (machine.context(), pinned_context(fetch_certificate(host, port))):
-        assert context.minimum_version == ssl.TLSVersion.TLSv1_3
-    stream = await machine.connect()
-    await stream.aclose()
-    old = machine.context()
-    old.minimum_version = ssl.TLSVersion.TLSv1_2
-    old.maximum_version = ssl.TLSVersion.TLSv1_2
-    with pytest.raises((AuthenticationError, LinkError)):
-        await machine.connect(old)
+    certificate = fetch_certificate(*parse_address(store.manage, 443))
+    versions = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
+    for (way, context), version in product(ways_to_the_store(machine, certificate).items(), versions):
+        with Listening(store, version) as old:
+            is_refused = False
+            try:
+                stream = await connect("127.0.0.1", old.port, context, machine.server_name)
+                with contextlib.suppress(LinkError):
+                    await stream.aclose()
+            except (AuthenticationError, LinkError):
+                is_refused = True
+        is_old = version == ssl.TLSVersion.TLSv1_2
+        assert is_refused == is_old, f"{way}: {version.name}"
+        assert len(old.refusals if is_old else old.heard) == 1, f"{way}: {version.name}: {old.refusals} {old.heard}"
+        if is_old:
+            assert "protocol" in old.refusals[0].lower(), old.refusals
+
+
+def test_a_host_enrols_at_no_store_below_tls_1_3(store: StoreUnderTest, scratch: Path) -> None:
+    host = HostUnderTest(scratch)
+    host.init()
+    with Listening(store, ssl.TLSVersion.TLSv1_2) as old:
+        done = host.run("enroll", "--store", f"127.0.0.1:{old.port}", "--token", store.token("web1"))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert old.heard == [] and "protocol" in old.refusals[0].lower(), (old.heard, old.refusals)
+    assert list((host.path / "keys").iterdir()) == []
 
 
 # ---- a store that lies -----------------------------------------------------------------------------------------------

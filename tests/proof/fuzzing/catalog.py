@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from asrfs.model.machine import MarkerRecord, decode_disk, decode_marker, encode_disk, encode_marker
 from asrfs.model.quantities import format_time
 from asrfs.storage.system_clock import SystemClock
 from replica_store.ingest.ingester import Ingester
@@ -18,6 +20,7 @@ from replica_store.points.point_disk import FrameCache
 from replica_store.points.tree import point_tree
 from replica_store.vault.catalog import Catalog
 from replica_store.vault.enrolment import make_token
+from replica_store.vault.rows import LogName, MachineRow, ObjectRow, PointRow, parse_log_name
 from replica_store.vault.scrub import scrub
 from replica_store.vault.standing import standing_of
 from replica_store.vault.vault import CATALOG_FILE, Vault, describe
@@ -28,6 +31,8 @@ from tests.proof.fuzzing.target import Target, Trial, refused
 
 _TABLES = ("machines", "objects", "points", "disks", "links", "tokens")
 _READ_BYTES = 16 << 10
+_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_EPOCH_END = 1 << 32
 
 
 def make_vault(root: Path) -> MemoryHistory:
@@ -106,6 +111,8 @@ class Rows:
 def read_everything(vault: Vault, history: MemoryHistory, rng: random.Random) -> None:
     """Each way of reading by itself: an error of one must not hide another."""
     machines = refused(vault.machines) or []
+    for machine in machines:
+        refused(lambda machine=machine: _check_rows(vault, machine))
     lsn = rng.randrange(1, history.lsn + 1)
     selector = rng.choice(
         ("latest", "latest-processed", f"lsn:{lsn}", f"time:{format_time(history.time_at(lsn))}", "m1")
@@ -130,6 +137,35 @@ def read_everything(vault: Vault, history: MemoryHistory, rng: random.Random) ->
             format_time(standing.time_ns)
         for point in refused(lambda machine=machine: vault.points(machine.id)) or []:
             format_time(point.time_ns)
+
+
+def _check_rows(vault: Vault, machine: MachineRow) -> None:
+    """What the catalog gives is what enrolment, a host's records and its objects could have put there, and no more."""
+    is_labelled = re.fullmatch("[0-9a-f]{32}", machine.id) and _LABEL.fullmatch(machine.name)
+    assert is_labelled and 0 <= machine.epoch < _EPOCH_END, f"a machine that cannot be: {machine}"
+    history = f"machine {machine.id}"
+    for row in refused(lambda: vault.objects_of(machine.id, 1 << 62)) or []:
+        _check_object(row, history)
+    for disk in refused(lambda: vault.catalog.disk_rows(machine.id)) or []:
+        said = refused(lambda disk=disk: decode_disk(encode_disk(disk.record)))
+        assert said == disk.record and disk.lsn > 0, f"a disk that cannot be, of {history}: {disk}"
+    for point in refused(lambda: vault.catalog.points(machine.id)) or []:
+        _check_point(point, history)
+
+
+def _check_object(row: ObjectRow, history: str) -> None:
+    said = LogName(row.machine_id, row.epoch, row.first_lsn, row.last_lsn, row.nonce)
+    is_sound = 0 < row.first_lsn <= row.last_lsn and 0 <= row.first_time_ns <= row.last_time_ns
+    is_sound = is_sound and row.length > 0 and len(row.digest) == 32 and parse_log_name(row.name) == said
+    assert is_sound, f"a log object that cannot be, of {history}: {row}"
+
+
+def _check_point(row: PointRow, history: str) -> None:
+    said = (row.consistency, row.group, row.name, row.hold_ms)
+    marker = MarkerRecord(id=row.id, consistency=said[0], group=said[1], name=said[2], hold_ms=said[3])  # type: ignore[arg-type]
+    is_sound = refused(lambda: decode_marker(encode_marker(marker))) == marker
+    is_sound = is_sound and row.lsn > 0 and row.time_ns >= 0 and 0 <= row.epoch < _EPOCH_END
+    assert is_sound, f"a point that cannot be, of {history}: {row}"
 
 
 def _read_disks(vault: Vault, selector: str) -> None:

@@ -161,6 +161,27 @@ def try_frame_header(conversation: Conversation, rng: random.Random, strike: Str
     raise AssertionError(f"a header that does not match its checksum was believed: {taken}")
 
 
+def try_frame_order(conversation: Conversation, rng: random.Random, strike: Strike) -> None:
+    """Whole frames lost, said twice or in another order, with the headers they had: nothing is heard from there on."""
+    frame = [header(each.type, len(each.payload), number) + each.payload for number, each in enumerate(conversation)]
+    at = rng.randrange(len(frame) - 1)
+    kind = rng.choice(("remove", "repeat", "splice"))
+    strike(kind)
+    changed = {
+        "remove": [*frame[:at], *frame[at + 1 :]],
+        "repeat": [*frame[: at + 1], *frame[at:]],
+        "splice": [*frame[:at], frame[at + 1], frame[at], *frame[at + 2 :]],
+    }
+    reader, heard = frames.FrameReader(), 0
+    try:
+        for each in changed[kind]:
+            heard += len(reader.feed(each))
+    except ProtocolError:
+        assert heard == at + (kind == "repeat"), "a frame in its place was not heard"
+        return
+    raise AssertionError("frames that were lost, repeated or moved were believed")
+
+
 # ---- the two conversations ----------------------------------------------------------------------------------------
 
 
@@ -213,8 +234,11 @@ def open_session(role: Role) -> Iterator[Trial]:
     assert not why and len(whole) >= 5, f"the conversation itself is a good one: {why}"
 
     def trial(rng: random.Random, strike: Strike) -> None:
-        if rng.random() < 0.3:
+        chance = rng.random()
+        if chance < 0.25:
             try_frame_header(said, rng, strike)
+        elif chance < 0.35:
+            try_frame_order(said, rng, strike)
         else:
             try_session(role, said, history.hello(), rng, strike)
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from asrfs.daemon import processes
 from asrfs.transport.backoff import Backoff
-from tests.proof.kernel import plants
+from tests.proof.kernel import plants, witness
 
 STRIKES = "ASRFS_PROOF_STRIKES"
 ROLES = {
@@ -97,6 +97,8 @@ def main() -> None:
         start_others_this_way()
     if module == "asrfs.daemon.agent":
         try_again_soon()
+    if module == "replica_store.cli.main":
+        witness.apply_named()
     if module in ROLES and (strike := take_strike(ROLES[module])) is not None:
         arm(*strike)
     del sys.argv[0]

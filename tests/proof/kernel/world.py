@@ -30,6 +30,15 @@ class StruckStore(StoreUnderTest):
         return [first, flag, PROGRAM, module, *rest]
 
 
+def ask_asrfs(state: Path, *words: str | Path) -> Any:
+    """`asrfs --json …` within this process, which is faster; it must succeed. Its document."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        code = asrfs_main.run(["--state", str(state), "--json", *map(str, words)])
+    assert code == 0, f"asrfs {words} ended with {code}: {said.getvalue()}"
+    return json.loads(said.getvalue() or "null")
+
+
 class World:
     """`host` serves `disks` and ships to `store`. Strikes are dealt by `deal`, one for each later start of a role."""
 
@@ -51,12 +60,8 @@ class World:
         self.names = list(disks)
 
     def asrfs(self, *words: str | Path) -> Any:
-        """`asrfs --json …` within this process, which is faster; it must succeed. Its document."""
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said):
-            code = asrfs_main.run(["--state", str(self.host.path), "--json", *map(str, words)])
-        assert code == 0, f"asrfs {words} ended with {code}: {said.getvalue()}"
-        return json.loads(said.getvalue() or "null")
+        """See `ask_asrfs`."""
+        return ask_asrfs(self.host.path, *words)
 
     def acknowledged(self) -> int:
         """The LSN the host has been told is durable at the store, as it wrote it down."""

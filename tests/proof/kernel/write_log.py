@@ -5,10 +5,12 @@ What a disk must be at an LSN is computed from this, so it has to be something e
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 _SEGMENT = struct.Struct("<8sIIQQ")
 _RECORD = struct.Struct("<4sIQQQQQIIHHI")
@@ -68,18 +70,30 @@ def put(disk: bytearray, record: Record) -> None:
         disk[record.offset : record.offset + record.length] = bytes(record.length)
 
 
-def put_into_file(file: BinaryIO, record: Record) -> None:
+def put_into_file(fd: int, record: Record) -> None:
     """The same to a sparse file as large as the disk. Its zeros are written only where there may be something else."""
     if record.kind in (WRITE, FILL):
-        file.seek(record.offset)
-        file.write(record.payload)
+        written = os.pwrite(fd, record.payload, record.offset)
+        assert written == record.length
     elif record.kind in (ZERO, DISCARD):
-        for at in range(record.offset, record.offset + record.length, ZEROS_AT_ONCE):
-            length = min(ZEROS_AT_ONCE, record.offset + record.length - at)
-            file.seek(at)
-            if any(file.read(length)):
-                file.seek(at)
-                file.write(bytes(length))
+        end = record.offset + record.length
+        for start, stop in _data_extents(fd, record.offset, end):
+            for at in range(start, stop, ZEROS_AT_ONCE):
+                os.pwrite(fd, bytes(min(ZEROS_AT_ONCE, stop - at)), at)
+
+
+def _data_extents(fd: int, at: int, end: int) -> Iterator[tuple[int, int]]:
+    while at < end:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole
+                return
+            raise
+        if start >= end:
+            return
+        at = min(end, os.lseek(fd, start, os.SEEK_HOLE))
+        yield start, at
 
 
 def flush_boundaries(records: Iterable[Record]) -> list[int]:

@@ -1,45 +1,39 @@
-"""`power`: power losses of a served machine, with real filesystems below it.
+"""`power`: power losses of a served machine and of its store, with real filesystems below them.
 
 A case runs a machine whose state directory lies on an ext4 or xfs on a device that remembers every write and flush,
 under stamped writes with fsync. Then power is cut at moments drawn at random: the device as it was then, less what was
 not flushed, is mounted, which replays the filesystem's journal, and the machine is served from it. I2: it has every
 write that an answered fsync covered. I9: it is a prefix. I1: no image held anything behind that prefix.
+
+A case `pair` has a store too, on such a device of its own, and both lose power, each at a moment of its own. I3: the
+store has all that it promised. I5: its points are listed and exact. I4: the host, which has freed segments, goes on
+where the store ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import random
-import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from asrfs.daemon.state import ROLES
 from tests.proof.kernel.filesystems import mounted_copy
 from tests.proof.kernel.loads import StampLoad
-from tests.proof.kernel.power import RecordedDevice, recorded_device
+from tests.proof.kernel.moments import Answered, done_at, draw_instant, draw_losses
+from tests.proof.kernel.pair import Pair
+from tests.proof.kernel.power import RecordedDevice, end_at_once, recorded_device
 from tests.proof.kernel.world import PROGRAM
 from tests.proof.level import Case, Context, Level, Notes
 from tests.t5_system.machine import HostUnderTest, run_tool
 from tests.t5_system.stamps import Stamper
-from tests.waiting import wait_until
 
 BLOCKS = 512
 DEVICE = "480M"
-WRITES = 4000
-CUTS_A_CASE = 10
-
-
-@dataclass(frozen=True)
-class Answered:
-    """The fsync behind operation `done` was answered; the device had got `appended` and flushed `flushed`."""
-
-    done: int
-    flushed: int
-    appended: int
+WRITES = 2000
+HOST_DEVICE = "1200M"
+VAULT_DEVICE = "320M"
+CUTS_A_CASE = 5
 
 
 def run_machine(device: RecordedDevice, where: Path, stamper: Stamper) -> list[Answered]:
@@ -47,8 +41,7 @@ def run_machine(device: RecordedDevice, where: Path, stamper: Stamper) -> list[A
     answered: list[Answered] = []
 
     def note(done: int) -> None:
-        found = device.positions()
-        answered.append(Answered(done, found["durable"], found["appended"]))
+        answered.append(Answered(done, device.now()))
 
     inner = HostUnderTest(where, name="inner", program=PROGRAM)
     inner.init(bare=f"{BLOCKS * 4}K")
@@ -61,16 +54,6 @@ def run_machine(device: RecordedDevice, where: Path, stamper: Stamper) -> list[A
         end_at_once(inner)
     load.check_alive()
     return answered
-
-
-def end_at_once(inner: HostUnderTest) -> None:
-    """SIGKILL of all its processes, and its mount taken away, so that the filesystem below can be unmounted."""
-    for pid in [pid for role in ROLES if (pid := inner.pid(role))]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    inner.wait()
-    wait_until(lambda: not any(inner.pid(role) for role in ROLES), what="the end of the machine")
-    run_tool("umount", "--lazy", inner.mount)
 
 
 def check_after_loss(where: Path, stamper: Stamper, at_least: int) -> None:
@@ -90,13 +73,6 @@ def check_after_loss(where: Path, stamper: Stamper, at_least: int) -> None:
     stamper.check([image], exactly=k)
 
 
-def draw_cuts(device: RecordedDevice, lsns: range, rng: random.Random) -> list[int]:
-    """Moments anywhere, and as many at which the device held writes that were not flushed."""
-    unflushed = [lsn for lsn in lsns if lsn - device.flushed_lsn(lsn) > 1]
-    chosen = rng.sample(unflushed, min(CUTS_A_CASE // 2, len(unflushed)))
-    return sorted([*chosen, *rng.choices(lsns, k=CUTS_A_CASE - len(chosen))])
-
-
 def _run(device: RecordedDevice, scratch: Path, kind: str, rng: random.Random, notes: Notes) -> None:
     stamper = Stamper(rng.randrange(1 << 30), 1, BLOCKS)
     where = scratch / "below"
@@ -107,29 +83,51 @@ def _run(device: RecordedDevice, scratch: Path, kind: str, rng: random.Random, n
     run_tool("umount", where)
     device.end()
     cut = scratch / "cut.img"
-    for lsn in draw_cuts(device, range(answered[0].appended, answered[-1].appended + 1), rng):
-        device.cut(lsn, cut, rng, notes)
-        flushed = device.flushed_lsn(lsn)
-        at_least = max((each.done for each in answered if each.flushed <= flushed), default=0)
+    lsns = range(answered[0].at.appended, answered[-1].at.appended + 1)
+    drawn = [draw_instant(device, lsns, rng) if n % 2 else device.at(rng.choice(lsns)) for n in range(CUTS_A_CASE)]
+    for at in sorted(drawn):
+        device.cut(at, cut, rng, notes)
         with mounted_copy(cut, where, kind) as mounted:
             try:
-                check_after_loss(mounted, stamper, at_least)
+                check_after_loss(mounted, stamper, done_at(answered, at))
             except AssertionError as error:
-                raise AssertionError(f"power cut at write {lsn} of the device, {flushed} flushed: {error}") from error
+                raise AssertionError(f"power cut of the device at {at}: {error}") from error
         notes.count()
         notes.fired(kind)
 
 
-def _cases(context: Context) -> Iterator[Case]:
-    for number in itertools.count(1):
-        kind = ("ext4", "xfs")[number % 2]
-        label = f"{kind} {number}"
+def _run_pair(made: Pair, rng: random.Random, notes: Notes) -> None:
+    stamper = Stamper(rng.randrange(1 << 30), 1, BLOCKS)
+    life = made.live(stamper, notes)
+    for loss in draw_losses(life, made.host_device, made.vault_device, CUTS_A_CASE, rng):
+        with made.after(loss, rng, notes):
+            try:
+                made.check(loss, stamper)
+            except AssertionError as error:
+                raise AssertionError(f"{loss}: {error}") from error
+        notes.count()
+        notes.fired(made.kind)
+        notes.fired("store's power lost")
 
-        def run(notes: Notes, label: str = label, kind: str = kind) -> None:
+
+def _cases(context: Context) -> Iterator[Case]:
+    plans = itertools.cycle(itertools.product(("pair", "host"), ("ext4", "xfs")))
+    for number, (who, kind) in enumerate(plans, 1):
+        label = f"{who} {kind} {number}"
+
+        def run(notes: Notes, label: str = label, who: str = who, kind: str = kind) -> None:
             scratch = context.scratch / label.replace(" ", "-")
             scratch.mkdir()
-            with recorded_device(scratch / "outer", DEVICE) as device:
-                _run(device, scratch, kind, context.rng(label), notes)
+            if who == "host":
+                with recorded_device(scratch / "outer", DEVICE) as device:
+                    _run(device, scratch, kind, context.rng(label), notes)
+                return
+            with (
+                recorded_device(scratch / "outer-host", HOST_DEVICE) as host,
+                recorded_device(scratch / "outer-vault", VAULT_DEVICE) as vault,
+                contextlib.closing(Pair(scratch, kind, host, vault)) as made,
+            ):
+                _run_pair(made, context.rng(label), notes)
 
         yield Case(label, run)
 
@@ -139,6 +137,6 @@ LEVEL = Level(
     unit="power losses",
     submission=20,
     release=500,
-    faults=("ext4", "xfs", "write lost", "write torn"),
+    faults=("ext4", "xfs", "write lost", "write torn", "store's power lost", "segments freed"),
     cases=_cases,
 )

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import get_state_machine_test
 
+from tests.fakes import broken_exchange, disk_machine, journal_race
+from tests.fakes.broken_exchange import exchange_over_broken_connections
 from tests.fakes.disk_machine import DiskAgainstBytes
 from tests.fakes.history_steps import FRAME_BYTES, STEPS, check_every_lsn
 from tests.fakes.journal_race import race
-from tests.fakes.session_exchange import random_exchange
+from tests.fakes.vault_world import VaultWorld, make_history
 from tests.proof.level import Case, Context, Level, Notes
 
 STEPS_A_HISTORY = 50
@@ -19,6 +22,11 @@ BATCH = 20
 """Histories of the disk's state machine that one case plays: starting hypothesis costs as much as several."""
 STORE_BATCH = 6
 """Histories of the store for each such batch: every LSN of each is read back, which is most of the work."""
+PAIR_BATCH = 8
+THREADS_BATCH = 2
+GUEST_STEPS = 60
+"""Of each of the threads in each of three lives."""
+EVERY_LSN = "every LSN of a history read back"
 
 
 def cases(context: Context) -> Iterator[Case]:
@@ -27,10 +35,17 @@ def cases(context: Context) -> Iterator[Case]:
         for each in range(STORE_BATCH):
             label = f"store-{number}-{each}"
             yield Case(label, lambda notes, label=label: _store(context, label, notes))  # type: ignore[misc]
-        label = f"pair-{number}"
-        yield Case(label, lambda notes, label=label: _pair(context, label, notes))  # type: ignore[misc]
-        label = f"threads-{number}"
-        yield Case(label, lambda notes, label=label: _threads(context, label, notes))  # type: ignore[misc]
+        for each in range(PAIR_BATCH):
+            label = f"pair-{number}-{each}"
+            yield Case(label, lambda notes, label=label: _pair(context, label, notes))  # type: ignore[misc]
+        for each in range(THREADS_BATCH):
+            label = f"threads-{number}-{each}"
+            yield Case(label, lambda notes, label=label: _threads(context, label, notes))  # type: ignore[misc]
+
+
+def _note(notes: Notes, events: Counter[str]) -> None:
+    for event, times in events.items():
+        notes.fired(event, times)
 
 
 def _disk(context: Context, number: int, notes: Notes) -> None:
@@ -45,31 +60,35 @@ def _disk(context: Context, number: int, notes: Notes) -> None:
     )
     play = get_state_machine_test(DiskAgainstBytes, settings=wanted)  # type: ignore[arg-type]
     play._hypothesis_internal_use_seed = context.rng(f"disk-{number}").getrandbits(64)  # type: ignore[attr-defined]
+    before = Counter(DiskAgainstBytes.events)
     play()
     notes.count(BATCH)
-    notes.fired("disk", BATCH)
+    _note(notes, DiskAgainstBytes.events - before)
 
 
 def _store(context: Context, label: str, notes: Notes) -> None:
     """A history of 50 steps, every LSN of it read back."""
     rng = context.rng(label)
-    check_every_lsn(rng.choices(STEPS, k=STEPS_A_HISTORY), rng.getrandbits(32), rng.choice(FRAME_BYTES))
+    lsns = check_every_lsn(rng.choices(STEPS, k=STEPS_A_HISTORY), rng.getrandbits(32), rng.choice(FRAME_BYTES))
     notes.count()
-    notes.fired("store")
+    notes.fired(EVERY_LSN, lsns)
 
 
 def _pair(context: Context, label: str, notes: Notes) -> None:
+    """Host and store over connections that break, until all of a history is acknowledged."""
     rng = context.rng(label)
-    random_exchange(rng, STEPS_A_HISTORY, rng.randrange(200))
+    world = VaultWorld.new(context.scratch / label, rng.getrandbits(30))
+    make_history(world.history, rng)
+    events = exchange_over_broken_connections(world, rng)
     notes.count()
-    notes.fired("cut wire")
+    _note(notes, events)
 
 
 def _threads(context: Context, label: str, notes: Notes) -> None:
-    """Overlapping reads and writes while another thread applies, drops and frees."""
-    race(context.rng(label), steps=600, lives=2)
+    """Overlapping reads and writes of several threads while another applies, drops and frees, and power is lost."""
+    events = race(context.rng(label), GUEST_STEPS, lives=3)
     notes.count()
-    notes.fired("concurrent applier")
+    _note(notes, events)
 
 
 LEVEL = Level(
@@ -77,7 +96,7 @@ LEVEL = Level(
     unit="histories of 50 steps",
     submission=2_000,
     release=100_000,
-    faults=("disk", "store", "cut wire", "concurrent applier"),
+    faults=(*disk_machine.EVENTS, EVERY_LSN, *broken_exchange.EVENTS, *journal_race.EVENTS),
     cases=cases,
     is_divisible=True,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
@@ -14,6 +14,7 @@ from asrfs.errors import AsrfsError, TemporaryError
 from asrfs.format.record import RecordHeader
 from asrfs.journal.reader import JournalReader
 from asrfs.model.machine import DiskConfig
+from asrfs.model.positions import Positions
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.applier import Applier, Image
 from asrfs.replication.applier_task import ApplierTask
@@ -60,6 +61,20 @@ class Images:
             self._open.pop(slot).close()
 
 
+class ToldPositions(PositionsFile):
+    """Tells the host's oracle what the host has heard of the store's position."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__(host.load_positions(), host.save_positions)
+        self._host = host
+
+    def change(self, **fields: Any) -> Positions:
+        changed = super().change(**fields)
+        if "acknowledged" in fields:
+            self._host.note_told(changed.acknowledged.lsn)
+        return changed
+
+
 class DiskServerLine:
     """`asrfs.replication.disk_server.DiskServer`: the control socket of whatever disk server runs now."""
 
@@ -77,6 +92,9 @@ class DiskServerLine:
         return await self._call(lambda server: server.marker(payload))
 
     async def applied(self, lsn: int, segment: int) -> None:
+        if self._host.holds_maps:
+            self._host.watch.fired("maps held")
+            raise TemporaryError("the disk server did not answer in time")
         await self._call(lambda server: server.applied(lsn, segment))
 
     async def fill(self, slot: int, offset: int, length: int) -> int:
@@ -118,7 +136,7 @@ class Agent:
         journal_turn = trio.Lock()
         seeded = random.Random(host.rng.getrandbits(64))
         sizes = [len(content) for content in host.model.initial]
-        self.positions = PositionsFile(host.load_positions(), host.save_positions)
+        self.positions = ToldPositions(host)
         self.progress = Progress(self.positions.current)
         self.alarms = Alarms()
         self.points = PointLog(storage, "points.jsonl")

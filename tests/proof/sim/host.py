@@ -5,6 +5,7 @@ What the guest was told is kept in the model; what the host must never do is che
 
 from __future__ import annotations
 
+import errno
 import random
 import re
 from collections.abc import Awaitable, Callable
@@ -26,6 +27,7 @@ from tests.proof.sim.agent import Agent
 from tests.proof.sim.disk_server import DiskServerLife
 from tests.proof.sim.machine_model import MachineModel
 from tests.proof.sim.processes import CURRENT, Guard, Killed, Process
+from tests.proof.sim.store import Store
 from tests.proof.sim.watch import Watch
 
 _FREED = re.compile(r"journal/(?:spare-([0-9a-f]{16})|([0-9a-f]{16})\.segment)")
@@ -63,6 +65,7 @@ class Host:
         machine: MachineConfig,
         keys: MachineKeys,
         initial: tuple[bytes, ...],
+        store: Store,
         connect: Callable[[], Awaitable[ByteStream]],
         rng: random.Random,
         watch: Watch,
@@ -77,6 +80,7 @@ class Host:
         self.watch = watch
         self.segment_bytes = segment_bytes
         self.settings = settings
+        self.store = store
         self.connect = connect
         self.clock = JumpingClock(watch)
         self.model = MachineModel(initial)
@@ -87,6 +91,12 @@ class Host:
         self.agent_process = Process("agent", name)
         self._started = trio.Event()
         self.loses_answers = 0.0
+        self.holds_maps = False
+        """The disk server is too slow with verb `applied`; until the host could not save that the store went back."""
+        self.cannot_save = False
+        self.freed_lsn = 0
+        self._told: int | None = 0
+        """How often the store had been set back when this host last heard where it stands; None: it has forgotten."""
         self.is_short_of_space = False
         self.wires: list[WireEnd] = []
         self.unanswered: list[Callable[[DiskServerLife], None]] = []
@@ -115,6 +125,11 @@ class Host:
         return msgspec.json.decode(read_whole(self.storage, "positions.json"), type=Positions)
 
     def save_positions(self, positions: Positions) -> None:
+        if self.cannot_save:
+            self.watch.fired("positions not saved")
+            if positions.acknowledged.lsn < self.load_positions().acknowledged.lsn:
+                self.holds_maps = False
+            raise OSError(errno.EIO, "positions.json")
         write_atomically(self.storage, "positions.json", msgspec.json.encode(positions))
 
     def image(self, slot: int) -> bytes:
@@ -143,7 +158,8 @@ class Host:
         process.step()
 
     def _check_freed(self, segment: int) -> None:
-        """I4: all of a freed segment is applied and acknowledged, by positions that are durable."""
+        """I4: all of a freed segment is applied and acknowledged, by positions that are durable, and the store has it,
+        or has lost it since and this host does not know that yet."""
         last = self.model.last_lsn_of(segment)
         assert last is not None, f"I4: {self.name} freed the segment it writes, {segment}"
         self.watch.fired("segment freed")
@@ -152,6 +168,39 @@ class Host:
         assert last <= saved.acknowledged.lsn, (
             f"I4: segment up to LSN {last} freed, LSN {saved.acknowledged.lsn} was acknowledged"
         )
+        self.freed_lsn = max(self.freed_lsn, last)
+        if not self._is_in_doubt:
+            there = self.received_lsn()
+            assert last <= there or not self.knows_store, (
+                f"I4: segment up to LSN {last} freed, the store has LSN {there}, as this host knows"
+            )
+
+    # ---- what it knows of the store ----
+
+    def received_lsn(self) -> int:
+        """How much the store has, whatever anybody was told."""
+        return self.store.vault.received_lsn(self.machine_id.hex())
+
+    @property
+    def _is_in_doubt(self) -> bool:
+        """Whether the store has more than its catalog says."""
+        machine_id = self.machine_id.hex()
+        return machine_id in self.store.in_doubt and not self.store.is_settled(machine_id)
+
+    @property
+    def knows_store(self) -> bool:
+        """Whether it has heard from the store since the store was set back last."""
+        return self._told == self.store.setbacks
+
+    def note_told(self, lsn: int) -> None:
+        """It holds this for acknowledged. What a store said before it was set back tells nothing."""
+        if lsn <= self.received_lsn():
+            self._told = self.store.setbacks
+
+    def _remember(self) -> None:
+        """An agent starts: it knows what was saved."""
+        if self.store.setbacks and (self._is_in_doubt or self.load_positions().acknowledged.lsn > self.received_lsn()):
+            self._told = None
 
     # ---- lives ----
 
@@ -198,6 +247,7 @@ class Host:
     async def _agent_life(self) -> None:
         try:
             self.storage.sync_directory("")
+            self._remember()
             agent = Agent(self)
         except OSError as error:
             self.watch.note(self.name, "agent cannot start", str(error))

@@ -42,6 +42,7 @@ class Invariants:
         self._store = store
         self._hosts = hosts
         self.seen = {host.name: Seen() for host in hosts}
+        self._setbacks = 0
 
     def freeze(self, host: Host) -> None:
         """The host's side was superseded: from now on it adds nothing (I6)."""
@@ -49,9 +50,18 @@ class Invariants:
 
     def check(self) -> None:
         """After each step."""
+        if self._setbacks != self._store.setbacks:
+            self._setbacks = self._store.setbacks
+            self._forget_store()
         for host in self._hosts:
             self._check_host(host)
             self._check_store(host)
+
+    def _forget_store(self) -> None:
+        """A backup took the vault's place: what was acknowledged since it was made is not there any more."""
+        for host in self._hosts:
+            self.seen[host.name] = Seen(frozen_at=self.seen[host.name].frozen_at)
+            host.model.acknowledged_lsn = self._received(host)
 
     def _received(self, host: Host) -> int:
         return self._store.vault.received_lsn(host.machine_id.hex())
@@ -67,7 +77,8 @@ class Invariants:
             positions = host.agent.positions.current
             assert positions.applied.lsn <= model.durable_lsn, "I1: applied what is not durable"
             assert positions.acknowledged.lsn <= model.durable_lsn, "acknowledged what is not durable here"
-            model.acknowledged_lsn = max(model.acknowledged_lsn, positions.acknowledged.lsn)
+            if host.knows_store:
+                model.acknowledged_lsn = max(model.acknowledged_lsn, positions.acknowledged.lsn)
 
     def _check_store(self, host: Host) -> None:
         machine_id, model, seen = host.machine_id.hex(), host.model, self.seen[host.name]

@@ -48,6 +48,10 @@ FAULTS = (
     "store's EIO",
     "store full",
     "catalog set back",
+    "vault set back",
+    "store lost what was freed",
+    "positions not saved",
+    "maps held",
     "epoch raised",
     "answer of a verb lost",
     "shipping paused",
@@ -63,6 +67,8 @@ class Steps:
         self._faults: list[tuple[str, Fault]] = []
         self._points = 0
         self._is_fenced = False
+        self._backed_up: Host | None = None
+        self._backup_lsn = 0
 
     def draw(self) -> Iterator[tuple[str, Callable[[], None], float]]:
         """Name, what it does, seconds until the next."""
@@ -72,7 +78,8 @@ class Steps:
                 self.kill_disk_server, self.kill_agent, self.stop_agent, self.kill_host, self.host_power,
                 self.kill_store, self.store_power, self.cut_wire, self.cut_wire_soon, self.half_open, self.stall_wire,
                 self.delay, self.double, self.network_away, self.jump, self.host_eio, self.host_full, self.store_eio,
-                self.store_full, self.set_catalog_back, self.raise_epoch, self.lose_answers, self.pause_shipping,
+                self.store_full, self.set_catalog_back, self.set_vault_back, self.raise_epoch, self.lose_answers,
+                self.pause_shipping,
             ],
             rng.randint(*TROUBLES),
         )  # fmt: skip
@@ -81,6 +88,8 @@ class Steps:
         pauses = rng.choices(PAUSES_S, k=4)
         for _ in range(rng.randint(*STEPS)):
             step = rng.choice(troubles if rng.random() < share else guest)
+            if self._backed_up is not None and rng.random() < 0.3:
+                step = self.set_vault_back
             yield step.__name__, step, rng.choice(pauses)
             if rng.random() < 0.1 and self._world.network.is_silent:
                 yield "wait", self._nothing, LONG_PAUSE_S
@@ -308,6 +317,34 @@ class Steps:
         elif not self._is_fenced and not store.in_doubt:
             store.copy_catalog()
 
+    def set_vault_back(self) -> None:
+        """A backup of the vault is made, and takes its place later. One host may be slow to free meanwhile, and not
+        able to save what it hears then."""
+        store, rng = self._world.store, self._rng
+        if self._backed_up is None:
+            if store.is_up and not self._is_fenced and not store.in_doubt:
+                store.copy_vault()
+                self._backed_up = self._host()
+                self._backup_lsn = self._backed_up.received_lsn()
+                self._backed_up.holds_maps = rng.random() < 0.7
+                for _ in range(rng.randrange(12)):
+                    self._write_blocks(self._backed_up, 2)
+        elif store.has_vault_copy:
+            if store.is_up and (self._has_more_than_backup(self._backed_up) or rng.random() < 0.2):
+                store.set_vault_back()
+                self._backed_up.cannot_save = rng.random() < 0.7
+        else:
+            if self._backed_up.cannot_save and rng.random() < 0.5:  # with what it could not save
+                self._world.watch.fired("agent killed")
+                self._backed_up.kill_agent()
+            self._backed_up.holds_maps = self._backed_up.cannot_save = False
+            self._backed_up = None
+
+    def _has_more_than_backup(self, host: Host) -> bool:
+        """Whether the host could free a segment that the backup has not."""
+        later = [first for first in host.model.segments.values() if first > self._backup_lsn + 1]
+        return bool(later) and host.received_lsn() >= min(later)
+
     # ---- people ----
 
     def raise_epoch(self) -> None:
@@ -348,6 +385,7 @@ class Steps:
         for host in world.hosts:
             host.is_short_of_space = False
             host.loses_answers = 0.0
+            host.holds_maps = host.cannot_save = False
             host.server_process.put_out_fuse()
             host.agent_process.put_out_fuse()
             if host.server is not None and host.server.journal.failed is not None:

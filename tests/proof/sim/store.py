@@ -97,6 +97,10 @@ class Store:
         self.wires: list[WireEnd] = []
         self._old_catalog: bytes | None = None
         self._next_catalog: bytes | None = None
+        self._vault_copy: tuple[bytes, CrashStorage] | None = None
+        self._next_vault: tuple[bytes, CrashStorage] | None = None
+        self.setbacks = 0
+        """How often a backup has taken the place of catalog and objects."""
         self.in_doubt: set[str] = set()
         """Machines whose catalog is older than their objects until their next session."""
         self.is_short_of_space = False
@@ -129,12 +133,24 @@ class Store:
             self.process = Process("store", "store")
             await self.process.live(self._life)
             self.listener = self._nursery = None
+            if self._next_vault is not None:
+                self._begin_with_copy(*self._next_vault)
             if self._next_catalog is not None:
                 self.connection = open_catalog(self._next_catalog)
                 self.in_doubt = {machine.id for machine in self.vault.machines()}
                 self._next_catalog = None
                 self._watch.fired("catalog set back")
             await trio.sleep(self._rng.choice((0.0, 0.5, 3.0)))  # sleep: virtual, until it is started again
+
+    def _begin_with_copy(self, catalog: bytes, objects: CrashStorage) -> None:
+        self._next_vault = self._next_catalog = self._old_catalog = None
+        self.connection = open_catalog(catalog)
+        self.is_short_of_space, objects.capacity = False, None
+        self._adopt(objects)
+        self.vault = self._open()
+        self.in_doubt = {machine.id for machine in self.vault.machines()}
+        self.setbacks += 1
+        self._watch.fired("vault set back")
 
     async def _life(self) -> None:
         self.starts += 1
@@ -206,6 +222,20 @@ class Store:
             self._next_catalog, self._old_catalog = self._old_catalog, None
             self.kill()
 
+    @property
+    def has_vault_copy(self) -> bool:
+        return self._vault_copy is not None
+
+    def copy_vault(self) -> None:
+        """A backup of all of it."""
+        self._vault_copy = self.connection.serialize(), self.storage.crash(Fate.KEPT, self._rng)
+
+    def set_vault_back(self) -> None:
+        """The next start finds the backup: catalog and objects as they were."""
+        if self._vault_copy is not None:
+            self._next_vault, self._vault_copy = self._vault_copy, None
+            self.kill()
+
     def raise_epoch(self, machine_id: str) -> None:
         """As a failover's commit does."""
         row = self.vault.catalog.machine_by_id(machine_id)
@@ -213,6 +243,7 @@ class Store:
         with self.vault.catalog.transaction():
             self.vault.catalog.put_machine(replace(row, epoch=row.epoch + 1))
         self._old_catalog = self._next_catalog = None  # one from before would take the epoch back
+        self._vault_copy = self._next_vault = None
 
     def is_settled(self, machine_id: str) -> bool:
         """Whether a session has taken in what the catalog did not know."""

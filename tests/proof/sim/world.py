@@ -96,6 +96,7 @@ class World:
             MachineConfig(id=identity.machine_id, name=identity.name, disks=disks),
             MachineKeys(bytes.fromhex(identity.machine_id), keys.index_key, keys.payload_key),
             tuple(initial),
+            self.store,
             connect,
             random.Random(rng.getrandbits(64)),
             self.watch,
@@ -154,12 +155,24 @@ class World:
                 lsn = host.model.lsn
                 is_fenced = self.invariants.seen[host.name].frozen_at is not None
                 is_known = host.machine_id.hex() not in self.store.in_doubt
-                is_shipped = is_fenced or (is_known and agent.positions.saved.acknowledged.lsn >= lsn)
-                is_filled = is_fenced or not agent.positions.saved.fills
+                is_over = is_fenced or self._is_lost(host)
+                is_shipped = is_over or (
+                    is_known and host.knows_store and agent.positions.saved.acknowledged.lsn >= lsn
+                )
+                is_filled = is_over or not agent.positions.saved.fills
                 if is_shipped and is_filled and agent.progress.applied.lsn >= lsn:
                     return
             await trio.sleep(1)  # sleep: virtual
             self._check()
+
+    def _is_lost(self, host: Host) -> bool:
+        """Whether the store was set back to before what this host has freed, and the host says so (I4)."""
+        if not self.store.setbacks or host.agent is None or host.freed_lsn <= host.received_lsn():
+            return False
+        if "store-lost" not in host.agent.alarms:
+            return False
+        self.watch.fired("store lost what was freed")
+        return True
 
     def _describe(self, host: Host) -> str:
         agent, model = host.agent, host.model

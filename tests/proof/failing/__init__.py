@@ -1,0 +1,1 @@
+"""Scenarios with one failure each, for the level of I/O errors."""
