@@ -149,7 +149,7 @@ class MemoryHistory:
         self._objects[row.name] = bytes(stored)
 
     def state_at(self, lsn: int) -> dict[int, bytes]:
-        """The model: content of every live disk by slot."""
+        """The model: content of every live disk by slot. Remembers where it stood, so it is one thread's at a time."""
         at, state = self._replayed
         if lsn < at:
             at, state = 0, {}

@@ -68,19 +68,24 @@ def check(outcome: dict[str, Any], measured: set[str]) -> None:
         assert all(turn["value"] >= 0 for each in turns.values() for turn in each)
 
 
-def test_blocks_with_every_peer(scratch: Path) -> None:
-    found = bench(scratch, "write", "read", "mixed", "fsync")
-    assert list(found) == ["write", "read", "mixed", "fsync"]
-    for outcome in found.values():
-        check(outcome, OURS | LIMITS)
-        assert {"qemu", "qemu-mirror", "qemu-quorum", "nbdkit", "s3backer"} <= set(outcome["peers"])
-        for key, facts in outcome["peers"].items():
-            assert facts["unavailable"] or all(workload["turns"][key] for workload in outcome["workloads"]), key
-        resident = outcome["peers"]["asrfs-shipping"]["resident_bytes_max"]
-        assert set(resident) == {"disk server", "agent", "store"}
-        assert all(each > 1 << 20 for each in resident.values())
-    keys = [workload["key"] for workload in found["write"]["workloads"]]
+def test_writes_with_every_peer(scratch: Path) -> None:
+    outcome = bench(scratch, "write")["write"]
+    check(outcome, OURS | LIMITS)
+    assert {"qemu", "qemu-mirror", "qemu-quorum", "nbdkit", "s3backer"} <= set(outcome["peers"])
+    for key, facts in outcome["peers"].items():
+        assert facts["unavailable"] or all(workload["turns"][key] for workload in outcome["workloads"]), key
+    resident = outcome["peers"]["asrfs-shipping"]["resident_bytes_max"]
+    assert set(resident) == {"disk server", "agent", "store"}
+    assert all(each > 1 << 20 for each in resident.values())
+    keys = [workload["key"] for workload in outcome["workloads"]]
     assert keys == ["random-write", "fsync-1", "sequential-write"]
+
+
+def test_other_blocks_share_their_peers(scratch: Path) -> None:
+    found = bench(scratch, "read", "mixed", "fsync", "--peers", "raw,asrfs-shipping")
+    assert list(found) == ["read", "mixed", "fsync"]
+    for outcome in found.values():
+        check(outcome, {"raw", "asrfs-shipping"})
 
 
 def test_database(scratch: Path) -> None:

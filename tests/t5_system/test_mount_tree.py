@@ -171,9 +171,10 @@ def test_i9_many_disks_open_at_once_in_several_mounts(tree: Tree, rng: random.Ra
     machines = [tree.mount(f"tree{i}") for i in range(3)]
     lsns = rng.sample(range(2, history.lsn), 6)
 
+    contents = {lsn: history.state_at(lsn)[0] for lsn in lsns}  # the model is one thread's
+
     def read(machine: Path, lsn: int, seed: int) -> int:
-        own = random.Random(seed)
-        content = history.state_at(lsn)[0]
+        own, content = random.Random(seed), contents[lsn]
         fd = os.open(machine / f"lsn:{lsn}" / "root.img", os.O_RDONLY)
         try:
             for _ in range(40):
