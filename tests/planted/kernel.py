@@ -58,7 +58,7 @@ PLANTS: tuple[Plant, ...] = (
         "kills",
         24,
         answers_before_append,
-        shows="I[29]:",
+        shows="I[289]:",
     ),
     Plant(
         "syscalls-answers-before-append",

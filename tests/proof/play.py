@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -68,10 +69,17 @@ def play(levels: Sequence[Level], asked: Asked, jobs: int) -> Iterator[Outcome]:
             raise
 
 
+_told_to_end = threading.Event()
+
+
 def _end_when_told() -> None:
-    """In the process that plays: told to stop, by its parent or a Ctrl-C, it is interrupted once and tidies up."""
+    """In the process that plays: told to stop, by its parent or a Ctrl-C, it is interrupted once and tidies up.
+
+    Where an exception is swallowed, as in a callback of the garbage collector, the end of the case will do.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        _told_to_end.set()
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
@@ -106,6 +114,8 @@ def _play(name: str, asked: Asked, part: Part) -> Found:
 
     def progress(found: Found) -> None:
         nonlocal said_at
+        if _told_to_end.is_set():
+            raise KeyboardInterrupt
         if time.monotonic() - said_at >= SAY_EVERY_S:
             said_at = time.monotonic()
             which = f"{name}, part {part.number + 1}" if part.parts > 1 else name

@@ -204,7 +204,7 @@ def test_busy_mount_is_detached_and_said(served: HostUnderTest) -> None:
         os.pwrite(fd, content, 0)
         assert served.stop() == 0
         assert "still in use" in served.said()
-        with pytest.raises(OSError, match="not connected|abort"):
+        with pytest.raises(OSError, match=r"not connected|abort"):
             os.pread(fd, 1, 0)
     finally:
         with suppress(OSError):  # the flush that closing is finds nobody
@@ -383,7 +383,7 @@ def test_i2_nothing_fsynced_is_lost_when_all_are_killed(served: HostUnderTest, r
     served.kill("supervisor")
     served.kill("agent")
     served.kill("disk_server")
-    with pytest.raises(OSError, match="not connected|abort"):
+    with pytest.raises(OSError, match=r"not connected|abort"):
         writer.write(1)
     with suppress(OSError):  # the flush that closing is finds nobody
         writer.close()
