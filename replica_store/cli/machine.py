@@ -14,6 +14,7 @@ from asrfs.terminal.output import pairs, table
 from replica_store.cli.invocation import Invocation, pass_invocation
 from replica_store.vault import enrolment
 from replica_store.vault.standing import Standing, standing_of
+from replica_store.vault.vault import lock_descriptions
 
 
 @click.group()
@@ -65,14 +66,14 @@ def revoke(invocation: Invocation, name: str, yes: bool) -> None:
 
     A connection it has is cut within seconds. A new token lets the machine enrol again and go on where it was.
     """
+    with invocation.open_vault() as vault:
+        found = vault.machine(name)
     if not yes:
-        with invocation.open_vault() as vault:
-            found = vault.machine(name)
         raise BadInputError(
             f"this would revoke the certificate and unused tokens of machine {found.name}, so that nothing more of it "
             "is received until it enrols again: repeat with --yes"
         )
-    with invocation.open_vault(writable=True) as vault:
+    with lock_descriptions(str(invocation.vault)), invocation.open_vault(writable=True) as vault:
         revoked = enrolment.revoke(vault, name, SystemClock())
     document = {"machine": revoked.name, "id": revoked.id, "revoked": True}
     invocation.answer(

@@ -90,7 +90,8 @@ def enrol(vault: Vault, request: EnrolRequest, clock: Clock, data_port: int) -> 
 def revoke(vault: Vault, machine_name: str, clock: Clock) -> MachineRow:
     """From now on no certificate and no unused token of the machine is good. Its history and its keys stay.
 
-    Whoever serves the vault looks every 5 s and then ends the machine's connection. Raises NotFoundError.
+    Whoever serves the vault looks every 5 s and then ends the machine's connection. The caller holds
+    `lock_descriptions`. Raises NotFoundError.
     """
     now_ns = clock.time_ns()
     with vault.catalog.transaction():

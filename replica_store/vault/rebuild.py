@@ -21,7 +21,7 @@ from replica_store.vault.keys import KeyFiles, MachineDescription, Sealer
 from replica_store.vault.objects import Objects
 from replica_store.vault.rows import Entry, MachineRow, description_prefix, log_prefix, parse_log_name
 from replica_store.vault.survey import Surveyed, Unreadable, chain_of, log_names, survey
-from replica_store.vault.vault import CATALOG_FILE, describe, lock, open_objects
+from replica_store.vault.vault import CATALOG_FILE, describe, lock, lock_descriptions, open_objects
 
 _BATCH = 1000
 _NEW_FILE = f"{CATALOG_FILE}.new"
@@ -47,7 +47,7 @@ def rebuild(root: str, progress: Callable[[int, int], None] = lambda done, total
     root = os.path.abspath(root)
     describe(root)
     storage = DirectoryStorage(root)
-    with lock(root):
+    with lock(root), lock_descriptions(root):
         _remove(storage, _NEW_FILE)
         objects = open_objects(root)
         catalog = Catalog.create(storage.path(_NEW_FILE))

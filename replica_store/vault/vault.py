@@ -42,10 +42,20 @@ from replica_store.vault.rows import DiskRow, MachineRow, ObjectRow, PointRow
 VAULT_FILE = "vault.json"
 CATALOG_FILE = "catalog.sqlite3"
 LOCK_FILE = "lock"
+DESCRIPTIONS_LOCK_FILE = "descriptions.lock"
 _HEAD_BYTES = 64 << 10
 _SESSION_KEYS_KEPT = 1024
 _ENTRIES = frozenset(
-    (VAULT_FILE, "keys", "objects", LOCK_FILE, CATALOG_FILE, f"{CATALOG_FILE}-wal", f"{CATALOG_FILE}-shm")
+    (
+        VAULT_FILE,
+        "keys",
+        "objects",
+        LOCK_FILE,
+        DESCRIPTIONS_LOCK_FILE,
+        CATALOG_FILE,
+        f"{CATALOG_FILE}-wal",
+        f"{CATALOG_FILE}-shm",
+    )
 )
 
 
@@ -119,10 +129,6 @@ class Vault:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def lock(self) -> VaultLock:
-        """Become the one process that writes history. Raises RefusedError when another is."""
-        return lock(self.root)
 
     # ---- machines and their history -------------------------------------------------------------------------
 
@@ -230,8 +236,14 @@ def open_objects(root: str) -> DirectoryObjects:
 
 
 def lock(root: str) -> VaultLock:
-    """See `Vault.lock`."""
+    """Become the one process that writes history. Raises RefusedError when another is."""
     return VaultLock(os.path.join(root, LOCK_FILE))
+
+
+def lock_descriptions(root: str) -> VaultLock:
+    """Keep rebuilding and revoking apart. Raises RefusedError."""
+    path = os.path.join(root, DESCRIPTIONS_LOCK_FILE)
+    return VaultLock(path, "being rebuilt, or one of its machines revoked,", "try again when that is done")
 
 
 def check_header(header: ObjectHeader, row: ObjectRow, where: str) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from replica_store.cli.main import run
+from replica_store.vault.rows import MachineRow
+from replica_store.vault.vault import Vault, lock_descriptions
 
 
 def test_bad_input_is_one_line_and_a_code_and_changes_nothing(
@@ -74,3 +76,23 @@ def test_the_vault_is_its_owners_alone(scratch: Path) -> None:
     for path in (vault, *vault.rglob("*")):
         mode = path.stat().st_mode & 0o777
         assert mode & 0o077 == 0 or path.name == "vault.json", f"{path}: {mode:o}"
+
+
+def test_nobody_revokes_while_the_catalog_is_made_anew_or_the_other_way_round(
+    scratch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is committed to a catalog that is about to be replaced would be lost, although it was said to be done."""
+    root = str(scratch / "vault")
+    assert run(["--vault", root, "init"]) == 0
+    with Vault.open(root, writable=True) as vault, vault.catalog.transaction():
+        vault.catalog.put_machine(MachineRow("1" * 32, "web1", 1, "a", False, 1, 1, b"sealed"))
+    with lock_descriptions(root):
+        for verb in (["machine", "revoke", "web1", "--yes"], ["rebuild"]):
+            capsys.readouterr()
+            assert run(["--vault", root, *verb]) == 4
+            assert "try again when that is done" in capsys.readouterr().err
+    with Vault.open(root) as vault:
+        assert not vault.machine("web1").revoked
+    assert run(["--vault", root, "machine", "revoke", "web1", "--yes"]) == 0
+    with Vault.open(root) as vault:
+        assert vault.machine("web1").revoked
