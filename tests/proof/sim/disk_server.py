@@ -46,6 +46,8 @@ class ToldJournal(Journal):
         )
 
     def append_locked(self, kind: int, slot: int, offset: int, length: int, payload: Bytes = b"") -> int:
+        if self.failed is not None:  # nothing is written any more: what failed first may still be found
+            return super().append_locked(kind, slot, offset, length, payload)
         self._model.tell(ModelRecord(kind, slot, offset, length, bytes(payload)))
         try:
             position = super().append_locked(kind, slot, offset, length, payload)
