@@ -341,7 +341,11 @@ class Journal:
         """Make sure that no record is found at byte `at`, the tail, where one was refused."""
         file = self._files[self._number]
         file.write_at((bytes(RECORD_HEADER_BYTES),), at)
-        file.datasync()
+        try:
+            file.datasync()
+        except OSError as error:  # final even for want of space: asked again, the kernel may say yes to what it gave up
+            self._fail(f"{segment_name(self._number)}: sync failed: {error}")
+            raise OSError(errno.EIO, self._failed) from error
         self._write_at = file.write_at
 
     def _open_sealed(self, number: int) -> File:
