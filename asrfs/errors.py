@@ -68,3 +68,18 @@ class AuthenticationError(AsrfsError):
     """A token, certificate or peer was refused."""
 
     exit_code = 6
+
+
+def error_class(exit_code: object) -> type[AsrfsError]:
+    """The class of error that another process or machine of ours ended or answered with."""
+    return _BY_EXIT_CODE.get(exit_code, TemporaryError) if isinstance(exit_code, int) else TemporaryError
+
+
+_BY_EXIT_CODE: dict[int, type[AsrfsError]] = {
+    1: TemporaryError,
+    2: BadInputError,
+    3: NotFoundError,
+    4: RefusedError,
+    5: IntegrityError,
+    6: AuthenticationError,
+}

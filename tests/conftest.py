@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop(name, None)
     seed = config.getoption("--seed")
     if seed is None:
-        seed = random.SystemRandom().randrange(1 << 32)
+        seed = config.option.seed = random.SystemRandom().randrange(1 << 32)  # so that pytest-xdist's workers have it
     config.stash[SEED] = seed
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = seed

@@ -97,9 +97,19 @@ def sweep(base: Path) -> Leftovers:
         left = find(base)
     if left:
         print(f"sweep: could not remove from {base}: {left}", file=sys.stderr)
-    elif base.exists():
-        shutil.rmtree(base)
+    else:
+        _remove_tree(base)
     return found
+
+
+def _remove_tree(base: Path) -> None:
+    """Another run may be sweeping after the same dead one. Raises OSError for what really cannot be removed."""
+    for _ in range(ROUNDS_MAX):
+        shutil.rmtree(base, ignore_errors=True)
+        if not base.exists():
+            return
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(base)
 
 
 def sweep_dead_runs(runs: Path = RUNS) -> None:

@@ -28,6 +28,7 @@ class HostVerbs(frame.Verbs):
         "attach": "attach:attach",
         "detach": "attach:detach",
         "point": "point:point",
+        "hooks": "hooks:hooks",
         "drain": "drain:drain",
         "status": "status:status",
         "pause": "pause:pause",

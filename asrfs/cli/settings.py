@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from asrfs.cli.agent import tell_agent_to_reload
 from asrfs.cli.invocation import Invocation, pass_invocation
-from asrfs.daemon.settings import DEFAULT_TEXTS
+from asrfs.daemon import settings
 from asrfs.daemon.state import StateDirectory
-from asrfs.errors import BadInputError
 from asrfs.terminal.output import table
 
 
@@ -16,18 +17,20 @@ from asrfs.terminal.output import table
 @click.argument("assignments", metavar="KEY=VALUE...", nargs=-1, required=True)
 @pass_invocation
 def set_settings(invocation: Invocation, assignments: tuple[str, ...]) -> None:
-    """Change settings, also while serving."""
-    given = {}
+    """Change settings, also while serving. What the store's policy says is overridden; KEY=default takes that back."""
+    given: dict[str, str] = {}
+    errors = []
     for word in assignments:
         key, equals, text = word.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise BadInputError(f"{word!r} is not KEY=VALUE, such as object_age=1s")
+            errors.append(f"{word[:60]!r} is not KEY=VALUE, such as object_age=1s")
+            continue
         if key in given:
-            raise BadInputError(f"{key} is given twice: say it once")
+            errors.append(f"{key} is given twice: say it once")
         given[key] = text.strip()
     state = invocation.open_state()
-    state.change_settings(given)
+    state.change_settings(given, errors)
     tell_agent_to_reload(state)
     show(invocation, state)
 
@@ -40,10 +43,11 @@ def show_settings(invocation: Invocation) -> None:
 
 
 def show(invocation: Invocation, state: StateDirectory) -> None:
-    overrides = state.load_overrides()
-    document = {
-        key: {"value": overrides.get(key, default), "default": default, "set": key in overrides}
-        for key, default in DEFAULT_TEXTS.items()
-    }
-    rows = [[key, each["value"], "set here" if each["set"] else "default"] for key, each in document.items()]
+    document = settings.shown(state.load_overrides(), state.load_configuration())
+    rows = [[key, each["value"], _from(each)] for key, each in document.items()]
     invocation.answer(document, lambda out: out.print(table(("SETTING", "VALUE", "FROM"), rows)))
+
+
+def _from(shown: dict[str, Any]) -> str:
+    is_overridden = shown["set"] and shown["policy"] is not None
+    return f"{shown['from']}, the policy says {shown['policy']}" if is_overridden else str(shown["from"])

@@ -25,7 +25,10 @@ from typing import Any
 import msgspec
 import trio
 
-from asrfs.consistency.points import PointLog
+from asrfs.consistency.maker import PointMaker, PointRequest
+from asrfs.consistency.points import Point, PointLog
+from asrfs.consistency.scheduler import Scheduler
+from asrfs.daemon.agent_groups import AgentGroups
 from asrfs.daemon.agent_images import StateImages
 from asrfs.daemon.agent_log import start_agent_log
 from asrfs.daemon.agent_status import (
@@ -35,7 +38,7 @@ from asrfs.daemon.agent_status import (
     provisioned_bytes,
     status,
 )
-from asrfs.daemon.agent_verbs import AgentVerbs
+from asrfs.daemon.agent_verbs import AgentVerbs, through_a_restart
 from asrfs.daemon.control_trio import serve_control
 from asrfs.daemon.disk_server_client import DiskServerClient
 from asrfs.daemon.enrolment import Enrolment, certificate_of, load_enrolment, store_access
@@ -43,23 +46,27 @@ from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.hardening import ignore_terminal, raise_file_limit
 from asrfs.daemon.health import process_alarms
 from asrfs.daemon.housekeeping import Housekeeping
-from asrfs.daemon.settings import Settings
-from asrfs.daemon.state import POINTS_FILE, StateDirectory
+from asrfs.daemon.point_process import ORDER_FILE
+from asrfs.daemon.point_processes import PointProcesses
+from asrfs.daemon.settings_in_force import SettingsInForce
+from asrfs.daemon.state import CONFIGURATION_FILE, POINTS_FILE, StateDirectory
 from asrfs.errors import AsrfsError, RefusedError, TemporaryError
 from asrfs.format.record import RecordHeader
 from asrfs.journal.reader import JournalReader
 from asrfs.model.machine import DiskConfig, MachineConfig
+from asrfs.model.marker import Consistency
 from asrfs.model.names import id_bytes
 from asrfs.replication.alarms import Alarms, in_order
 from asrfs.replication.applier import Applier
 from asrfs.replication.applier_task import ApplierTask
+from asrfs.replication.configuration_keeper import ConfigurationKeeper
 from asrfs.replication.filler import Filler
 from asrfs.replication.link import Link
 from asrfs.replication.object_builder import ObjectBuilder
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.shipper import Shipper, StoreAccess
-from asrfs.replication.shipping_session import ShippingSettings, Source
+from asrfs.replication.shipping_session import Source
 from asrfs.replication.ticker import Ticker
 from asrfs.replication.trimmer import Trimmer
 from asrfs.storage.directory import DirectoryStorage, OpenFile, open_path
@@ -83,7 +90,6 @@ class Agent:
         self._state = state
         self._files = DirectoryStorage(state.root)
         self._machine = state.load_machine()
-        self._settings = state.load_settings()
         self._enrolment: tuple[Enrolment | None, bytes] = (None, b"")
         self._stop = trio.Event()
         self._status_turn = trio.Lock()
@@ -95,13 +101,15 @@ class Agent:
         self._positions = PositionsFile(state.load_positions(), state.save_positions)
         self._progress = Progress(self._positions.current)
         self._alarms = Alarms()
+        self._settings = SettingsInForce(state, self._alarms)
         self._link = Link()
+        self._configuration = ConfigurationKeeper(self._files, CONFIGURATION_FILE, self._alarms, self._threads)
         self._points = PointLog(self._files, POINTS_FILE)
         self._images = StateImages(state)
         self._server = DiskServerClient(state.socket_path("disk_server"))
         self._readers = [JournalReader(journal, machine_id) for _ in range(4)]
         trimmer = Trimmer(journal, machine_id)
-        self._ticker = Ticker(self._server, self._progress, self._alarms, lambda: self._settings.object_age)
+        self._ticker = Ticker(self._server, self._progress, self._alarms, lambda: self._settings.current.object_age)
         self._applier = ApplierTask(
             Applier(self._readers[0], self._positions, self._images, self._on_marker),
             trimmer,
@@ -120,17 +128,34 @@ class Agent:
             builder=ObjectBuilder(self._readers[2]),
             positions=self._positions,
             progress=self._progress,
-            settings=shipping_settings(self._settings),
+            settings=self._settings.shipping(),
             threads=self._threads,
             journal_turn=journal_turn,
+            configured=self._configuration.offer,
+            group_port=self._settings.current.group_port,
+            group_address=self._settings.current.group_address,
         )
         backoff = Backoff(random.Random())
         is_paused = self._files.exists(PAUSED_FILE)
         self._shipper = Shipper(source, self._store(), self._alarms, self._link, backoff, paused=is_paused)
         self._note_pause()
         self._filler = self._make_filler()
+        self._point_processes = PointProcesses(state)
+        self._maker = self._make_maker()
+        self._groups = self._make_groups()
+        self._scheduler = Scheduler(
+            self._machine.id,
+            lambda: self._settings.current.policy,
+            self._make_scheduled,
+            self._points,
+            self._alarms,
+            SystemClock(),
+        )
+        self._settings.follow(source, self._scheduler.policy_changed)
+        self._configuration.follow(self._settings.told)
+        self._configuration.follow(self._groups.follow)
         self._housekeeping = Housekeeping(
-            state, trimmer, self._progress, self._alarms, self._threads, lambda: self._settings
+            state, trimmer, self._progress, self._alarms, self._threads, lambda: self._settings.current
         )
         self._first_unacknowledged: tuple[int, int | None] = (-1, None)
 
@@ -145,8 +170,13 @@ class Agent:
                     self._applier.run_trimming,
                     self._shipper.run,
                     self._filler.run,
+                    self._configuration.run,
+                    self._groups.run,
+                    self._settings.watch_calendar,
+                    self._scheduler.run,
                     self._housekeeping.keep_spares,
                     self._housekeeping.watch_space,
+                    self._settle_points,
                 ):
                     nursery.start_soon(task)
                 await nursery.start(serve_control, self._state.socket_path("agent"), self._verbs().table())
@@ -197,12 +227,62 @@ class Agent:
             shipper=self._shipper,
             link=self._link,
             points=self._points,
+            maker=self._maker,
+            groups=self._groups,
+            on_failure=lambda: self._settings.current.policy.on_failure,
             threads=self._threads,
             status=self._status,
             set_paused=self._set_paused,
             reload=self._reload,
             stop=self._stop.set,
         )
+
+    async def _make_scheduled(self, consistency: Consistency) -> Point:
+        on_failure = self._settings.current.policy.on_failure
+        point, _ = await self._maker.make(PointRequest(consistency=consistency, on_failure=on_failure))
+        return point
+
+    def _make_maker(self) -> PointMaker:
+        async def mark(payload: bytes) -> tuple[int, int]:
+            return await through_a_restart(lambda: self._server.marker(payload))
+
+        async def note(point: Point) -> None:
+            await trio.to_thread.run_sync(self._points.add, point, limiter=self._threads)
+
+        return PointMaker(
+            machine_name=self._machine.name,
+            quiescer=self._point_processes,
+            mark=mark,
+            note=note,
+            epoch=lambda: self._progress.epoch,
+            deadline_s=lambda: self._settings.current.freeze_deadline,
+        )
+
+    def _make_groups(self) -> AgentGroups:
+        return AgentGroups(
+            self._state,
+            machine_id=self._machine.id,
+            server=self._server,
+            maker=self._maker,
+            alarms=self._alarms,
+            settings=lambda: self._settings.current,
+            settled=self._settled,
+            threads=self._threads,
+            points=self._points,
+        )
+
+    async def _settled(self, lsn: int) -> None:
+        self._shipper.hurry(lsn)
+        self._ticker.poke()
+        await self._progress.wait_until(lambda: self._progress.acknowledged.lsn >= lsn)
+
+    async def _settle_points(self) -> None:
+        """Run post hooks that a point has left which was interrupted by the death of all."""
+        if self._files.exists(ORDER_FILE):
+            try:
+                await self._point_processes.settle()
+            except AsrfsError as error:
+                log.error("post hooks of a point that was interrupted: %s", error)
 
     def _make_filler(self) -> Filler:
         def disks() -> tuple[DiskConfig, ...]:
@@ -266,12 +346,16 @@ class Agent:
     async def _reload(self) -> None:
         """Take over settings and enrolment; another enrolment or certificate begins another session."""
         async with self._change_turn:
-            self._settings = await trio.to_thread.run_sync(self._state.load_settings, limiter=self._threads)
-            self._shipper.source.settings = shipping_settings(self._settings)
-            before = self._enrolment
+            source = self._shipper.source
+            before = (self._enrolment, source.group_port, source.group_address)
+            await self._settings.reload(self._threads)
+            settings = self._settings.current
+            source.group_port, source.group_address = settings.group_port, settings.group_address
             store = await trio.to_thread.run_sync(self._store, limiter=self._threads)
-            if store is not None and (self._enrolment != before or self._link.state == "refused"):
+            after = (self._enrolment, source.group_port, source.group_address)
+            if store is not None and (after != before or self._link.state == "refused"):
                 self._shipper.enrolled(store)
+            self._groups.changed()
             self._progress.wake()
 
     async def _status(self) -> dict[str, Any]:
@@ -296,11 +380,13 @@ class Agent:
             now_ns=SystemClock().time_ns(),
             first_unacknowledged_ns=self._oldest_unacknowledged_ns(),
             oldest_segment=self._housekeeping.oldest_segment,
-            quota_bytes=self._settings.quota_bytes(provisioned_bytes(machine)),
+            quota_bytes=self._settings.current.quota_bytes(provisioned_bytes(machine)),
+            policy=self._settings.current.policy,
             link=self._link.state,
             link_reason=self._link.reason,
             processes=processes,
             alarms=in_order(alarms),
+            groups=self._groups.groups.standing(),
         )
 
     def _oldest_unacknowledged_ns(self) -> int | None:
@@ -311,10 +397,6 @@ class Agent:
             time_ns = oldest_unacknowledged_ns(self._readers[3], cursor, self._progress.durable)
             self._first_unacknowledged = (cursor.lsn, time_ns)
         return time_ns
-
-
-def shipping_settings(settings: Settings) -> ShippingSettings:
-    return ShippingSettings(settings.object_size, settings.object_age, settings.compression, settings.bandwidth_limit)
 
 
 def without_gap(machine: MachineConfig, slot: int) -> MachineConfig:

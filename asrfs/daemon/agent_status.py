@@ -10,7 +10,7 @@ from typing import Any
 from asrfs.daemon.control import call
 from asrfs.daemon.disk_server_client import host_positions
 from asrfs.daemon.enrolment import is_enrolled
-from asrfs.daemon.health import process_alarms, quota_alarms, space_alarms
+from asrfs.daemon.health import process_alarms, quota_alarms, rpo_alarms, space_alarms
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import AsrfsError
 from asrfs.fuse.mount import FILESYSTEM_TYPE, mount_at
@@ -18,6 +18,7 @@ from asrfs.journal.reader import JournalReader
 from asrfs.journal.segments import list_journal
 from asrfs.model.machine import MachineConfig
 from asrfs.model.names import id_bytes
+from asrfs.model.policy import Policy
 from asrfs.model.positions import Cursor, Positions
 from asrfs.replication.alarms import Alarm, in_order
 from asrfs.replication.progress import bytes_between
@@ -47,8 +48,10 @@ class Facts:
     quota_bytes: int
     link: str
     link_reason: str = ""
+    policy: Policy = field(default_factory=Policy)
     processes: Mapping[str, int | None] = field(default_factory=dict)
     alarms: Sequence[Alarm] = ()
+    groups: Sequence[Mapping[str, Any]] = ()
 
 
 def status(facts: Facts) -> dict[str, Any]:
@@ -61,6 +64,7 @@ def status(facts: Facts) -> dict[str, Any]:
     rpo_s: float | None = 0.0
     if is_behind:
         rpo_s = max(0, facts.now_ns - since_ns) / NS_PER_S if since_ns else None
+    alarms = [*facts.alarms, *(rpo_alarms(rpo_s, facts.policy) if facts.is_enrolled else ())]
     fills = {fill.slot: fill.offset for fill in facts.positions.fills}
     return {
         "machine": facts.machine.name,
@@ -92,7 +96,8 @@ def status(facts: Facts) -> dict[str, Any]:
             }
             for disk in facts.machine.live_disks()
         ],
-        "alarms": [alarm._asdict() for alarm in facts.alarms],
+        "groups": [dict(group) for group in facts.groups],
+        "alarms": [alarm._asdict() for alarm in in_order(alarms)],
     }
 
 
@@ -137,7 +142,8 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
     reader.close()
     processes = state.processes()
     oldest_segment = segments[0] if segments else 0
-    quota_bytes = state.load_settings().quota_bytes(provisioned_bytes(machine))
+    settings = state.load_settings()
+    quota_bytes = settings.quota_bytes(provisioned_bytes(machine))
     used = journal_bytes(oldest_segment, durable)
     alarms = [
         *process_alarms(processes, has_mount=has_mount(state), agent_answers=False),
@@ -156,6 +162,7 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
         first_unacknowledged_ns=first_unacknowledged_ns,
         oldest_segment=oldest_segment,
         quota_bytes=quota_bytes,
+        policy=settings.policy,
         link=AGENT_NOT_RUNNING if processes["agent"] is None else AGENT_SILENT,
         processes=processes,
         alarms=in_order(alarms),

@@ -8,13 +8,17 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
 import trio
 
-from asrfs.consistency.points import Point, PointLog, crash_marker
+from asrfs.consistency.maker import PointMaker, PointRequest, request_of
+from asrfs.consistency.points import Point, PointLog
+from asrfs.daemon.agent_groups import AgentGroups
 from asrfs.daemon.control import Fields
 from asrfs.daemon.control_trio import AsyncHandler
 from asrfs.errors import AsrfsError, BadInputError, RefusedError, TemporaryError
-from asrfs.model.machine import encode_marker
+from asrfs.model.point_filter import PointFilter
+from asrfs.model.policy import OnFailure
 from asrfs.replication.applier_task import ApplierTask
 from asrfs.replication.disk_server import DiskServer
 from asrfs.replication.link import Link
@@ -25,13 +29,16 @@ from asrfs.replication.ticker import Ticker
 LOOK_S_MAX = 1.0
 RESTART_S_MAX = 10.0
 RETRY_S = 0.05
+GROUP_WAIT_S_MAX = 86400.0
+LIST_BYTES_MAX = 512 << 10
+"""Of one answer that lists points: half of what a control message may have."""
 
 T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class AgentVerbs:
-    """`status`, `set_paused`, `reload` and `stop` belong to the composition."""
+    """`status`, `set_paused`, `reload` and `stop` belong to the composition; `on_failure`: what the policy says."""
 
     machine_name: str
     server: DiskServer
@@ -41,6 +48,9 @@ class AgentVerbs:
     shipper: Shipper
     link: Link
     points: PointLog
+    maker: PointMaker
+    groups: AgentGroups
+    on_failure: Callable[[], OnFailure]
     threads: trio.CapacityLimiter
     status: Callable[[], Awaitable[dict[str, Any]]]
     set_paused: Callable[[bool], Awaitable[None]]
@@ -67,33 +77,57 @@ class AgentVerbs:
         return await self.status()
 
     async def on_point_create(self, request: Fields) -> dict[str, Any]:
-        """A marker at the present LSN; with `wait`, returns when the store has it."""
-        consistency, name = request.get("consistency", "crash"), request.get("name")
-        if consistency != "crash":
-            raise RefusedError(f"this version makes crash-consistent points only, not {str(consistency)[:20]!r} ones")
-        if name is not None and not isinstance(name, str):
-            raise BadInputError("the name of a point is a text")
-        wait = bool(request.get("wait"))
+        """A recovery point; with `wait`, returns when the store has it."""
+        wanted, wait = request_of({"on_failure": self.on_failure()} | _given(request)), bool(request.get("wait"))
         if wait:
             self._check_enrolled()
-        marker = crash_marker(name)
-        payload = encode_marker(marker)
-        lsn, time_ns = await through_a_restart(lambda: self.server.marker(payload))
-        point = Point.of(marker, lsn=lsn, epoch=self.progress.epoch, time_ns=time_ns)
-        await trio.to_thread.run_sync(self.points.add, point, limiter=self.threads)
-        self.hurry(lsn)
+        if (group := request.get("group")) is not None:
+            return await self._create_for_group(group, wanted, _timeout(request) if wait else None)
+        point, post_failures = await self.maker.make(wanted)
+        self.hurry(point.lsn)
         if wait:
             try:
-                await self.wait_acknowledged(lsn, _timeout(request))
+                await self.wait_acknowledged(point.lsn, _timeout(request))
             except TemporaryError as error:
                 raise TemporaryError(
-                    f"point {marker.id} is made at LSN {lsn} and not at the store yet: {error}"
+                    f"point {point.id} is made at LSN {point.lsn} and not at the store yet: {error}"
                 ) from None
-        return self._describe(point)
+        return self._describe(point) | {"post_failures": list(post_failures)}
 
-    async def on_point_list(self, _request: Fields) -> dict[str, Any]:
-        points = await trio.to_thread.run_sync(self.points.points, limiter=self.threads)
-        return {"points": [self._describe(point) for point in points]}
+    async def _create_for_group(self, group: object, wanted: PointRequest, wait_s: float | None) -> dict[str, Any]:
+        """A point of a group, by its coordinator; this machine's share of it."""
+        if not isinstance(group, str):
+            raise BadInputError("a group is called by its name")
+        wanted.check()
+        wait_s = None if wait_s is None else min(wait_s, GROUP_WAIT_S_MAX)
+        asked = await self.groups.groups.create(
+            group, wanted.consistency, point_name=wanted.name, note=wanted.note, wait_s=wait_s
+        )
+        point = await self.groups.share_of(asked.id, LOOK_S_MAX)
+        if point is None:
+            raise TemporaryError(
+                f"point {asked.id} of group {group} is made: {asked.ready} of {asked.members} members, not this one"
+            )
+        self.hurry(point.lsn)
+        return self._describe(point) | {"post_failures": []}
+
+    async def on_point_list(self, request: Fields) -> dict[str, Any]:
+        """As many of the points behind `after_lsn` as an answer can hold, and whether there are `more`."""
+        wanted, after_lsn = _filter(request), request.get("after_lsn", 0)
+        if not isinstance(after_lsn, int):
+            raise BadInputError("point_list goes on behind an LSN")
+        points = wanted.choose(await trio.to_thread.run_sync(self.points.points, limiter=self.threads))
+        described: list[dict[str, Any]] = []
+        room = LIST_BYTES_MAX
+        for point in points:
+            if point.lsn <= after_lsn:
+                continue
+            document = self._describe(point)
+            room -= len(msgspec.json.encode(document))
+            if room < 0 and described:
+                return {"points": described, "more": True}
+            described.append(document)
+        return {"points": described, "more": False}
 
     async def on_drain(self, request: Fields) -> dict[str, Any]:
         """Wait until the store has what was appended at the call."""
@@ -161,7 +195,7 @@ class AgentVerbs:
             raise RefusedError("this machine is not enrolled with a store: use `asrfs enroll` first")
 
     def _describe(self, point: Point) -> dict[str, Any]:
-        document = point.document(self.machine_name)
+        document = point.described(self.machine_name)
         return document | {"acknowledged": point.lsn <= self.progress.acknowledged.lsn}
 
 
@@ -178,6 +212,17 @@ async def through_a_restart(call: Callable[[], Awaitable[T]]) -> T:
             if trio.current_time() >= deadline:
                 raise
         await trio.sleep(RETRY_S)
+
+
+def _given(request: Fields) -> dict[str, Any]:
+    return {key: value for key, value in request.items() if value is not None}
+
+
+def _filter(request: Fields) -> PointFilter:
+    try:
+        return msgspec.convert(request.get("filter") or {}, PointFilter)
+    except msgspec.ValidationError as error:
+        raise BadInputError(f"points cannot be chosen like that: {error}") from None
 
 
 def _timeout(request: Fields) -> float:

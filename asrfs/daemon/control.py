@@ -25,16 +25,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from asrfs.errors import (
-    AsrfsError,
-    AuthenticationError,
-    BadInputError,
-    FormatError,
-    IntegrityError,
-    NotFoundError,
-    RefusedError,
-    TemporaryError,
-)
+from asrfs.errors import AsrfsError, AuthenticationError, BadInputError, FormatError, TemporaryError, error_class
 
 MESSAGE_BYTES_MAX = 1 << 20
 CALL_SECONDS_MAX = 30.0
@@ -43,14 +34,6 @@ LENGTH_BYTES = _LENGTH.size
 _CREDENTIALS = struct.Struct("3i")
 _CONNECTIONS_MAX = 64
 _ACCEPT_RETRY_S = 0.1
-_ERROR_CLASSES: dict[int, type[AsrfsError]] = {
-    1: TemporaryError,
-    2: BadInputError,
-    3: NotFoundError,
-    4: RefusedError,
-    5: IntegrityError,
-    6: AuthenticationError,
-}
 
 log = logging.getLogger(__name__)
 
@@ -112,11 +95,6 @@ def raise_if_refused(reply: Fields) -> Fields:
     if reply.pop("ok", False) is True:
         return reply
     raise error_class(reply.get("exit_code", 1))(str(reply.get("error", "the request failed")))
-
-
-def error_class(exit_code: object) -> type[AsrfsError]:
-    """The class of error that another process of ours ended or answered with."""
-    return _ERROR_CLASSES.get(exit_code, TemporaryError) if isinstance(exit_code, int) else TemporaryError
 
 
 def refusal(error: BaseException) -> Fields:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import logging
+import select
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from asrfs.daemon.control import (
     Answer,
     Fields,
     check_peer,
+    connect,
     decode_body,
     decode_length,
     encode_message,
@@ -28,6 +30,8 @@ from asrfs.daemon.control import (
     verb_of,
 )
 from asrfs.errors import AsrfsError, BadInputError
+
+_RECEIVE_BYTES = 64 << 10
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +92,81 @@ class AsyncControlClient:
             self.close()
             raise unreachable(self.path, ConnectionResetError("the connection was closed"))
         return raise_if_refused(reply)
+
+
+class PromptControlClient:
+    """One request at a time of one task, with as little between it and the socket as can be: for requests whose answer
+    others are held for. Messages are short. A connection that was left in a request is not used again."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._socket: socket.socket | None = None
+
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    async def call(
+        self,
+        verb: str,
+        *,
+        patience_s: float = 0.0,
+        quiet_s: float = 0.0,
+        said: Callable[[], None] = lambda: None,
+        **fields: Any,
+    ) -> Fields:
+        """The reply. Raises what the other side raised, UnreachableError when it is away.
+
+        `said`: called when the request is on its way; `patience_s`: for how long every other task may then wait with
+        this one; `quiet_s`: look for the reply only after that.
+        """
+        stream, self._socket = self._socket, None
+        try:
+            if stream is None:
+                stream = connect(self._path)
+                stream.setblocking(False)
+            message = encode_message({"verb": verb, **fields})
+            if stream.send(message) < len(message):
+                raise ConnectionResetError("the connection takes no message")
+            said()
+            if patience_s:
+                _wait_blocking(stream, patience_s)
+            if quiet_s:
+                await trio.sleep(quiet_s)
+            body = await _receive_at_once(stream)
+        except OSError:
+            if stream is not None:
+                stream.close()
+            raise unreachable(self._path, ConnectionResetError("the connection was closed")) from None
+        except BaseException:
+            if stream is not None:
+                stream.close()
+            raise
+        self._socket = stream
+        return raise_if_refused(decode_body(body))
+
+
+def _wait_blocking(stream: socket.socket, seconds_max: float) -> None:
+    """Until there is something to read, or for so long."""
+    poll = select.poll()
+    poll.register(stream, select.POLLIN)
+    poll.poll(seconds_max * 1000)
+
+
+async def _receive_at_once(stream: socket.socket) -> bytes:
+    """The body of one message."""
+    received = b""
+    while len(received) < LENGTH_BYTES or len(received) < LENGTH_BYTES + decode_length(received[:LENGTH_BYTES]):
+        try:
+            piece = stream.recv(_RECEIVE_BYTES)
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(stream)
+            continue
+        if not piece:
+            raise ConnectionResetError("the connection was closed")
+        received += piece
+    return received[LENGTH_BYTES:]
 
 
 async def call_async(path: str, verb: str, *, seconds_max: float = CALL_SECONDS_MAX, **fields: Any) -> Fields:

@@ -16,9 +16,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from asrfs.daemon.control import Answer, ControlServer, Fields
-from asrfs.daemon.hardening import ignore_terminal, raise_file_limit, serve_io
+from asrfs.daemon.hardening import ignore_terminal, limit_thread_stacks, raise_file_limit, serve_io
 from asrfs.daemon.logs import start_logging
 from asrfs.daemon.served_machine import ServedMachine
 from asrfs.daemon.state import StateDirectory
@@ -34,8 +35,9 @@ log = logging.getLogger("asrfs.disk_server")
 class _Stopper:
     """Gets the main thread out of a read that nothing else would end."""
 
-    def __init__(self, session: DirectSession) -> None:
+    def __init__(self, session: DirectSession, end_hold: Callable[[], None]) -> None:
         self._session = session
+        self._end_hold = end_hold
         self._started = threading.Lock()
         self._done = threading.Event()
 
@@ -52,6 +54,7 @@ class _Stopper:
         self._done.set()
 
     def _kick(self) -> None:
+        self._end_hold()  # what is held would keep the main thread
         main = threading.main_thread().ident
         assert main is not None
         while not self._done.wait(_KICK_INTERVAL_S):
@@ -67,7 +70,7 @@ def serve(arguments: argparse.Namespace) -> int:
     state.settle()
     machine = ServedMachine(state, SystemClock())
     session = DirectSession(arguments.fuse_fd, machine.volume, time_s=int(time.time()))
-    stopper = _Stopper(session)
+    stopper = _Stopper(session, machine.hold.end)
 
     def hello(_: Fields) -> Fields:
         return {
@@ -123,6 +126,7 @@ def main() -> int:
     arguments = parser.parse_args()
     ignore_terminal()
     raise_file_limit()
+    limit_thread_stacks()
     try:
         start_logging(StateDirectory.open(arguments.state), "disk_server", owns_stderr=True)
         return serve(arguments)

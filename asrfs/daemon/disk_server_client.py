@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from asrfs.daemon.control import CALL_SECONDS_MAX, Fields
-from asrfs.daemon.control_trio import AsyncControlClient
+from asrfs.consistency.group_share import Held
+from asrfs.daemon.control import CALL_SECONDS_MAX, Fields, UnreachableError
+from asrfs.daemon.control_trio import AsyncControlClient, PromptControlClient
+from asrfs.daemon.hardening import hurry, take_time
 from asrfs.errors import FormatError, TemporaryError
 from asrfs.model.positions import Cursor
 from asrfs.replication.disk_server import HostPositions
+
+HOLD_PATIENCE_S = 0.005
+"""For so long the whole agent waits for a hold to begin: others hold meanwhile, and every switch of tasks is theirs."""
 
 
 class _Line:
@@ -51,6 +56,7 @@ class DiskServerClient:
         self._short = _Line(path)
         self._long = _Line(path)
         self._fill = _Line(path)
+        self._hold = PromptControlClient(path)
 
     async def positions(self) -> HostPositions:
         return host_positions(await self._short.call("positions"))
@@ -61,6 +67,33 @@ class DiskServerClient:
     async def marker(self, payload: bytes) -> tuple[int, int]:
         reply = await self._long.call("marker", payload=payload)
         return int(reply["lsn"]), int(reply["time_ns"])
+
+    async def arm(self, hold_id: str, marker: bytes, seconds_max: float, not_after: float | None) -> None:
+        fields = {"id": hold_id, "payload": marker, "seconds": seconds_max, "not_after": not_after}
+        await self._at_once("arm", **fields)
+        if not_after is None:  # else others may freeze for long before anybody holds
+            hurry()
+
+    async def hold(self, hold_id: str) -> Held:
+        reply = await self._hold.call("hold", id=hold_id, patience_s=HOLD_PATIENCE_S)
+        return Held(int(reply["lsn"]), int(reply["time_ns"]), int(reply["epoch"]))
+
+    async def release(self, hold_id: str, quiet_s: float) -> tuple[bool, float]:
+        try:
+            reply = await self._at_once("release", id=hold_id, quiet_s=quiet_s, said=take_time)
+        finally:
+            take_time()
+        return reply["holding"] is True, float(reply["hold_ms"])
+
+    async def _at_once(self, verb: str, **fields: Any) -> Fields:
+        """What the line was to is gone, and what it held with it: the next one is asked the same, once."""
+        try:
+            return await self._hold.call(verb, **fields)
+        except UnreachableError:
+            return await self._hold.call(verb, **fields)
+
+    async def make_durable(self) -> None:
+        await self._long.call("sync")
 
     async def applied(self, lsn: int, segment: int) -> None:
         await self._short.call("applied", lsn=lsn, segment=segment)
@@ -73,7 +106,7 @@ class DiskServerClient:
         await self._fill.call("disks")
 
     def close(self) -> None:
-        for line in (self._short, self._long, self._fill):
+        for line in (self._short, self._long, self._fill, self._hold):
             line.close()
 
 

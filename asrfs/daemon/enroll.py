@@ -14,10 +14,9 @@ import httpx2
 import msgspec
 from cryptography import x509
 
-from asrfs.daemon.control import error_class
 from asrfs.daemon.enrolment import Enrolment, decode_key, load_enrolment, save_enrolment
 from asrfs.daemon.state import StateDirectory
-from asrfs.errors import BadInputError, IntegrityError, RefusedError, TemporaryError, foreign_line
+from asrfs.errors import BadInputError, IntegrityError, RefusedError, TemporaryError, error_class, foreign_line
 from asrfs.model.names import is_id
 from asrfs.transport.enrolment import (
     ENROL_PATH,

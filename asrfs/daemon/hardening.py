@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import resource
 import signal
 import threading
@@ -32,6 +33,31 @@ def raise_file_limit() -> None:
         pass
 
 
+def limit_thread_stacks() -> None:
+    """Threads begun from now on have small stacks: `serve_io` locks the whole of those that are there."""
+    threading.stack_size(_THREAD_STACK_BYTES)
+
+
+def hurry(urgency: int = 1) -> None:
+    """Until `take_time`, the calling thread goes before every ordinary one of this host, and those of less urgency:
+    others are held for it.
+
+    Needs CAP_SYS_NICE. What it begins meanwhile is ordinary.
+    """
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(urgency))
+    except OSError:
+        pass
+
+
+def take_time() -> None:
+    """The calling thread is an ordinary one again, of the niceness it had."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    except OSError:
+        pass
+
+
 def serve_io() -> None:
     """Once everything is loaded: stay in memory, and never wait for one's own disk to be written back.
 
@@ -39,7 +65,6 @@ def serve_io() -> None:
     later is locked when it is first touched, so that thread stacks and heaps cost no more than is used.
     """
     _libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
-    threading.stack_size(_THREAD_STACK_BYTES)
     gc.collect()
     gc.freeze()
     _libc.mlockall(_MCL_CURRENT)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from asrfs.model.policy import Policy
 from asrfs.model.quantities import format_size
+from asrfs.model.rpo_alarm import rpo_text
 from asrfs.replication.alarms import Alarm, Severity
 
 SPACE_WARNING = 0.80
@@ -47,6 +49,12 @@ def quota_alarms(used_bytes: int, quota_bytes: int, records_behind: int) -> list
         return []
     text = f"the journal holds {format_size(used_bytes)}, its quota is {format_size(quota_bytes)}"
     return [Alarm("journal-over-quota", "warning", f"{text}: {records_behind} records wait for the store and are kept")]
+
+
+def rpo_alarms(achieved_rpo_s: float | None, policy: Policy) -> list[Alarm]:
+    """The alarm of an RPO that is not kept."""
+    said = rpo_text(achieved_rpo_s, policy)
+    return [] if said is None else [Alarm("rpo", *said)]
 
 
 def space_alarms(root: str, total_bytes: int, free_bytes: int) -> list[Alarm]:

@@ -1,11 +1,14 @@
 """Loop devices over the disks of a mount, and the filesystems on them.
 
-Always with direct I/O: a buffered loop device splits every request into 4 KiB writes and caches twice. The tools of
-util-linux do the work; each call is bounded, because a device over a dead mount can block for ever.
+Always with direct I/O: a buffered loop device splits every request into 4 KiB writes and caches twice. Its queue is set
+for what is behind it, and filesystems are made with blocks and sectors of 4 KiB, because that is what is journaled: a
+shorter write costs a read and a whole block. The tools of util-linux do the work; each call is bounded, because a
+device over a dead mount can block for ever.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 from pathlib import Path
@@ -14,8 +17,20 @@ from typing import NamedTuple
 from asrfs.errors import NotFoundError, RefusedError, TemporaryError
 from asrfs.fuse import mount as fuse_mount
 
+log = logging.getLogger(__name__)
+
 _TOOL_SECONDS_MAX = 120.0
 _BLOCK = Path("/sys/block")
+QUEUE = {
+    "scheduler": "none",  # the order of requests is of no use to a journal
+    "max_sectors_kb": "1024",  # what one FUSE request carries; a longer one would be cut into a whole and a rest
+    "read_ahead_kb": "2048",  # two of them, so that one is read while the other is used
+    "wbt_lat_usec": "0",  # no throttling of writeback: nothing seeks, and the journal takes what comes
+    "rotational": "0",
+}
+"""Of an attached device. Discards are on without a word of ours: the loop driver takes granularity (4 KiB, a block) and
+limit from what STATFS and the file say. How many requests it may have is the kernel's 128, and so is `max_background`
+of FUSE."""
 
 
 class LoopDevice(NamedTuple):
@@ -59,7 +74,9 @@ def attach(path: str) -> str:
     for loop in loop_devices_below(os.path.dirname(path)):
         if loop.backing_file == os.path.realpath(path):
             raise RefusedError(f"{path} is already attached as {loop.device}")
-    return run_tool("losetup", "--find", "--show", "--direct-io=on", path).strip()
+    device = run_tool("losetup", "--find", "--show", "--direct-io=on", path).strip()
+    _set_queue(device)
+    return device
 
 
 def detach(device: str) -> None:
@@ -69,7 +86,10 @@ def detach(device: str) -> None:
 
 def make_filesystem(device: str, kind: str) -> None:
     """Format a device as ext4 or xfs. Discards go through, so that the image stays sparse."""
-    arguments = {"ext4": ["mkfs.ext4", "-q", "-F", device], "xfs": ["mkfs.xfs", "-q", "-f", device]}[kind]
+    arguments = {
+        "ext4": ["mkfs.ext4", "-q", "-F", "-b", "4096", device],
+        "xfs": ["mkfs.xfs", "-q", "-f", "-s", "size=4096", device],
+    }[kind]
     run_tool(*arguments)
 
 
@@ -127,6 +147,16 @@ def run_tool(*arguments: str) -> str:
         words = " ".join(lines[0].split()) if lines else ""
         raise RefusedError(f"{' '.join(arguments)} failed: {words or f'exit code {done.returncode}'}")
     return done.stdout
+
+
+def _set_queue(device: str) -> None:
+    """What this kernel does not have or allow stays as it is: all of it is about speed only."""
+    queue = _BLOCK / os.path.basename(device) / "queue"
+    for name, value in QUEUE.items():
+        try:
+            (queue / name).write_text(value)
+        except OSError as error:
+            log.info("%s: %s stays as it is: %s", device, name, error.strerror)
 
 
 def _mounts_of(device_number: str) -> tuple[str, ...]:

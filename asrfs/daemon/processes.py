@@ -76,10 +76,6 @@ class RestartPace:
 
 def spawn(state: StateDirectory, role: Role, arguments: Sequence[str], pass_fds: Sequence[int] = ()) -> WatchedProcess:
     """Start `python -m asrfs.daemon.ROLE`, its output going to the log of the role."""
-    environment = {**os.environ, **_CHILD_ENVIRONMENT}
-    environment.pop(NOTIFY_VARIABLE, None)
-    packages = os.path.dirname(os.path.dirname(os.path.abspath(asrfs.__file__)))
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (packages, environment.get("PYTHONPATH"))))
     with open(_log_file(state, role), "ab") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", f"asrfs.daemon.{role}", "--state", state.root, *arguments],
@@ -89,9 +85,18 @@ def spawn(state: StateDirectory, role: Role, arguments: Sequence[str], pass_fds:
             pass_fds=pass_fds,
             start_new_session=True,
             cwd="/",
-            env=environment,
+            env=child_environment(),
         )
     return WatchedProcess(child.pid, child)
+
+
+def child_environment() -> dict[str, str]:
+    """Of a process of ours: it finds this very package."""
+    environment = {**os.environ, **_CHILD_ENVIRONMENT}
+    environment.pop(NOTIFY_VARIABLE, None)
+    packages = os.path.dirname(os.path.dirname(os.path.abspath(asrfs.__file__)))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (packages, environment.get("PYTHONPATH"))))
+    return environment
 
 
 def adopt(state: StateDirectory, role: Role) -> WatchedProcess | None:

@@ -15,22 +15,26 @@ import errno
 import fcntl
 import logging
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from asrfs.daemon.control import Fields
+from asrfs.daemon.hardening import hurry, take_time
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import AsrfsError, BadInputError, IntegrityError, NotFoundError, RefusedError
 from asrfs.format.record import PAYLOAD_BYTES_MAX, Kind
 from asrfs.fuse.direct import Bytes, Volume
 from asrfs.journal.block_map import BlockMap
-from asrfs.journal.disk import JournaledDisk, drop_applied, rebuild_maps
-from asrfs.journal.recovery import recover
+from asrfs.journal.disk import JournaledDisk, WriteTogether, rebuild_maps
+from asrfs.journal.hold import WriteHold
+from asrfs.journal.map_keeper import MapKeeper
+from asrfs.journal.recovery import Recovered, recover
 from asrfs.journal.writer import Journal
 from asrfs.model.clock import Clock
-from asrfs.model.machine import NO_SLOT, DiskConfig, DiskRecord, MachineConfig, decode_marker, encode_disk
-from asrfs.model.names import id_bytes
+from asrfs.model.machine import NO_SLOT, DiskConfig, DiskRecord, MachineConfig, encode_disk
+from asrfs.model.marker import decode_marker
+from asrfs.model.names import id_bytes, is_id
+from asrfs.model.positions import Positions
 from asrfs.storage.directory import DirectoryStorage, OpenFile, open_path
 
 FILL_BYTES_MAX = 16 * PAYLOAD_BYTES_MAX
@@ -56,6 +60,7 @@ class ServedMachine:
 
     def __init__(self, state: StateDirectory, clock: Clock) -> None:
         self._state = state
+        self._clock = clock
         machine = state.load_machine()
         self._served: dict[int, _Served] = {}
         self._announced: dict[int, DiskRecord] = {}
@@ -85,17 +90,34 @@ class ServedMachine:
     def _open_journal(self, machine: MachineConfig, clock: Clock) -> None:
         positions = self._state.load_positions()
         storage = DirectoryStorage(self._state.journal)
+        self._maps = {disk.slot: BlockMap() for disk in machine.live_disks()}
         try:
-            recovered = recover(storage, positions, id_bytes(machine.id))
-        except IntegrityError as error:
-            raise IntegrityError(f"{storage.root}: {error}") from None
+            recovered = self._recover(storage, positions, machine, by_indexes=True)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            log.warning("too few files may be open for a map of each segment: all segments are read instead")
+            for block_map in self._maps.values():
+                block_map.close()
+            recovered = self._recover(storage, positions, machine, by_indexes=False)
         if recovered.cut is not None:
             log.warning("a torn tail was cut: %s", recovered.cut)
         self._applied_lsn = positions.applied.lsn
-        self._maps = {disk.slot: BlockMap() for disk in machine.live_disks()}
-        rebuild_maps(recovered, self._maps)
         self.journal = Journal(storage, id_bytes(machine.id), recovered, clock)
-        self.volume = Volume(self.journal.request_sync)
+        self._keeper = MapKeeper(self.journal, storage, self._maps, recovered)
+        self.hold = WriteHold(self.journal, clock)
+        self.volume = Volume(self.journal.request_sync, WriteTogether(self.journal), self.hold.keep)
+
+    def _recover(
+        self, storage: DirectoryStorage, positions: Positions, machine: MachineConfig, *, by_indexes: bool
+    ) -> Recovered:
+        """The history that was found, all of it in the maps. Raises IntegrityError, OSError."""
+        try:
+            recovered = recover(storage, positions, id_bytes(machine.id), by_indexes=by_indexes)
+        except IntegrityError as error:
+            raise IntegrityError(f"{storage.root}: {error}") from None
+        rebuild_maps(recovered, self._maps, storage)
+        return recovered
 
     def reconcile(self) -> None:
         """Take over what changed in `machine.json`."""
@@ -118,8 +140,10 @@ class ServedMachine:
 
     def flush(self) -> None:
         """Make everything durable and close the journal. Raises OSError if it cannot be."""
+        self.hold.end()
         self.journal.sync()
         self.journal.close()
+        self._keeper.close()
 
     def close(self) -> None:
         """Close the images, which lets others have them. Only where the process goes on."""
@@ -167,6 +191,13 @@ class ServedMachine:
             self._images[config.slot] = served.image
         if config.released and (image := self._images.pop(config.slot, None)) is not None:
             fcntl.flock(image.fd, fcntl.LOCK_UN)
+            self._forget_map(config.slot)
+
+    def _forget_map(self, slot: int) -> None:
+        """Of a disk that is released, so all of it is in the image."""
+        with self.journal.lock:
+            if (block_map := self._maps.pop(slot, None)) is not None:
+                block_map.close()
 
     def _open_image(self, config: DiskConfig) -> OpenFile:
         path = self._state.image_path(config)
@@ -214,20 +245,52 @@ class ServedMachine:
         return self.positions(request)
 
     def marker(self, request: Fields) -> Fields:
-        """Append a MARKER and make it durable."""
-        payload = bytes(request["payload"])
+        """Append a MARKER and make it durable; RefusedError once the clock of this host is past `not_after`.
+
+        Filesystems that are frozen until then are so when the marker is appended.
+        """
+        payload, not_after = bytes(request["payload"]), request.get("not_after")
         decode_marker(payload)
         journal = self.journal
         with journal.lock:
+            if not_after is not None and self._clock.monotonic() >= float(not_after):
+                raise RefusedError("the marker came after its deadline")
             journal.append_locked(Kind.MARKER, NO_SLOT, 0, 0, payload)
             lsn, time_ns = journal.appended_lsn, journal.last_time_ns
         journal.sync()
         return {"lsn": lsn, "time_ns": time_ns}
 
+    def arm(self, request: Fields) -> Fields:
+        """Be ready for `hold` of this id, which is to append the MARKER `payload`, not after an instant as `marker`
+        does, and to hold for so many seconds at the most."""
+        payload, seconds, not_after = bytes(request["payload"]), request["seconds"], request.get("not_after")
+        if not isinstance(seconds, int | float) or not isinstance(not_after, int | float | None):
+            raise BadInputError("a hold lasts for a number of seconds")
+        decode_marker(payload)
+        self.hold.arm(_hold_id(request), payload, seconds, not_after)
+        if not_after is None:
+            hurry()
+        return {}
+
+    def begin_hold(self, request: Fields) -> Fields:
+        """Append the MARKER that was armed and hold every change behind it until `release`.
+
+        Making it durable is for `sync`, after the release: what is held takes others' time.
+        """
+        held = self.hold.begin_armed(_hold_id(request))
+        hurry(2)  # what lets go comes before what says so to the next one
+        return {"lsn": held.lsn, "time_ns": held.time_ns, "epoch": held.epoch}
+
+    def release(self, request: Fields) -> Fields:
+        """Let changes go on."""
+        released = self.hold.release(_hold_id(request))
+        take_time()
+        return {"holding": released.holding, "hold_ms": released.seconds * 1000}
+
     def applied(self, request: Fields) -> Fields:
         """Drop the maps of segments that are wholly in the images."""
         lsn, segment = int(request["lsn"]), int(request["segment"])
-        drop_applied(self.journal, [served.disk for served in list(self._served.values())], segment)
+        self.journal.drop_through(segment, list(self._maps.values()))  # also of disks that are removed
         self._applied_lsn = max(self._applied_lsn, lsn)
         return {}
 
@@ -253,10 +316,20 @@ class ServedMachine:
             "positions": self.positions,
             "sync": self.sync,
             "marker": self.marker,
+            "arm": self.arm,
+            "hold": self.begin_hold,
+            "release": self.release,
             "applied": self.applied,
             "fill": self.fill,
             "disks": self.disks,
         }
+
+
+def _hold_id(request: Fields) -> str:
+    hold_id = request["id"]
+    if not isinstance(hold_id, str) or not is_id(hold_id):
+        raise BadInputError("a hold is named by the id of the point")
+    return hold_id
 
 
 class _UnannouncedDisk:
@@ -272,8 +345,8 @@ class _UnannouncedDisk:
         self._machine.announce_late(self._slot)
         self._disk.write(offset, payload)
 
-    def read(self, offset: int, length: int) -> Sequence[Bytes]:
-        return self._disk.read(offset, length)
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self._disk.read_into(offset, buffer)
 
     def zero(self, offset: int, length: int) -> None:
         self._machine.announce_late(self._slot)

@@ -1,17 +1,22 @@
-"""What `asrfs set` can change: names, defaults, and how each value is written.
+"""What holds on one host: its own settings and the policy it was told, either overridden by `asrfs set`.
 
 Overrides are kept as the text a person wrote, so a better default of a later version reaches everyone who did
-not choose; reading them makes a `Settings`. A key that is not here is refused.
+not choose; reading them makes a `Settings`. A key that is not here is refused. A policy is the store's word: what of
+it cannot be read is left at its default and named, never refused, because nobody here can mend it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import msgspec
 
 from asrfs.errors import BadInputError
+from asrfs.model import policy as policies
+from asrfs.model.configuration import HostConfiguration
+from asrfs.model.policy import STORE_KEYS, Policy, follow_policy, followed_texts, texts_in_force, unknown_key
 from asrfs.model.quantities import parse_duration, parse_size
 
 QUOTA_BYTES_MIN = 256 << 20
@@ -24,17 +29,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Values that hold for one machine. Sizes in bytes, durations in seconds.
 
     The journal's quota is `journal_quota_bytes` when that is set, else `journal_quota_percent` of the bytes
-    of all disks (see `quota_bytes`). `bandwidth_limit` is bytes per second, 0 for none.
+    of all disks (see `quota_bytes`). `unfollowed`: a line for each thing the store told that cannot be followed.
     """
 
     journal_quota_bytes: int | None = None
     journal_quota_percent: float = 50.0
     object_size: int = 4 << 20
     object_age: float = 0.25
-    bandwidth_limit: int = 0
     compression: bool = True
     group_deadline: float = 1.0
+    group_port: int = 20004
+    group_address: str = ""
     freeze_deadline: float = 10.0
+    policy: Policy = Policy()
+    unfollowed: tuple[str, ...] = ()
 
     def quota_bytes(self, provisioned_bytes: int) -> int:
         """Journal quota of a machine whose disks have `provisioned_bytes` together."""
@@ -43,29 +51,105 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return max(QUOTA_BYTES_MIN, int(provisioned_bytes * self.journal_quota_percent / 100))
 
 
-DEFAULT_TEXTS = {
+_OWN_TEXTS = {
     "journal_quota": "50%",
     "object_size": "4M",
     "object_age": "250ms",
-    "bandwidth_limit": "none",
     "compression": "zstd",
     "group_deadline": "1s",
+    "group_port": "20004",
+    "group_address": "auto",
     "freeze_deadline": "10s",
 }
-"""Every key with its default, as it would be written."""
+DEFAULT_TEXTS = _OWN_TEXTS | {key: text for key, text in policies.DEFAULT_TEXTS.items() if key not in STORE_KEYS}
+"""Every key that can be set here, with its default, as it would be written."""
+
+_TOLD_NOTHING = HostConfiguration()
 
 
-def parse_overrides(overrides: Mapping[str, str]) -> Settings:
-    """Settings with these overrides of the defaults. Raises BadInputError that names key and value."""
+def parse_overrides(overrides: Mapping[str, str], told: HostConfiguration = _TOLD_NOTHING) -> Settings:
+    """Settings with these overrides of defaults and of the policy that was told.
+
+    Raises BadInputError that names every key and value that is wrong by itself. What contradicts something else in the
+    policy is named in `unfollowed`: it may be the store that has changed.
+    """
     values: dict[str, Any] = {}
+    errors = []
     for key, text in overrides.items():
-        if key not in _PARSERS:
-            raise BadInputError(f"{key[:40]!r} is not a setting: choose from {', '.join(sorted(_PARSERS))}")
         try:
-            values |= _PARSERS[key](text)
+            values |= _parse(key, text)
         except BadInputError as error:
-            raise BadInputError(f"{key}={text[:40]}: {error}") from None
-    return Settings(**values)
+            errors.append(str(error))
+    if errors:
+        raise BadInputError("; ".join(errors))
+    policy, unfollowed = follow_policy(told.keys | _of_policy(overrides))
+    return Settings(**values, policy=policy, unfollowed=tuple(unfollowed))
+
+
+def check_overrides(
+    overrides: Mapping[str, str], taken_back: Iterable[str], told: HostConfiguration, wrong: Iterable[str] = ()
+) -> Settings:
+    """As `parse_overrides`, for what a person asks for: raises BadInputError for what contradicts the policy, too, and
+    for what is `wrong` already."""
+    errors = list(wrong)
+    for key in taken_back:
+        try:
+            _check_settable(key)
+        except BadInputError as error:
+            errors.append(str(error))
+    try:
+        settings = parse_overrides(overrides, told)
+    except BadInputError as error:
+        raise BadInputError("; ".join([*errors, str(error)])) from None
+    unfollowed_before = follow_policy(told.keys)[1]
+    errors += [text for text in settings.unfollowed if text not in unfollowed_before]
+    if errors:
+        raise BadInputError("; ".join(errors))
+    return settings
+
+
+def shown(overrides: Mapping[str, str], told: HostConfiguration) -> dict[str, dict[str, Any]]:
+    """Each key with what is in force, and from where: `default`, `policy NAME` or `set here`, as commands print it.
+
+    `policy`: what the policy says, also where it is overridden.
+    """
+    by_policy = followed_texts(told.keys)
+    values = _OWN_TEXTS | texts_in_force(followed_texts(told.keys | _of_policy(overrides))) | dict(overrides)
+    defaults = _OWN_TEXTS | policies.DEFAULT_TEXTS
+    return {
+        key: {
+            "value": values[key],
+            "default": default,
+            "set": key in overrides,
+            "policy": by_policy.get(key),
+            "from": "set here" if key in overrides else f"policy {told.policy}" if key in by_policy else "default",
+        }
+        for key, default in defaults.items()
+    }
+
+
+def _check_settable(key: str) -> None:
+    """Raise BadInputError unless this can be set here."""
+    if key in STORE_KEYS:
+        raise BadInputError(f"{key} is decided at the store: use `replica-store policy set` there")
+    if key not in DEFAULT_TEXTS:
+        raise BadInputError(unknown_key(key, DEFAULT_TEXTS))
+
+
+def _of_policy(overrides: Mapping[str, str]) -> dict[str, str]:
+    return {key: text for key, text in overrides.items() if key in policies.DEFAULT_TEXTS}
+
+
+def _parse(key: str, text: str) -> dict[str, Any]:
+    """Fields of `Settings` by one override; none by one of the policy, which is only checked."""
+    _check_settable(key)
+    if key in policies.DEFAULT_TEXTS:
+        policies.parse_key(key, text)
+        return {}
+    try:
+        return _PARSERS[key](text)
+    except BadInputError as error:
+        raise BadInputError(f"{key}={text[:40]}: {error}") from None
 
 
 def _quota(text: str) -> dict[str, Any]:
@@ -90,13 +174,6 @@ def _object_size(text: str) -> dict[str, Any]:
     return {"object_size": size}
 
 
-def _bandwidth(text: str) -> dict[str, Any]:
-    limit = 0 if text.lower() in ("none", "off") else parse_size(text.removesuffix("/s"))
-    if 0 < limit < 1024:
-        raise BadInputError("the limit is bytes per second, at least 1K, or none")
-    return {"bandwidth_limit": limit}
-
-
 def _compression(text: str) -> dict[str, Any]:
     if text.lower() not in ("zstd", "on", "none", "off"):
         raise BadInputError("compression is zstd or none")
@@ -113,12 +190,27 @@ def _duration(key: str, seconds_min: float, seconds_max: float) -> Callable[[str
     return parse
 
 
+def _group_port(text: str) -> dict[str, Any]:
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 65536:
+        raise BadInputError("a port is a number from 1 to 65535")
+    return {"group_port": int(text)}
+
+
+def _group_address(text: str) -> dict[str, Any]:
+    if text.lower() in ("", "auto"):
+        return {"group_address": ""}
+    if not re.fullmatch(r"[A-Za-z0-9.:_-]{1,255}", text):
+        raise BadInputError("the name or address at which other members of a group reach this machine, or auto")
+    return {"group_address": text}
+
+
 _PARSERS: dict[str, Callable[[str], dict[str, Any]]] = {
     "journal_quota": _quota,
     "object_size": _object_size,
     "object_age": _duration("object_age", 0.01, 60),
-    "bandwidth_limit": _bandwidth,
     "compression": _compression,
     "group_deadline": _duration("group_deadline", 0.05, 60),
+    "group_port": _group_port,
+    "group_address": _group_address,
     "freeze_deadline": _duration("freeze_deadline", 0.1, 300),
 }

@@ -13,13 +13,13 @@ import fcntl
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from asrfs.daemon.settings import Settings, parse_overrides
+from asrfs.daemon.settings import Settings, check_overrides, parse_overrides
 from asrfs.errors import (
     BadInputError,
     FormatError,
@@ -29,6 +29,7 @@ from asrfs.errors import (
     RefusedError,
     TemporaryError,
 )
+from asrfs.model.configuration import HostConfiguration, decode_configuration
 from asrfs.model.machine import SLOT_MAX, DiskConfig, MachineConfig, check_machine
 from asrfs.model.names import check_name
 from asrfs.model.positions import Positions
@@ -37,13 +38,16 @@ from asrfs.storage.interface import read_whole, write_atomically
 
 Role = Literal["supervisor", "disk_server", "agent"]
 ROLES: tuple[Role, ...] = ("supervisor", "disk_server", "agent")
+LockName = Role | Literal["point"]
+"""`point`: whoever is making a point for which something is quiesced."""
 
 MACHINE_FILE = "machine.json"
 SETTINGS_FILE = "settings.json"
 POSITIONS_FILE = "positions.json"
 POINTS_FILE = "points.jsonl"
+CONFIGURATION_FILE = "configuration.json"
 SERVED_FILE = "run/served.json"
-_DIRECTORIES = ("journal", "images", "keys", "run", "log")
+_DIRECTORIES = ("journal", "images", "keys", "run", "log", "hooks")
 _LOCK_TRIES = 25
 _LOCK_TRY_INTERVAL_S = 0.01
 
@@ -138,6 +142,10 @@ class StateDirectory:
     def keys(self) -> str:
         return self.path("keys")
 
+    @property
+    def hooks(self) -> str:
+        return self.path("hooks")
+
     def is_enrolled(self) -> bool:
         """Whether a store has let this machine in; `keys/store.json` is the last file that enrolment writes."""
         return os.path.exists(os.path.join(self.keys, "store.json"))
@@ -227,19 +235,29 @@ class StateDirectory:
         return self._load(SETTINGS_FILE, dict[str, str])
 
     def load_settings(self) -> Settings:
-        """Defaults with the overrides of this machine. Raises IntegrityError."""
+        """Defaults, the policy that was told and the overrides of this machine. Raises IntegrityError."""
         try:
-            return parse_overrides(self.load_overrides())
+            return parse_overrides(self.load_overrides(), self.load_configuration())
         except BadInputError as error:
             raise IntegrityError(f"{self.path(SETTINGS_FILE)}: {error}") from None
 
-    def change_settings(self, given: dict[str, str]) -> Settings:
-        """Add overrides, all or none; an empty text takes one back. Raises BadInputError."""
+    def change_settings(self, given: dict[str, str], wrong: Sequence[str] = ()) -> Settings:
+        """Add overrides, all or none; an empty text or `default` takes one back. Raises BadInputError, with what is
+        `wrong` already."""
         with self._exclusive("machine.lock"):
-            merged = {key: text for key, text in (self.load_overrides() | given).items() if text}
-            settings = parse_overrides(merged)
+            merged = self.load_overrides() | given
+            merged = {key: text for key, text in merged.items() if text and text.lower() != "default"}
+            taken_back = [key for key in given if key not in merged]
+            settings = check_overrides(merged, taken_back, self.load_configuration(), wrong)
             self._save(SETTINGS_FILE, merged)
         return settings
+
+    def load_configuration(self) -> HostConfiguration:
+        """What the store last told this host; nothing if it never did or the file cannot be read."""
+        try:
+            return decode_configuration(read_whole(DirectoryStorage(self.root), CONFIGURATION_FILE))
+        except (FileNotFoundError, FormatError):
+            return HostConfiguration()
 
     def load_positions(self) -> Positions:
         """What the agent wrote down last; the beginning of the history if it never did."""
@@ -265,7 +283,7 @@ class StateDirectory:
         if served != self.load_served():
             self._save(SERVED_FILE, served)
 
-    def take_lock(self, role: Role) -> RunLock | None:
+    def take_lock(self, role: LockName) -> RunLock | None:
         """Become this role: hold its lock for the life of this process. None if another process is it."""
         path = self.path("run", f"{role}.lock")
         os.makedirs(self.path("run"), mode=0o700, exist_ok=True)
@@ -281,7 +299,7 @@ class StateDirectory:
         os.close(fd)
         return None
 
-    def lock_holder(self, role: Role) -> int | None:
+    def lock_holder(self, role: LockName) -> int | None:
         """The process id of who is this role now, None if nobody is. It may end at any time after."""
         try:
             fd = os.open(self.path("run", f"{role}.lock"), os.O_RDWR | os.O_CLOEXEC)
@@ -301,7 +319,7 @@ class StateDirectory:
         """Process ids by role, None for one that is not there."""
         return {role: self.lock_holder(role) for role in ROLES}
 
-    def wait_lock_free(self, role: Role, seconds_max: float) -> bool:
+    def wait_lock_free(self, role: LockName, seconds_max: float) -> bool:
         """Wait until nobody is this role; False if somebody still is after `seconds_max`."""
         deadline = time.monotonic() + seconds_max
         while self.lock_holder(role) is not None:

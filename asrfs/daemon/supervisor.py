@@ -21,13 +21,13 @@ from typing import TextIO
 import trio
 
 from asrfs.daemon import attachments, processes, unmounting
-from asrfs.daemon.control import ControlClient, Fields, error_class
+from asrfs.daemon.control import ControlClient, Fields
 from asrfs.daemon.control_trio import call_async, serve_control
 from asrfs.daemon.logs import start_logging
 from asrfs.daemon.processes import RestartPace, WatchedProcess
 from asrfs.daemon.sd_notify import notify
 from asrfs.daemon.state import Served, StateDirectory
-from asrfs.errors import AsrfsError, IntegrityError, RefusedError, TemporaryError
+from asrfs.errors import AsrfsError, IntegrityError, RefusedError, TemporaryError, error_class
 from asrfs.fuse import abi
 from asrfs.fuse import mount as fuse_mount
 

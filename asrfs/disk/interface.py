@@ -13,6 +13,10 @@ from asrfs.errors import BadInputError
 Bytes = bytes | bytearray | memoryview
 
 
+class HeldError(Exception):
+    """Changes of this disk are being held, and nothing was done: whoever asked for one keeps it until the release."""
+
+
 class ReadableDisk(Protocol):
     """A disk that can be read: also a recovery point's."""
 

@@ -7,12 +7,13 @@ frames hold the payloads of WRITE and FILL records, end to end, cut every `frame
 itself, then sealed with AES-256-GCM; the whole clear header is authenticated with every seal. Index and payload have
 different keys, both derived from the machine's keys and the session's salt, so a pair of key and nonce never repeats:
 a session ships an LSN once, and a new session has a new salt.
+
+Here is what objects look like and how they are read; `object_encoder.py` makes them.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,14 +45,20 @@ RECORDS_MAX = 1 << 16
 FRAME_IS_COMPRESSED = 1
 NO_DIGEST = bytes(DIGEST_BYTES)
 
-_SEAL_BYTES = 16
-_INDEX_FRAME = 0xFFFFFFFF
+SEAL_BYTES = 16
+INDEX_FRAME = 0xFFFFFFFF
 _HEADER = struct.Struct("<16sII32sQQQQ32sQIIIIQ")
 _PREFIX = struct.Struct("<8sI")
-_FRAME = struct.Struct("<II")
+FRAME = struct.Struct("<II")
 _NONCE = struct.Struct("<QI")
 _COUNTS = struct.Struct("<II")
-_ZSTD_LEVEL = 1
+
+_BYTES, _NOTE, _ZEROS = 1, 2, 3
+_CLASSES = np.zeros(1 << 16, np.uint8)
+"""What a record of each kind has: bytes in the frames, a note, neither; 0 for what is no kind."""
+_CLASSES[[int(kind) for kind in CARRIES_EXTENT_BYTES]] = _BYTES
+_CLASSES[[int(kind) for kind in READS_AS_ZEROS]] = _ZEROS
+_CLASSES[[int(Kind.MARKER), int(Kind.DISK)]] = _NOTE
 
 Bytes = bytes | bytearray | memoryview
 
@@ -81,7 +88,7 @@ class ObjectHeader(NamedTuple):
 
     @property
     def index_offset(self) -> int:
-        return OBJECT_HEADER_BYTES + self.frame_count * _FRAME.size
+        return OBJECT_HEADER_BYTES + self.frame_count * FRAME.size
 
     @property
     def frames_offset(self) -> int:
@@ -149,57 +156,6 @@ def derive_keys(index_key: bytes, payload_key: bytes, machine_id: bytes, epoch: 
     return ObjectKeys(derive(index_key, b"index"), derive(payload_key, b"payload"))
 
 
-def encode_object(
-    *,
-    machine_id: bytes,
-    epoch: int,
-    session_salt: bytes,
-    previous_digest: bytes,
-    index: Index,
-    payloads: Sequence[Bytes],
-    keys: ObjectKeys,
-    compress: bool = True,
-) -> tuple[bytes, list[bytes]]:
-    """Build one log object: `(digest, pieces)`, the pieces concatenated being the whole object, trailer included.
-
-    `payloads` are the WRITE and FILL payloads in LSN order. Releases the interpreter in its large steps, so it may run
-    beside an event loop in a thread.
-    """
-    raw_index = encode_index(index)
-    compressor = zstandard.ZstdCompressor(level=_ZSTD_LEVEL)
-    packed_index = compressor.compress(raw_index)
-    raw_frames = list(_cut(payloads, FRAME_RAW_BYTES))
-    packed = [_pack(frame, compressor) if compress else (frame, 0) for frame in raw_frames]
-    table = b"".join(_FRAME.pack(len(frame) + _SEAL_BYTES, flags) for frame, flags in packed)
-    header = ObjectHeader(
-        machine_id=machine_id,
-        version=OBJECT_VERSION,
-        epoch=epoch,
-        session_salt=session_salt,
-        first_lsn=index.first_lsn,
-        last_lsn=index.first_lsn + len(index) - 1,
-        first_time_ns=int(index.time_ns[0]),
-        last_time_ns=int(index.time_ns[-1]),
-        previous_digest=previous_digest,
-        payload_raw_length=sum(len(frame) for frame in raw_frames),
-        index_length=len(packed_index) + _SEAL_BYTES,
-        index_raw_length=len(raw_index),
-        frame_count=len(packed),
-        frame_raw_bytes=FRAME_RAW_BYTES,
-        frames_length=sum(len(frame) + _SEAL_BYTES for frame, _ in packed),
-    )
-    clear = encode_object_header(header)
-    payload_cipher = AESGCM(keys.payload)
-    pieces = [clear, table, AESGCM(keys.index).encrypt(_nonce(header, _INDEX_FRAME), packed_index, clear + table)]
-    pieces += [payload_cipher.encrypt(_nonce(header, i), frame, clear) for i, (frame, _) in enumerate(packed)]
-    hasher = blake3()
-    for piece in pieces:
-        hasher.update(piece)
-    digest = hasher.digest()
-    pieces.append(digest)
-    return digest, pieces
-
-
 def encode_object_header(header: ObjectHeader) -> bytes:
     """All 256 bytes."""
     body = _HEADER.pack(*header).ljust(OBJECT_HEADER_BYTES - _PREFIX.size, b"\0")
@@ -255,7 +211,7 @@ def decode_index(header: ObjectHeader, head: Bytes, keys: ObjectKeys, where: str
     clear = bytes(view[: header.index_offset])
     sealed = view[header.index_offset : header.frames_offset]
     place = f"{where}: index of LSN {header.first_lsn}"
-    packed = _unseal(keys.index, _nonce(header, _INDEX_FRAME), sealed, clear, place)
+    packed = _unseal(keys.index, nonce_of(header, INDEX_FRAME), sealed, clear, place)
     raw = _unpack(packed, header.index_raw_length, place)
     return _decode_index(header, raw, where)
 
@@ -270,7 +226,7 @@ class FrameTable:
         table = memoryview(head)[OBJECT_HEADER_BYTES : header.index_offset]
         self._entries: list[tuple[int, int, int]] = []
         at = header.frames_offset
-        for stored_length, flags in _FRAME.iter_unpack(table):
+        for stored_length, flags in FRAME.iter_unpack(table):
             self._entries.append((at, stored_length, flags))
             at += stored_length
         if at != header.frames_offset + header.frames_length or len(self._entries) != header.frame_count:
@@ -285,7 +241,7 @@ class FrameTable:
         header = self.header
         where = f"{self._where}: byte {self.extent(i)[0]}: frame {i} of LSN {header.first_lsn}..{header.last_lsn}"
         raw_length = min(header.frame_raw_bytes, header.payload_raw_length - i * header.frame_raw_bytes)
-        packed = _unseal(payload_key, _nonce(header, i), sealed, self._clear, where)
+        packed = _unseal(payload_key, nonce_of(header, i), sealed, self._clear, where)
         if self._entries[i][2] & FRAME_IS_COMPRESSED:
             return _unpack(packed, raw_length, where)
         if len(packed) != raw_length:
@@ -317,63 +273,37 @@ def _decode_index(header: ObjectHeader, raw: bytes, where: str) -> Index:
 
 
 def _check_index(header: ObjectHeader, index: Index, where: str) -> None:
-    has_bytes = _is_any(index.kind, CARRIES_EXTENT_BYTES)
-    has_note = _is_any(index.kind, (Kind.MARKER, Kind.DISK))
-    zeros = _is_any(index.kind, READS_AS_ZEROS)
-    lengths = index.length[has_bytes]
-    limit = np.uint64(1 << 63)
+    # One look-up for each record, and none of what a common object lacks: this is most of reading an index.
+    classes = _CLASSES[index.kind]
+    has_note = classes == _NOTE
+    if has_note.any():
+        has_none = ~has_note
+        extents_sound = bool((index.length[has_none] > 0).all()) and not index.note_length[has_none].any()
+        notes = index.note_length[has_note].astype(np.uint64)
+        notes_sound = int(notes.sum()) == len(index.notes)
+        notes_sound = notes_sound and bool((index.payload_position[has_note] == np.cumsum(notes) - notes).all())
+    else:
+        extents_sound = int(index.length.min()) > 0 and not index.note_length.any()
+        notes_sound = not index.notes
+    has_bytes = classes == _BYTES
+    lengths, positions = index.length, index.payload_position
+    if not has_bytes.all():
+        lengths, positions = lengths[has_bytes], positions[has_bytes]
     sound = (
-        bool(np.all(has_bytes | has_note | zeros))
-        and bool(np.all(index.offset < limit))
-        and bool(np.all(index.length < limit))
-        and bool(np.all(index.length[~has_note] > 0))
-        and bool(np.all(lengths <= header.payload_raw_length))
+        bool(classes.all())
+        and int(index.offset.max()) < 1 << 63
+        and int(index.length.max()) < 1 << 63
+        and extents_sound
+        and notes_sound
+        and (not len(lengths) or int(lengths.max()) <= header.payload_raw_length)
         and int(lengths.sum(dtype=np.uint64)) == header.payload_raw_length
-        and bool(np.all(index.payload_position[has_bytes] == np.cumsum(lengths, dtype=np.uint64) - lengths))
-        and bool(np.all(index.time_ns[1:] >= index.time_ns[:-1]))
-        and bool(np.all(index.note_length[~has_note] == 0))
+        and bool((positions == np.cumsum(lengths, dtype=np.uint64) - lengths).all())
+        and bool((index.time_ns[1:] >= index.time_ns[:-1]).all())
     )
-    notes = index.note_length[has_note].astype(np.uint64)
-    sound = sound and int(notes.sum()) == len(index.notes)
-    sound = sound and bool(np.all(index.payload_position[has_note] == np.cumsum(notes) - notes))
     if not sound:
         raise FormatError(f"{where}: its columns contradict each other")
     if int(index.time_ns[0]) != header.first_time_ns or int(index.time_ns[-1]) != header.last_time_ns:
         raise FormatError(f"{where}: times differ from the header's")
-
-
-def _is_any(column: npt.NDArray[np.uint16], kinds: Iterable[Kind]) -> npt.NDArray[np.bool_]:
-    """Where the column is one of a few kinds. For so few, comparing beats np.isin tenfold."""
-    found = np.zeros(len(column), np.bool_)
-    for kind in kinds:
-        found |= column == int(kind)
-    return found
-
-
-def _cut(payloads: Sequence[Bytes], frame_bytes: int) -> Iterator[bytes]:
-    """The concatenation of `payloads`, cut every `frame_bytes`."""
-    frame: list[memoryview] = []
-    room = frame_bytes
-    for payload in payloads:
-        rest = memoryview(payload)
-        while len(rest) >= room:
-            frame.append(rest[:room])
-            yield b"".join(frame)
-            rest, frame, room = rest[room:], [], frame_bytes
-        if len(rest):
-            frame.append(rest)
-            room -= len(rest)
-    if frame:
-        yield b"".join(frame)
-
-
-def _pack(frame: bytes, compressor: zstandard.ZstdCompressor) -> tuple[bytes, int]:
-    """Compress a frame unless a probe of its middle says that it does not pay."""
-    probe = frame[len(frame) // 2 : len(frame) // 2 + 4096]
-    if len(frame) > 4 * len(probe) and len(compressor.compress(probe)) > len(probe) * 0.97:
-        return frame, 0
-    packed = compressor.compress(frame)
-    return (packed, FRAME_IS_COMPRESSED) if len(packed) < len(frame) else (frame, 0)
 
 
 def _unpack(packed: Bytes, raw_length: int, where: str) -> bytes:
@@ -393,5 +323,5 @@ def _unseal(key: bytes, nonce: bytes, sealed: Bytes, clear: bytes, where: str) -
         raise FormatError(f"{where}: the seal is broken, or the key is not the one it was sealed with") from None
 
 
-def _nonce(header: ObjectHeader, frame: int) -> bytes:
+def nonce_of(header: ObjectHeader, frame: int) -> bytes:
     return _NONCE.pack(header.first_lsn, frame)

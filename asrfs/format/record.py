@@ -55,6 +55,20 @@ class RecordHeader(NamedTuple):
     slot: int
 
 
+class WriteFrame(NamedTuple):
+    """Memory in which a WRITE record is made: `whole` has room for the header and then the `payload`, which is there
+    already; `body` is the share of the header behind its checksum."""
+
+    whole: memoryview
+    body: memoryview
+    payload: memoryview
+
+
+def frame_write(whole: memoryview) -> WriteFrame:
+    """`whole`: 64 bytes that may be written over, then a payload."""
+    return WriteFrame(whole, whole[_PREFIX.size : RECORD_HEADER_BYTES], whole[RECORD_HEADER_BYTES:])
+
+
 def segment_seed(number: int, salt: int) -> int:
     """Checksum state every record header of a segment starts from: its number and its salt, see `SegmentHeader`."""
     return crc32c(_SEGMENT.pack(number, salt))

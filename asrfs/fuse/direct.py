@@ -1,40 +1,38 @@
-"""The direct session: answers the kernel's requests for disks from one plain blocking loop.
+"""The direct session: answers the kernel's requests for disks, in turns, from one thread.
 
-One request is read at a time into one buffer, so placed that the payload of a WRITE begins on a page and goes on to
-the disk without a copy; it is answered with one system call. Only FSYNC and FLUSH are answered later, by whoever
-makes the journal durable.
+A turn takes what has arrived at the channel: one request, or several. Small writes of a turn that can be journaled
+together are, with one system call; everything else is done one by one, in the order of arrival. Answered later, from
+other threads, are only FSYNC and FLUSH, by whoever makes the journal durable, and a change that came while changes are
+held (`HeldError`), by whoever lets them go; reads go on meanwhile.
 
 The kernel keeps every request until it is answered. If this process dies, the next one asks for them again
 (`resume`), and what it then gets carries `RESEND_BIT`. So an exception that is not the disk's word (OSError,
 AsrfsError) ends the process on purpose: the request is tried again by a fresh one, and only if it breaks that too is
-it answered EIO. The buffer is touched and locked at the start, because a process that is killed while the kernel
-copies into a page that is not there yet would fail the request.
+it answered EIO.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import mmap
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from ctypes import CDLL, addressof, c_char, c_size_t, c_void_p
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
+from asrfs.disk.interface import HeldError
 from asrfs.errors import AsrfsError
 from asrfs.fuse import abi
+from asrfs.fuse.channel import HEAD_OFFSET, REQUEST_GONE, Channel, MountGoneError, Slot, open_channel
 
 FILE_SUFFIX = b".img"
 _FIRST_DISK_NODE = abi.ROOT_NODE + 1
 _FIRST_DISK_COOKIE = 3
-_HEAD_OFFSET = abi.PAGE_BYTES - abi.WRITE_HEADER_BYTES
-_ARGUMENTS_OFFSET = _HEAD_OFFSET + abi.IN_HEADER_BYTES
+_ARGUMENTS_OFFSET = HEAD_OFFSET + abi.IN_HEADER_BYTES
 
 log = logging.getLogger(__name__)
 
-_READ_AGAIN = (errno.EINTR, errno.ENOENT, errno.EAGAIN)
-_REQUEST_GONE = (errno.ENOENT, errno.ENODEV)
 _OPEN_FLAGS = abi.FOPEN_DIRECT_IO | abi.FOPEN_PARALLEL_DIRECT_WRITES
 _FORBIDDEN = (
     abi.SYMLINK,
@@ -49,11 +47,17 @@ _FORBIDDEN = (
     abi.TMPFILE,
 )
 """Disks come and go by `asrfs disk`, not by file operations."""
+_NO_REPLY = b""
+_IN_PAGE = abi.PAGE_BYTES - 1
+_TOGETHER_BYTES_MAX = 128 << 10
+"""Longer requests are done one by one and answered at once: a system call is nothing to them, waiting for others is."""
 
 Bytes = bytes | bytearray | memoryview
-Handler = Callable[[int, int, memoryview], Sequence[Bytes]]
+Handler = Callable[[int, int, memoryview], bytes]
 SyncCallback = Callable[[OSError | None], None]
 RequestSync = Callable[[SyncCallback], None]
+Keep = Callable[[Callable[[], None], int], bool]
+"""Keeps a request of so many bytes that met HeldError, to call it when changes go on. False: they do already."""
 
 
 class ServedDisk(Protocol):
@@ -64,18 +68,51 @@ class ServedDisk(Protocol):
 
     def write(self, offset: int, payload: Bytes) -> None: ...
 
-    def read(self, offset: int, length: int) -> Sequence[Bytes]: ...
+    def read_into(self, offset: int, buffer: memoryview) -> None: ...
 
     def zero(self, offset: int, length: int) -> None: ...
 
     def discard(self, offset: int, length: int) -> None: ...
 
 
+TogetherWrite = tuple[ServedDisk, int, Any]
+"""Disk, offset, and what `frame` made of the payload."""
+
+
+class WriteTogether(Protocol):
+    """Does writes at once and returns True, or nothing and returns False.
+
+    `frame` makes what it wants to have of a payload with `room` bytes before it that may be written over; the memory
+    stays the same for many writes.
+    """
+
+    @property
+    def room(self) -> int: ...
+
+    def frame(self, whole: memoryview, /) -> object: ...
+
+    def __call__(self, writes: Sequence[TogetherWrite]) -> bool: ...
+
+
+class _NotTogether:
+    room = 0
+
+    def frame(self, whole: memoryview) -> object:
+        return None
+
+    def __call__(self, writes: Sequence[TogetherWrite]) -> bool:
+        return False
+
+
 class Volume:
     """The disks of a mount, by name and by node. May be changed by another thread while the session runs."""
 
-    def __init__(self, request_sync: RequestSync) -> None:
+    def __init__(
+        self, request_sync: RequestSync, write_together: WriteTogether | None = None, keep: Keep | None = None
+    ) -> None:
         self.request_sync = request_sync
+        self.keep = keep
+        self.write_together = write_together or _NotTogether()
         self.disks: dict[int, ServedDisk] = {}
         self.nodes: dict[bytes, int] = {}
 
@@ -98,13 +135,15 @@ class _StopReading(Exception):
 class DirectSession:
     """Serves `volume` on the FUSE descriptor `fd`, whose INIT is done. `time_s`: the time files show."""
 
-    def __init__(self, fd: int, volume: Volume, *, time_s: int) -> None:
+    def __init__(
+        self, fd: int, volume: Volume, *, time_s: int, open_channel: Callable[[int], Channel] = open_channel
+    ) -> None:
         self._fd = fd
         self._volume = volume
         self._time_s = time_s
+        self._open_channel = open_channel
         self._stopping = False
-        self._reading = False
-        self._buffer = _locked_buffer(abi.PAGE_BYTES + abi.WRITE_BYTES_MAX + abi.PAGE_BYTES)
+        self._waiting = False
         self._handlers = self._make_handlers()
 
     def resume(self) -> None:
@@ -117,61 +156,138 @@ class DirectSession:
         A request that was read and not begun is lost to this process; the next one gets it again.
         """
         self._stopping = True
-        if self._reading:
-            self._reading = False  # once is enough: a later signal must not interrupt what follows `run`
+        if self._waiting:
+            self._waiting = False  # once is enough: a later signal must not interrupt what follows `run`
             raise _StopReading
 
     def run(self) -> bool:
         """Answer requests until the mount is gone (True) or `stop_from_signal` (False)."""
-        fd = self._fd
-        buffers = [self._buffer[_HEAD_OFFSET:]]
-        payload = self._buffer[abi.PAGE_BYTES :]
-        disks = self._volume.disks
-        readv, write, writev = os.readv, os.write, os.writev
-        unpack, pack = abi.REQUEST.unpack_from, abi.WRITE_REPLY.pack
+        channel = self._open_channel(self._fd)
         try:
             while not self._stopping:
-                try:
-                    self._reading = True
-                    length = readv(fd, buffers)
-                    self._reading = False
-                except OSError as error:
-                    self._reading = False
-                    if error.errno == errno.ENODEV:
-                        return True
-                    if error.errno not in _READ_AGAIN:
-                        raise
-                    continue
-                if not length:
-                    return True
-                _, opcode, unique, node, _, offset, size = unpack(self._buffer, _HEAD_OFFSET)
-                reply: Sequence[Bytes]
-                try:
-                    if opcode == abi.WRITE:
-                        disk = disks.get(node, _GONE)
-                        if offset + size > disk.size_bytes:
-                            size = _size_inside(disk, offset, size)
-                        disk.write(offset, payload[:size])
-                        reply = (pack(abi.WRITE_REPLY_BYTES, 0, unique, size, 0),)
-                    elif opcode == abi.READ:
-                        reply = _read(disks.get(node, _GONE), unique, offset, size)
-                    else:
-                        arguments = self._buffer[_ARGUMENTS_OFFSET : _HEAD_OFFSET + length]
-                        reply = self._handlers.get(opcode, _unknown)(unique, node, arguments)
-                except Exception as error:
-                    reply = (_refusal(error, opcode, unique, node),)
-                try:
-                    if len(reply) == 1:
-                        write(fd, reply[0])
-                    elif reply:
-                        writev(fd, reply)
-                except OSError as error:
-                    _forgive(error)
+                self._waiting = True
+                arrived = channel.wait()
+                self._waiting = False
+                self._answer(channel, arrived)
+        except MountGoneError:
+            return True
         except _StopReading:
             pass
+        finally:
+            self._waiting = False
+            channel.close()
         return False
 
-    # ---- requests that are not on the hot path: each returns the reply, in pieces, or nothing -----------------
+    def _answer(self, channel: Channel, arrived: Sequence[Slot]) -> None:
+        """A turn."""
+        disks, unpack = self._volume.disks, abi.REQUEST.unpack_from
+        room, frame = self._volume.write_together.room, self._volume.write_together.frame
+        together: list[TogetherWrite] = []
+        waiting: list[tuple[Slot, int, int, int, int]] = []
+        for slot in arrived:
+            _, opcode, unique, node, _, offset, size = unpack(slot.request, HEAD_OFFSET)
+            if (
+                opcode == abi.WRITE
+                and size <= _TOGETHER_BYTES_MAX
+                and not size & _IN_PAGE  # what is made of a slot for a size is kept: there must not be many
+                and (disk := disks.get(node)) is not None
+            ):
+                together.append((disk, offset, slot.framed(size, room, frame)))
+                waiting.append((slot, unique, node, offset, size))
+                continue
+            if together:
+                self._write(channel, together, waiting)
+                together, waiting = [], []
+            self._answer_one(channel, slot, opcode, unique, node, offset, size)
+        if together:
+            self._write(channel, together, waiting)
+
+    def _write(
+        self, channel: Channel, together: list[TogetherWrite], waiting: list[tuple[Slot, int, int, int, int]]
+    ) -> None:
+        if len(together) > 1 and self._is_written(together, waiting):
+            pack_into, length, reply = abi.WRITE_REPLY.pack_into, abi.WRITE_REPLY_BYTES, channel.reply
+            for slot, unique, _, _, size in waiting:
+                pack_into(slot.reply, 0, length, 0, unique, size, 0)
+                reply(slot, length)
+        else:
+            for slot, unique, node, offset, size in waiting:
+                self._answer_one(channel, slot, abi.WRITE, unique, node, offset, size)
+
+    def _is_written(self, together: list[TogetherWrite], waiting: list[tuple[Slot, int, int, int, int]]) -> bool:
+        try:
+            return self._volume.write_together(together)
+        except Exception:
+            if not any(unique & abi.RESEND_BIT for _, unique, *_ in waiting):
+                raise
+            log.exception("%d writes failed together, as they did before: each is tried by itself", len(together))
+            return False
+
+    def _answer_one(
+        self, channel: Channel, slot: Slot, opcode: int, unique: int, node: int, offset: int, size: int
+    ) -> None:
+        try:
+            if opcode == abi.WRITE:
+                disk = self._volume.disks.get(node, _GONE)
+                if offset + size > disk.size_bytes:
+                    size = _size_inside(disk, offset, size)
+                disk.write(offset, slot.payload(size))
+                abi.WRITE_REPLY.pack_into(slot.reply, 0, abi.WRITE_REPLY_BYTES, 0, unique, size, 0)
+                length = abi.WRITE_REPLY_BYTES
+            elif opcode == abi.READ:
+                disk = self._volume.disks.get(node, _GONE)
+                length = abi.OUT_HEADER_BYTES + max(0, min(size, disk.size_bytes - offset))
+                if length > abi.OUT_HEADER_BYTES:
+                    disk.read_into(offset, slot.reply[abi.OUT_HEADER_BYTES : length])
+                abi.OUT_HEADER.pack_into(slot.reply, 0, length, 0, unique)
+            else:
+                arguments = slot.request[_ARGUMENTS_OFFSET : HEAD_OFFSET + slot.length]
+                length = _put(slot, self._handlers.get(opcode, _unknown)(unique, node, arguments))
+        except HeldError:
+            self._keep(channel, slot, opcode, unique, node, offset, size)
+            return
+        except Exception as error:
+            length = _put(slot, _refusal(error, opcode, unique, node))
+        if length:
+            channel.reply(slot, length)
+            if size > _TOGETHER_BYTES_MAX and opcode in (abi.WRITE, abi.READ):
+                channel.flush()
+
+    # ---- requests that are held ----------------------------------------------------------------------------------
+
+    def _keep(self, channel: Channel, slot: Slot, opcode: int, unique: int, node: int, offset: int, size: int) -> None:
+        """Keep a copy of the request, so that its slot is free for others; where changes go on by now, do it again."""
+        keep = self._volume.keep
+        assert keep is not None, "a volume whose disks may be held keeps what they hold"
+        channel.flush()  # what was answered in this turn must not wait for this
+        if opcode == abi.WRITE:
+            arguments = bytes(slot.payload(size))
+        else:
+            arguments = bytes(slot.request[_ARGUMENTS_OFFSET : HEAD_OFFSET + slot.length])
+        if not keep(partial(self._answer_kept, opcode, unique, node, offset, arguments), len(arguments)):
+            self._answer_one(channel, slot, opcode, unique, node, offset, size)
+
+    def _answer_kept(self, opcode: int, unique: int, node: int, offset: int, arguments: bytes) -> None:
+        """In the thread that lets go."""
+        try:
+            if opcode == abi.WRITE:
+                self._volume.disks.get(node, _GONE).write(offset, arguments)
+                reply = abi.WRITE_REPLY.pack(abi.WRITE_REPLY_BYTES, 0, unique, len(arguments), 0)
+            else:
+                reply = self._handlers[opcode](unique, node, memoryview(arguments))
+        except Exception as error:
+            reply = _refusal(error, opcode, unique, node)
+        self._reply_later(reply)
+
+    def _reply_later(self, reply: bytes) -> None:
+        """From another thread than that of `run`. Raises OSError."""
+        try:
+            os.write(self._fd, reply)
+        except OSError as error:
+            if error.errno not in REQUEST_GONE:
+                raise
+
+    # ---- requests that are not on the hot path: each returns the reply, or nothing -----------------------------
 
     def _make_handlers(self) -> Mapping[int, Handler]:
         handlers: dict[int, Handler] = {
@@ -190,44 +306,44 @@ class DirectSession:
         handlers |= dict.fromkeys(_FORBIDDEN, _forbidden)
         return handlers
 
-    def _lookup(self, unique: int, node: int, arguments: memoryview) -> Sequence[Bytes]:
+    def _lookup(self, unique: int, node: int, arguments: memoryview) -> bytes:
         name = bytes(arguments).partition(b"\0")[0]
         found = self._volume.nodes.get(name) if node == abi.ROOT_NODE else None
         if found is None:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
-        return (abi.encode_reply(unique, abi.encode_entry(self._attributes(found))),)
+        return abi.encode_reply(unique, abi.encode_entry(self._attributes(found)))
 
-    def _getattr(self, unique: int, node: int, arguments: memoryview) -> Sequence[Bytes]:
-        return (abi.encode_reply(unique, abi.encode_attributes(self._attributes(node))),)
+    def _getattr(self, unique: int, node: int, arguments: memoryview) -> bytes:
+        return abi.encode_reply(unique, abi.encode_attributes(self._attributes(node)))
 
-    def _setattr(self, unique: int, node: int, arguments: memoryview) -> Sequence[Bytes]:
+    def _setattr(self, unique: int, node: int, arguments: memoryview) -> bytes:
         """A disk keeps its size, like a block device: truncation to nothing (O_TRUNC) does nothing."""
         attributes = self._attributes(node)
         size = abi.decode_setattr(arguments)
         if size not in (None, 0, attributes.size_bytes):
             raise OSError(errno.EINVAL, "a disk cannot be truncated or extended")
-        return (abi.encode_reply(unique, abi.encode_attributes(attributes)),)
+        return abi.encode_reply(unique, abi.encode_attributes(attributes))
 
-    def _open(self, unique: int, node: int, arguments: memoryview) -> Sequence[Bytes]:
+    def _open(self, unique: int, node: int, arguments: memoryview) -> bytes:
         self._attributes(node)
-        return (abi.encode_reply(unique, abi.encode_open(_OPEN_FLAGS)),)
+        return abi.encode_reply(unique, abi.encode_open(_OPEN_FLAGS))
 
-    def _open_directory(self, unique: int, node: int, arguments: memoryview) -> Sequence[Bytes]:
-        return (abi.encode_reply(unique, abi.encode_open(0)),)
+    def _open_directory(self, unique: int, node: int, arguments: memoryview) -> bytes:
+        return abi.encode_reply(unique, abi.encode_open(0))
 
-    def _read_directory(self, unique: int, node: int, arguments: memoryview) -> Sequence[Bytes]:
+    def _read_directory(self, unique: int, node: int, arguments: memoryview) -> bytes:
         after, bytes_max = abi.decode_read(arguments)
         entries = [(1, abi.ROOT_NODE, True, b"."), (2, abi.ROOT_NODE, True, b"..")]
         for name, found in sorted(self._volume.nodes.copy().items(), key=lambda item: item[1]):
             entries.append((found - _FIRST_DISK_NODE + _FIRST_DISK_COOKIE, found, False, name))
-        return (abi.encode_reply(unique, abi.encode_directory(entries, after, bytes_max)),)
+        return abi.encode_reply(unique, abi.encode_directory(entries, after, bytes_max))
 
-    def _statfs(self, unique: int, node: int, arguments: memoryview) -> Sequence[Bytes]:
+    def _statfs(self, unique: int, node: int, arguments: memoryview) -> bytes:
         disks = list(self._volume.disks.values())
         body = abi.encode_statfs(sum(disk.size_bytes for disk in disks), len(disks))
-        return (abi.encode_reply(unique, body),)
+        return abi.encode_reply(unique, body)
 
-    def _fallocate(self, unique: int, node: int, arguments: memoryview) -> Sequence[Bytes]:
+    def _fallocate(self, unique: int, node: int, arguments: memoryview) -> bytes:
         disk = self._volume.disks.get(node, _GONE)
         offset, length, mode = abi.decode_fallocate(arguments)
         end = offset + length
@@ -241,21 +357,20 @@ class DirectSession:
             disk.discard(offset, inside)
         elif inside > 0 and kept == abi.FALLOC_ZERO_RANGE:
             disk.zero(offset, inside)
-        return (abi.encode_reply(unique),)
+        return abi.encode_reply(unique)
 
-    def _sync(self, unique: int, node: int, arguments: memoryview) -> Sequence[Bytes]:
+    def _sync(self, unique: int, node: int, arguments: memoryview) -> bytes:
         """Answered once everything appended so far is durable, by whoever made it so."""
 
         def answer(error: OSError | None) -> None:
             reply = abi.encode_error(unique, error.errno or errno.EIO) if error else abi.encode_reply(unique)
             try:
-                os.write(self._fd, reply)
-            except OSError as failure:
-                if failure.errno not in _REQUEST_GONE:  # the thread that makes things durable must live on
-                    log.error("an fsync could not be answered: %s", failure)
+                self._reply_later(reply)
+            except OSError as failure:  # the thread that makes things durable must live on
+                log.error("an fsync could not be answered: %s", failure)
 
         self._volume.request_sync(answer)
-        return ()
+        return _NO_REPLY
 
     def _attributes(self, node: int) -> abi.Attributes:
         if node == abi.ROOT_NODE:
@@ -275,8 +390,7 @@ class _GoneDisk:
 
     def write(self, offset: int, payload: Bytes) -> None: ...
 
-    def read(self, offset: int, length: int) -> Sequence[Bytes]:
-        return ()
+    def read_into(self, offset: int, buffer: memoryview) -> None: ...
 
     def zero(self, offset: int, length: int) -> None: ...
 
@@ -286,11 +400,10 @@ class _GoneDisk:
 _GONE = _GoneDisk()
 
 
-def _read(disk: ServedDisk, unique: int, offset: int, size: int) -> Sequence[Bytes]:
-    inside = min(size, disk.size_bytes - offset)
-    if inside <= 0:
-        return (abi.encode_reply(unique),)
-    return (abi.OUT_HEADER.pack(abi.OUT_HEADER_BYTES + inside, 0, unique), *disk.read(offset, inside))
+def _put(slot: Slot, reply: bytes) -> int:
+    """The length of the reply, which is in the slot now."""
+    slot.reply[: len(reply)] = reply
+    return len(reply)
 
 
 def _size_inside(disk: ServedDisk, offset: int, size: int) -> int:
@@ -311,33 +424,17 @@ def _refusal(error: Exception, opcode: int, unique: int, node: int) -> bytes:
     return abi.encode_error(unique, errno.EIO)
 
 
-def _forgive(error: OSError) -> None:
-    """A reply may find its request gone (given up by the kernel) or the mount gone; all else is an error."""
-    if error.errno not in _REQUEST_GONE:
-        raise error
+def _unknown(unique: int, node: int, arguments: memoryview) -> bytes:
+    return abi.encode_error(unique, errno.ENOSYS)
 
 
-def _unknown(unique: int, node: int, arguments: memoryview) -> Sequence[Bytes]:
-    return (abi.encode_error(unique, errno.ENOSYS),)
+def _forbidden(unique: int, node: int, arguments: memoryview) -> bytes:
+    return abi.encode_error(unique, errno.EPERM)
 
 
-def _forbidden(unique: int, node: int, arguments: memoryview) -> Sequence[Bytes]:
-    return (abi.encode_error(unique, errno.EPERM),)
+def _done(unique: int, node: int, arguments: memoryview) -> bytes:
+    return abi.encode_reply(unique)
 
 
-def _done(unique: int, node: int, arguments: memoryview) -> Sequence[Bytes]:
-    return (abi.encode_reply(unique),)
-
-
-def _no_reply(unique: int, node: int, arguments: memoryview) -> Sequence[Bytes]:
-    return ()
-
-
-def _locked_buffer(size: int) -> memoryview:
-    """Anonymous memory that starts on a page, every page of it present and, where allowed, locked there."""
-    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory[:] = bytes(size)
-    libc = CDLL(None, use_errno=True)
-    libc.mlock.argtypes = (c_void_p, c_size_t)
-    libc.mlock(addressof(c_char.from_buffer(memory)), size)  # a refusal (RLIMIT_MEMLOCK) leaves it touched
-    return memoryview(memory)
+def _no_reply(unique: int, node: int, arguments: memoryview) -> bytes:
+    return _NO_REPLY

@@ -7,16 +7,26 @@ a change and its note in the map are one step under the journal's lock, so that 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from asrfs.disk.interface import check_extent
-from asrfs.format.record import CARRIES_EXTENT_BYTES, PAYLOAD_BYTES_MAX, Kind
+from asrfs.format.record import (
+    CARRIES_EXTENT_BYTES,
+    PAYLOAD_BYTES_MAX,
+    RECORD_HEADER_BYTES,
+    Kind,
+    WriteFrame,
+    frame_write,
+)
 from asrfs.format.segment import POSITION_MASK, POSITION_SHIFT
 from asrfs.journal.block_map import BlockMap, Run
+from asrfs.journal.map_table import MapTable
 from asrfs.journal.recovery import Recovered
+from asrfs.journal.segments import index_name
 from asrfs.journal.writer import Journal
 from asrfs.model.extents import BLOCK_BYTES, BLOCK_SHIFT, widen_to_blocks
-from asrfs.storage.interface import Bytes, File
+from asrfs.storage.interface import Bytes, File, Storage
 
 _IN_BLOCK = BLOCK_BYTES - 1
 _ZEROS = bytes(bytearray(PAYLOAD_BYTES_MAX))
@@ -38,7 +48,7 @@ class JournaledDisk:
         self._journal = journal
         self._lock = journal.lock
         self._append = journal.append_locked
-        self._note = block_map.note
+        self.note = block_map.note
         self._runs = block_map.runs
 
     # ---- change ----
@@ -60,7 +70,7 @@ class JournaledDisk:
             return
         with self._lock:
             position = self._append(_WRITE, self.slot, offset, length, payload)
-            self._note(offset >> BLOCK_SHIFT, length >> BLOCK_SHIFT, position)
+            self.note(offset >> BLOCK_SHIFT, length >> BLOCK_SHIFT, position)
 
     def zero(self, offset: int, length: int) -> None:
         """The extent reads as zeros; space may stay reserved."""
@@ -82,7 +92,7 @@ class JournaledDisk:
         while start < end:
             size = min(PAYLOAD_BYTES_MAX, end - start)
             with self._lock:
-                content = b"".join(self._read_locked(start, size))
+                content = self._read_locked(start, size)
                 self._journal_bytes(Kind.FILL, start, content)
                 lsn = self._journal.appended_lsn
             start += size
@@ -90,75 +100,70 @@ class JournaledDisk:
 
     # ---- read ----
 
-    def read(self, offset: int, length: int) -> Sequence[Bytes]:
-        """Exactly `length` bytes, as buffers to be written one after the other. Raises OSError."""
-        if offset < 0 or length < 0 or offset + length > self.size_bytes:
+    def read(self, offset: int, length: int) -> bytearray:
+        """Raises OSError."""
+        content = bytearray(length)
+        self.read_into(offset, memoryview(content))
+        return content
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole of `buffer`. Raises OSError."""
+        length = len(buffer)
+        if offset < 0 or offset + length > self.size_bytes:
             check_extent(offset, length, self.size_bytes)
         with self._lock:
             runs = self._runs(offset, length)
-            if len(runs) == 1:
-                place = runs[0][2]
-                if place is not None:
-                    if place & POSITION_MASK:
-                        return (self._journal.read_locked(place, length),)
-                    return _zeros_of(length)
-            else:
-                pieces = self._read_runs(runs)
+            place = runs[0][2] if len(runs) == 1 else 0
+            if place is not None:
+                if place & POSITION_MASK:
+                    self._journal.read_into_locked(place, buffer)
+                    return
+                journaled = self._read_journaled(runs)
         # What is in the image stays in it, and a block only leaves a map for the image: no lock is needed.
-        if len(runs) == 1:
-            return (self._read_image(offset, length),)
-        self._read_holes(runs, pieces)
-        return [buffer for piece in pieces for buffer in piece]
+        if place is None:
+            self._read_image(offset, buffer)
+        else:
+            self._complete(offset, buffer, runs, journaled)
 
-    def _read_locked(self, offset: int, length: int) -> list[Bytes]:
+    def _read_image(self, offset: int, buffer: memoryview) -> None:
+        have = self.image.read_into(buffer, offset)
+        if have != len(buffer):
+            raise OSError(errno.EIO, f"the image of slot {self.slot} ends at {offset + have}")
+
+    def _read_locked(self, offset: int, length: int) -> bytearray:
+        content = bytearray(length)
         runs = self._runs(offset, length)
-        pieces = self._read_runs(runs)
-        self._read_holes(runs, pieces)
-        return [buffer for piece in pieces for buffer in piece]
+        self._complete(offset, memoryview(content), runs, self._read_journaled(runs))
+        return content
 
-    def _read_runs(self, runs: list[Run]) -> list[Sequence[Bytes]]:
-        """Buffers of the runs that are zeros or in the journal; nothing yet for those in the image."""
-        pieces: list[Sequence[Bytes]] = []
+    def _read_journaled(self, runs: list[Run]) -> list[tuple[int, Bytes]]:
+        """`(offset, bytes)` of the runs that are in the journal; what lies near together is read in one go."""
+        found: list[tuple[int, Bytes]] = []
         i = 0
         while i < len(runs):
-            _, length, place = runs[i]
-            if place is None:
-                pieces.append(())
+            place = runs[i][2]
+            if place is None or not place & POSITION_MASK:
                 i += 1
-            elif not place & POSITION_MASK:
-                pieces.append(_zeros_of(length))
-                i += 1
-            else:
-                last = _last_near(runs, i)
-                size = _place(runs[last]) + runs[last][1] - place
-                content = self._journal.read_locked(place, size)
-                if last == i:
-                    pieces.append((content,))
-                else:
-                    view = memoryview(content)
-                    for _, length, near in runs[i : last + 1]:
-                        at = (near or 0) - place
-                        pieces.append((view[at : at + length],))
-                i = last + 1
-        return pieces
+                continue
+            last = _last_near(runs, i)
+            content = memoryview(self._journal.read_locked(place, _place(runs[last]) + runs[last][1] - place))
+            for start, length, near in runs[i : last + 1]:
+                at = (near or 0) - place
+                found.append((start, content[at : at + length]))
+            i = last + 1
+        return found
 
-    def _read_holes(self, runs: list[Run], pieces: list[Sequence[Bytes]]) -> None:
-        """Put what is in the image where `_read_runs` left nothing, in one read."""
-        holes = [i for i, run in enumerate(runs) if run[2] is None]
-        if not holes:
-            return
-        start = runs[holes[0]][0]
-        end = runs[holes[-1]][0] + runs[holes[-1]][1]
-        content = memoryview(self._read_image(start, end - start))
-        for i in holes:
-            at = runs[i][0] - start
-            pieces[i] = (content[at : at + runs[i][1]],)
-
-    def _read_image(self, offset: int, length: int) -> bytes:
-        content = self.image.read_at(length, offset)
-        if len(content) != length:
-            raise OSError(errno.EIO, f"the image of slot {self.slot} ends at {offset + len(content)}")
-        return content
+    def _complete(self, offset: int, buffer: memoryview, runs: list[Run], journaled: list[tuple[int, Bytes]]) -> None:
+        """Put everything into `buffer`: in one read what is in the image, over it zeros and what was in the journal."""
+        holes = [run for run in runs if run[2] is None]
+        if holes:
+            start, end = holes[0][0], holes[-1][0] + holes[-1][1]
+            self._read_image(start, buffer[start - offset : end - offset])
+        for start, length, place in runs:
+            if place is not None and not place & POSITION_MASK:
+                _fill_with_zeros(buffer[start - offset : start - offset + length])
+        for start, content in journaled:
+            buffer[start - offset : start - offset + len(content)] = content
 
     # ---- the rarer ways of a change ----
 
@@ -176,10 +181,10 @@ class JournaledDisk:
         if before or after:
             content = bytearray(length)
             if before:
-                content[:BLOCK_BYTES] = b"".join(self._read_locked(start, min(BLOCK_BYTES, length)))
+                content[:BLOCK_BYTES] = self._read_locked(start, min(BLOCK_BYTES, length))
             if after and not (before and length <= BLOCK_BYTES):
                 last = start + (length - 1 & ~_IN_BLOCK)
-                content[last - start :] = b"".join(self._read_locked(last, start + length - last))
+                content[last - start :] = self._read_locked(last, start + length - last)
             content[before : before + len(payload)] = payload
         view = memoryview(content)
         for at in range(0, length, PAYLOAD_BYTES_MAX):
@@ -212,7 +217,7 @@ class JournaledDisk:
     def _journal_bytes(self, kind: int, offset: int, payload: Bytes) -> None:
         length = len(payload)
         position = self._append(kind, self.slot, offset, length, payload)
-        self._note(offset >> BLOCK_SHIFT, (length + _IN_BLOCK) >> BLOCK_SHIFT, position)
+        self.note(offset >> BLOCK_SHIFT, (length + _IN_BLOCK) >> BLOCK_SHIFT, position)
 
     def _journal_zeros(self, kind: int, offset: int, length: int) -> None:
         position = self._append(kind, self.slot, offset, length, b"")
@@ -220,9 +225,56 @@ class JournaledDisk:
         self.map.note_zeros(offset >> BLOCK_SHIFT, count, position >> POSITION_SHIFT)
 
 
-def rebuild_maps(recovered: Recovered, maps: Mapping[int, BlockMap]) -> None:
-    """Note every record that recovery found behind the applied LSN. Records of slots without a map are passed over."""
+class WriteTogether:
+    """Several writes of whole blocks become records with one system call. `room`: bytes to use before each payload."""
+
+    room = RECORD_HEADER_BYTES
+    frame = staticmethod(frame_write)
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    def __call__(self, writes: Sequence[tuple[Any, int, WriteFrame]]) -> bool:
+        """Journal all of `(disk, offset, framed payload)` in this order. False: nothing was done.
+
+        It is not done when one of them is not plain: not whole blocks, past the end, perhaps zeros, or without space.
+        Each by itself, by `JournaledDisk.write`, then finds out.
+        """
+        framed: list[tuple[int, int, WriteFrame]] = []
+        for disk, offset, frame in writes:
+            payload = frame[2]
+            length = len(payload)
+            if (
+                type(disk) is not JournaledDisk
+                or (offset | length) & _IN_BLOCK
+                or not length
+                or offset + length > disk.size_bytes
+                or not (payload[0] or payload[-1])
+            ):
+                return False
+            framed.append((disk.slot, offset, frame))
+        with self._journal.lock:
+            position = self._journal.append_framed_locked(framed)
+            if position is None:
+                return False
+            for disk, offset, (_, _, payload) in writes:
+                length = len(payload)
+                disk.note(offset >> BLOCK_SHIFT, length >> BLOCK_SHIFT, position)
+                position += RECORD_HEADER_BYTES + length
+        return True
+
+
+def rebuild_maps(recovered: Recovered, maps: Mapping[int, BlockMap], storage: Storage) -> None:
+    """Note everything that recovery found behind the applied LSN. What is of slots without a map is passed over.
+
+    `storage`: the one that was recovered. Raises OSError.
+    """
+    tables = iter(recovered.tables)
+    due = next(tables, None)
     for record in recovered.records():
+        while due is not None and due < record.position >> POSITION_SHIFT:
+            _add_tables(recovered, maps, storage, due)
+            due = next(tables, None)
         block_map = maps.get(record.slot)
         if block_map is None or not record.length:
             continue
@@ -231,11 +283,14 @@ def rebuild_maps(recovered: Recovered, maps: Mapping[int, BlockMap]) -> None:
             block_map.note(first, count, record.position)
         else:
             block_map.note_zeros(first, count, record.position >> POSITION_SHIFT)
+    for number in [] if due is None else [due, *tables]:
+        _add_tables(recovered, maps, storage, number)
 
 
-def drop_applied(journal: Journal, disks: Iterable[JournaledDisk], segment: int) -> None:
-    """Everything in segments up to `segment` is in the images: reads take it from there. Then they may be recycled."""
-    journal.drop_through(segment, [disk.map for disk in disks])
+def _add_tables(recovered: Recovered, maps: Mapping[int, BlockMap], storage: Storage, number: int) -> None:
+    for slot, shape in recovered.tables[number].items():
+        if slot in maps and (shape.block_count or shape.zeros.starts):
+            maps[slot].add_table(MapTable(storage.open(index_name(number)), shape, number, number))
 
 
 def _last_near(runs: list[Run], i: int) -> int:
@@ -256,8 +311,7 @@ def _place(run: Run) -> int:
     return run[2]
 
 
-def _zeros_of(length: int) -> Sequence[Bytes]:
-    if length <= len(_ZEROS):
-        return (memoryview(_ZEROS)[:length],)
-    whole, rest = divmod(length, len(_ZEROS))
-    return [_ZEROS] * whole + [_ZEROS[:rest]]
+def _fill_with_zeros(buffer: memoryview) -> None:
+    for at in range(0, len(buffer), len(_ZEROS)):
+        piece = buffer[at : at + len(_ZEROS)]
+        piece[:] = _ZEROS[: len(piece)]

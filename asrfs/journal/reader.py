@@ -3,28 +3,66 @@
 Follows a cursor through segments. The writer goes on meanwhile, so nothing behind `until_lsn`, which the caller
 knows to be durable, is looked at. At or below it, a record that is missing or damaged is corruption: IntegrityError
 names file, offset and LSN.
+
+Bytes are read into slabs, which are the only copy of them that is made here. Who reads without end hands in `Slabs` of
+its own and gets the same memory again with each batch: fresh memory costs more to come by than the bytes to read.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from asrfs.errors import IntegrityError
 from asrfs.format.record import PAYLOAD_BYTES_MAX, RECORD_HEADER_BYTES, RecordHeader, segment_seed
 from asrfs.format.segment import SEGMENT_HEADER_BYTES, SegmentHeader
-from asrfs.journal.segments import Scan, Stop, list_journal, read_header, scan, segment_name
+from asrfs.journal.columns import Columns, ColumnScan, scan_columns
+from asrfs.journal.segments import Stop, list_journal, read_header, segment_name
 from asrfs.model.positions import Cursor
 from asrfs.storage.interface import File, Storage
 
-_PIECE_BYTES = 2 << 20
-_PIECE_BYTES_MIN = PAYLOAD_BYTES_MAX + RECORD_HEADER_BYTES
+_SLAB_BYTES = (4 << 20) + (128 << 10)
+"""Room for 4 MiB of payload in records of 4 KiB, or of 1 MiB, with their headers: the usual log object."""
+_FIRST_READ_BYTES = 128 << 10
+_ROOM_BYTES_MIN = RECORD_HEADER_BYTES + PAYLOAD_BYTES_MAX + _FIRST_READ_BYTES
+assert _SLAB_BYTES > _ROOM_BYTES_MIN
 
 
 class Batch(NamedTuple):
-    """Consecutive records with their payloads, and the cursor behind the last. The views stay valid."""
+    """Consecutive records and the cursor behind the last. Each part has its payloads in one slab; none is empty."""
 
-    records: list[tuple[RecordHeader, memoryview]]
+    parts: list[Columns]
     cursor: Cursor
+
+    @property
+    def records(self) -> list[tuple[RecordHeader, memoryview]]:
+        """All of them one by one, for those who read few."""
+        return [(part.header(i), part.payload(i)) for part in self.parts for i in range(len(part))]
+
+
+class Slabs:
+    """Memory for one batch after the other: what the last one's views show is gone when the next is read."""
+
+    def __init__(self) -> None:
+        self._slabs: list[memoryview] = []
+        self._slab = self._used = 0
+
+    def begin(self) -> None:
+        """A new batch: all of the memory is free again."""
+        self._slab = self._used = 0
+
+    def room(self) -> memoryview:
+        """What is free in one piece: enough for any record. Parts of short segments share a slab."""
+        if self._slab < len(self._slabs) and _SLAB_BYTES - self._used < _ROOM_BYTES_MIN:
+            self._slab, self._used = self._slab + 1, 0
+        if self._slab == len(self._slabs):
+            self._slabs.append(np.empty(_SLAB_BYTES, np.uint8).data)  # pages come when they are touched
+        return self._slabs[self._slab][self._used :]
+
+    def take(self, count: int) -> None:
+        """The first `count` bytes of `room` are in use until the next batch begins."""
+        self._used += count
 
 
 class JournalReader:
@@ -39,12 +77,15 @@ class JournalReader:
         self._header: SegmentHeader | None = None
         self._next: SegmentHeader | None = None
 
-    def read(self, cursor: Cursor, until_lsn: int, bytes_max: int) -> Batch:
+    def read(self, cursor: Cursor, until_lsn: int, bytes_max: int, slabs: Slabs | None = None) -> Batch:
         """Records behind `cursor` up to `until_lsn`, until their payloads reach `bytes_max`; at least one if there is.
 
-        A batch never crosses from one epoch to the next. Raises IntegrityError, OSError.
+        A batch never crosses from one epoch to the next. The views stay valid, unless `slabs` were given: then until
+        these are used again. Raises IntegrityError, OSError.
         """
-        records: list[tuple[RecordHeader, memoryview]] = []
+        slabs = slabs or Slabs()
+        slabs.begin()
+        parts: list[Columns] = []
         taken = 0
         epoch: int | None = None
         while cursor.lsn < until_lsn and taken < bytes_max:
@@ -52,10 +93,10 @@ class JournalReader:
             if epoch not in (None, header.epoch):
                 break
             epoch = header.epoch
-            found, cursor = self._read_piece(cursor, header, until_lsn, bytes_max - taken)
-            records += found.records
-            taken += found.payload_bytes
-        return Batch(records, cursor)
+            found, cursor = self._read_part(slabs, cursor, header, until_lsn, bytes_max - taken)
+            parts += [each.columns for each in found]
+            taken += sum(each.payload_bytes for each in found)
+        return Batch(parts, cursor)
 
     def epoch(self, cursor: Cursor) -> int:
         """The epoch of the record behind `cursor`, which must be there."""
@@ -123,31 +164,61 @@ class JournalReader:
         finally:
             file.close()
 
-    def _read_piece(
-        self, cursor: Cursor, segment: SegmentHeader, until_lsn: int, bytes_max: int
-    ) -> tuple[Scan, Cursor]:
-        """One read of the open segment. At least one record, or IntegrityError."""
+    def _read_part(
+        self, slabs: Slabs, cursor: Cursor, segment: SegmentHeader, until_lsn: int, bytes_max: int
+    ) -> tuple[list[ColumnScan], Cursor]:
+        """As much of the open segment as is wanted and has room. At least one record, or IntegrityError.
+
+        Reads a little first and then, knowing how long records are, about what is needed: behind the last durable
+        record there may be old bytes that are nowhere in memory any more.
+        """
         assert self._file is not None
-        at = cursor.offset if cursor.segment == segment.number else 0
-        at = max(at, SEGMENT_HEADER_BYTES)
-        size = max(_PIECE_BYTES_MIN, min(_PIECE_BYTES, bytes_max + bytes_max // 32 + _PIECE_BYTES_MIN))
-        piece = memoryview(self._file.read_at(size, at))
+        slab = slabs.room()
+        begin = max(cursor.offset if cursor.segment == segment.number else 0, SEGMENT_HEADER_BYTES)
+        seed = segment_seed(segment.number, segment.salt)
         lsn_max = until_lsn if self._next is None else min(until_lsn, self._next.first_lsn - 1)
-        found = scan(
-            piece,
-            0,
-            segment_seed(segment.number, segment.salt),
-            cursor.lsn + 1,
-            lsn_max=lsn_max,
-            payload_bytes_max=bytes_max,
-            check_payloads=self._check_payloads,
-        )
-        end = at + found.end
-        last = found.records[-1][0] if found.records else None
-        if last is None or (found.stop is Stop.INVALID and last.lsn < lsn_max):
-            lsn = cursor.lsn + 1 if last is None else last.lsn + 1
+        found: list[ColumnScan] = []
+        filled = at = count = taken = 0
+        stop = Stop.INVALID
+        target = _FIRST_READ_BYTES
+        while cursor.lsn < lsn_max and taken < bytes_max:
+            got = self._file.read_into(slab[filled:target], begin + filled) if target > filled else 0
+            filled += got
+            scanned = scan_columns(
+                slab[:filled],
+                at,
+                seed,
+                cursor.lsn + 1,
+                lsn_max=lsn_max,
+                payload_bytes_max=bytes_max - taken,
+                check_payloads=self._check_payloads,
+            )
+            stop, at = scanned.stop, scanned.end
+            if len(scanned.columns):
+                found.append(scanned)
+                count += len(scanned.columns)
+                taken += scanned.payload_bytes
+                last = scanned.columns.header(-1)
+                cursor = Cursor(lsn=last.lsn, segment=segment.number, offset=begin + at, time_ns=last.time_ns)
+            if stop is Stop.INVALID or not got:
+                break
+            more = _bytes_wanted(at, count, taken, lsn_max - cursor.lsn, bytes_max - taken)
+            target = min(max(at + more, 2 * filled if not count else filled + _FIRST_READ_BYTES), len(slab))
+        if not found or (stop is Stop.INVALID and cursor.lsn < lsn_max):
             raise IntegrityError(
-                f"{segment_name(segment.number)} offset {end}: LSN {lsn} is missing or damaged, "
+                f"{segment_name(segment.number)} offset {begin + at}: LSN {cursor.lsn + 1} is missing or damaged, "
                 f"although LSN {until_lsn} is durable"
             )
-        return found, Cursor(lsn=last.lsn, segment=segment.number, offset=end, time_ns=last.time_ns)
+        slabs.take(at)
+        return found, cursor
+
+
+def _bytes_wanted(at: int, count: int, taken: int, lsns: int, payload_bytes: int) -> int:
+    """About the bytes that the next `lsns` records or `payload_bytes` of payload take, whichever is less, if they are
+    like the `count` records with `taken` bytes of payload in `at` bytes."""
+    if not count:
+        return 0
+    wanted = lsns * at // count
+    if taken:
+        wanted = min(wanted, payload_bytes * at // taken + at // count)
+    return wanted

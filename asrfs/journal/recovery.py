@@ -12,6 +12,10 @@ What was found is synced before it counts as durable, else power could be lost u
 shipped (I1). And whatever nothing says was durable is written again first: had a sync failed before this start, the
 kernel might hold these bytes for clean, and a sync alone would prove nothing. Segments cut as a whole become spares,
 under their old numbers (`segments.py`). A recovered segment is never appended to: the journal goes on in a new one.
+
+A disk server recovers by indexes: a sealed segment that has a valid one is neither read nor synced, since the index was
+written after the segment was durable; that it was there is a claim, too. What of such a segment was damaged since is
+found by those who read it for applying and shipping (`reader.py`), as is what is damaged while a disk server runs.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ from array import array
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from asrfs.errors import IntegrityError
+from asrfs.errors import FormatError, IntegrityError
 from asrfs.format.record import (
+    READS_AS_ZEROS,
     RECORD_HEADER_BYTES,
     RECORD_MAGIC,
     RecordHeader,
@@ -29,16 +34,21 @@ from asrfs.format.record import (
     segment_seed,
 )
 from asrfs.format.segment import POSITION_MASK, POSITION_SHIFT, SEGMENT_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader
+from asrfs.format.segment_index import DiskColumns, SealedSegment, decode_segment_index
+from asrfs.journal.map_table import TableShape, shape_of
 from asrfs.journal.segments import (
     Stop,
+    index_name,
+    list_indexes,
     list_journal,
     read_header,
+    remove_index,
     scan,
     segment_name,
     spare_name,
 )
 from asrfs.model.positions import Positions
-from asrfs.storage.interface import File, Storage
+from asrfs.storage.interface import File, Storage, read_whole
 
 _PIECE_BYTES = 4 << 20
 _MOVES_MAX = 5
@@ -46,22 +56,13 @@ _MOVES_MAX = 5
 
 
 class RecoveredRecord(NamedTuple):
-    """A record behind the applied LSN, as maps want it. `position`: of its payload."""
+    """A record behind the applied LSN, as maps want it. `position`: of its payload; of its header if it has none."""
 
     kind: int
     slot: int
     offset: int
     length: int
     position: int
-
-
-class RecoveredSegment(NamedTuple):
-    """A segment that was scanned. `end`: byte behind its last record; `last_lsn` < `first_lsn`: it has none."""
-
-    number: int
-    first_lsn: int
-    last_lsn: int
-    end: int
 
 
 class Recovered:
@@ -71,7 +72,12 @@ class Recovered:
         self.last_lsn = positions.applied.lsn
         self.last_time_ns = positions.applied.time_ns
         self.epoch = positions.epoch
-        self.segments: list[RecoveredSegment] = []
+        self.segments: list[SealedSegment] = []
+        """Those behind the applied LSN; `first_lsn`: the first record behind it."""
+        self.whole: set[int] = set()
+        """Numbers of the segments all of whose records are among `records`."""
+        self.tables: dict[int, dict[int, TableShape]] = {}
+        """By number and slot, of the segments whose index was believed: none of their records is among `records`."""
         self.next_segment_number = 1
         self.cut: str | None = None
         self._places = array("Q")
@@ -81,34 +87,42 @@ class Recovered:
         """Records behind the applied LSN, in order. Can be asked for more than once."""
         places = iter(self._places)
         for kind_and_slot, offset, length, position in zip(self._kinds, places, places, places, strict=True):
-            yield RecoveredRecord(kind_and_slot >> 16, kind_and_slot & 0xFFFF, offset, length, position)
+            kind = kind_and_slot >> 16
+            # Behind the header of one without payload the next segment may begin.
+            payload_at = position if kind in READS_AS_ZEROS else position + RECORD_HEADER_BYTES
+            yield RecoveredRecord(kind, kind_and_slot & 0xFFFF, offset, length, payload_at)
 
     def offset_of(self, lsn: int) -> int:
         """Byte of its segment at which record `lsn`, one of those found, begins."""
         behind = self.last_lsn - lsn + 1
-        return (self._places[-3 * behind + 2] & POSITION_MASK) - RECORD_HEADER_BYTES
+        return self._places[-3 * behind + 2] & POSITION_MASK
 
     def add(self, headers: list[RecordHeader], position: int) -> None:
         """The next records of the history; they lie end to end, the first one's header at `position`."""
         kinds, places = self._kinds.append, self._places.extend
         for _, _, _, offset, length, payload_length, _, kind, slot in headers:
-            position += RECORD_HEADER_BYTES
             kinds(kind << 16 | slot)
             places((offset, length, position))
-            position += payload_length
+            position += RECORD_HEADER_BYTES + payload_length
         self.last_lsn = headers[-1].lsn
         self.last_time_ns = max(self.last_time_ns, headers[-1].time_ns)
 
 
 def recover(
-    storage: Storage, positions: Positions, machine_id: bytes, *, segment_bytes: int = SEGMENT_BYTES
+    storage: Storage,
+    positions: Positions,
+    machine_id: bytes,
+    *,
+    segment_bytes: int = SEGMENT_BYTES,
+    by_indexes: bool = False,
 ) -> Recovered:
     """Find the history behind `positions.applied`, see the module. `storage` is the journal's directory.
 
-    Raises IntegrityError, and OSError where the storage fails.
+    `by_indexes`: sealed segments that have a valid index are not read. Raises IntegrityError, and OSError where the
+    storage fails.
     """
     for attempt in range(_MOVES_MAX):
-        recovery = _Recovery(storage, positions, machine_id, segment_bytes)
+        recovery = _Recovery(storage, positions, machine_id, segment_bytes, by_indexes)
         try:
             return recovery.run()
         except FileNotFoundError:
@@ -132,8 +146,11 @@ class _Bad(NamedTuple):
 class _Recovery:
     """One pass over the journal. Changes nothing before `_finish`."""
 
-    def __init__(self, storage: Storage, positions: Positions, machine_id: bytes, segment_bytes: int) -> None:
+    def __init__(
+        self, storage: Storage, positions: Positions, machine_id: bytes, segment_bytes: int, by_indexes: bool
+    ) -> None:
         self._storage = storage
+        self._by_indexes = by_indexes
         self._machine_id = machine_id
         self._segment_bytes = segment_bytes
         self._applied = positions.applied
@@ -164,7 +181,7 @@ class _Recovery:
                 if header is not None:
                     self._last_epoch = header.epoch
                 if self._bad is None and header is not None and self._continues(header, tail):
-                    tail = (number, self._follow(file, header))
+                    tail = (number, self._take_index(header) or self._follow(file, header))
                     self._tail_segment = header
                 else:
                     if self._bad is None and header is None:
@@ -212,6 +229,36 @@ class _Recovery:
             )
         self._bad = _Bad(number, 0, expected, "the segment has no valid header")
 
+    def _take_index(self, segment: SegmentHeader) -> int:
+        """Take the segment's index for its records; returns the byte behind the last one, 0 if they must be read.
+
+        That there is an index shows that they were durable, also to who reads them.
+        """
+        found, number = self._found, segment.number
+        read = self._read_index(segment)
+        if read is None:
+            return 0
+        index, disks = read
+        self._believe(index.last_lsn, number)
+        if not self._by_indexes:
+            return 0
+        found.tables[number] = {disk.slot: shape_of(number, disk) for disk in disks}
+        found.segments.append(index._replace(first_lsn=found.last_lsn + 1))
+        found.last_lsn = index.last_lsn
+        found.last_time_ns = max(found.last_time_ns, index.last_time_ns)
+        return index.end
+
+    def _read_index(self, segment: SegmentHeader) -> tuple[SealedSegment, list[DiskColumns]] | None:
+        """The index that was written for this segment when it was sealed and durable, else None."""
+        name = index_name(segment.number)
+        try:
+            index, disks = decode_segment_index(read_whole(self._storage, name), name)
+        except (OSError, FormatError):
+            return None
+        bound = (index.number, index.salt, index.first_lsn) == (segment.number, segment.salt, segment.first_lsn)
+        fits = SEGMENT_HEADER_BYTES <= index.end <= self._segment_bytes
+        return (index, disks) if bound and fits and index.last_lsn >= self._found.last_lsn else None
+
     def _follow(self, file: File, segment: SegmentHeader) -> int:
         """Take the records of a segment; returns the byte behind the last one."""
         found, number = self._found, segment.number
@@ -230,7 +277,9 @@ class _Recovery:
             at += piece.end
             if piece.stop is not Stop.MORE or not piece.records:
                 break
-        found.segments.append(RecoveredSegment(number, first, found.last_lsn, at))
+        if first == segment.first_lsn:
+            found.whole.add(number)
+        found.segments.append(SealedSegment(number, segment.salt, first, found.last_lsn, found.last_time_ns, at))
         return at
 
     def _look_behind(self, number: int, at: int) -> None:
@@ -300,6 +349,8 @@ class _Recovery:
     def _finish(self) -> None:
         """Make what was found durable, then cut what follows it, then make the names durable."""
         for segment in self._found.segments:
+            if segment.number in self._found.tables:
+                continue  # it was durable when its index was made
             file = self._storage.open(segment_name(segment.number), write=True)
             try:
                 self._write_again(file, segment)
@@ -313,9 +364,17 @@ class _Recovery:
         self._found.segments = [
             s for s in self._found.segments if s.number not in empty or s.number == self._applied.segment
         ]
+        self._sweep_indexes()
         self._storage.sync_directory("")
 
-    def _write_again(self, file: File, segment: RecoveredSegment) -> None:
+    def _sweep_indexes(self) -> None:
+        """Remove those that belong to nothing, or were not believed."""
+        kept = {s.number for s in self._found.segments if not self._by_indexes or s.number in self._found.tables}
+        for number in list_indexes(self._storage):
+            if number not in kept:
+                remove_index(self._storage, number)
+
+    def _write_again(self, file: File, segment: SealedSegment) -> None:
         """Put the segment's records above every claim of durability where they are, so that a sync takes them."""
         lsn = max(self._claim + 1, segment.first_lsn)
         if lsn > segment.last_lsn:

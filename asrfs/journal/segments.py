@@ -39,6 +39,7 @@ from asrfs.storage.interface import File, Storage
 _SEGMENT = re.compile(r"([0-9a-f]{16})\.segment")
 _SPARE = re.compile(r"spare-([0-9a-f]{16})")
 _FRESH = re.compile(r"fresh-([0-9a-f]{16})")
+_INDEX = re.compile(r"([0-9a-f]{16})\.index")
 _RECORD = struct.Struct("<4sIQQQQQIIHHI")
 _WRITE = int(Kind.WRITE)
 HOUSEKEEPING_PREFIX = ".spare-"
@@ -87,6 +88,23 @@ def spare_name(number: int) -> str:
 
 def fresh_name(count: int) -> str:
     return f"fresh-{count:016x}"
+
+
+def index_name(number: int) -> str:
+    return f"{number:016x}.index"
+
+
+def list_indexes(storage: Storage) -> list[int]:
+    """Numbers of the segments that have an index, ascending, be there a segment or not."""
+    return sorted(int(match[1], 16) for match in map(_INDEX.fullmatch, storage.names("")) if match)
+
+
+def remove_index(storage: Storage, number: int) -> None:
+    """A segment that goes takes its index along; what a crash brings back is swept by the next recovery."""
+    try:
+        storage.unlink(index_name(number))
+    except FileNotFoundError:
+        pass
 
 
 def list_journal(storage: Storage) -> Listing:

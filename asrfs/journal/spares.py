@@ -13,6 +13,7 @@ from asrfs.journal.segments import (
     fresh_name,
     list_journal,
     read_header,
+    remove_index,
     segment_name,
     spare_name,
 )
@@ -76,6 +77,7 @@ def trim(
             break
         if not _begins_by(storage, following, machine_id, through_lsn + 1):
             break
+        remove_index(storage, number)
         if spares < spares_max and _is_whole(storage, number, segment_bytes):
             recycle(storage, number)
             spares += 1

@@ -16,7 +16,8 @@ from asrfs.format.log_writes import LOG_SECTOR_BYTES, LogFlag, encode_log_entry,
 from asrfs.format.record import READS_AS_ZEROS, Kind, RecordHeader, segment_seed
 from asrfs.format.segment import SEGMENT_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader, decode_segment_header
 from asrfs.journal.segments import list_journal, scan, segment_name
-from asrfs.model.machine import NO_SLOT, decode_marker
+from asrfs.model.machine import NO_SLOT
+from asrfs.model.marker import decode_marker
 from asrfs.storage.interface import Bytes, File, Storage
 
 _ZEROS_BYTES_MAX = 1 << 20
@@ -64,7 +65,9 @@ def write_log(journal: Storage, names: list[str], output: File, slot: int | None
         if header.lsn > survey.last_lsn:
             break  # appended since the first pass
         if header.kind == Kind.MARKER:
-            writer.mark(decode_marker(bytes(payload)).name or decode_marker(bytes(payload)).id)
+            marker = decode_marker(bytes(payload))
+            if marker.completes is None:
+                writer.mark(marker.name or marker.id)
         elif header.kind != Kind.DISK and header.slot == chosen:
             writer.put(header, payload)
         if header.lsn in survey.flushes:

@@ -26,12 +26,20 @@ import os
 import secrets
 import struct
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from crc32c import crc32c
 
-from asrfs.format.record import PAYLOAD_BYTES_MAX, READS_AS_ZEROS, RECORD_HEADER_BYTES, RECORD_MAGIC, segment_seed
+from asrfs.format.record import (
+    PAYLOAD_BYTES_MAX,
+    READS_AS_ZEROS,
+    RECORD_HEADER_BYTES,
+    RECORD_MAGIC,
+    Kind,
+    WriteFrame,
+    segment_seed,
+)
 from asrfs.format.segment import (
     POSITION_MASK,
     POSITION_SHIFT,
@@ -40,6 +48,7 @@ from asrfs.format.segment import (
     SegmentHeader,
     encode_segment_header,
 )
+from asrfs.format.segment_index import SealedSegment
 from asrfs.journal.block_map import ZEROS_EXPANDED_MAX, BlockMap
 from asrfs.journal.next_segment import NextSegment
 from asrfs.journal.recovery import Recovered
@@ -51,13 +60,15 @@ from asrfs.storage.interface import Bytes, File, Storage
 ZERO_BLOCKS_MAX = 64 * 1024
 """Blocks a segment's records without payload may add to the maps; then a new segment begins, as it does when full."""
 OPEN_SEGMENTS_MAX = 128
-_DROP_NOTES = 2048
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _BODY = struct.Struct("<QQQQQIIHHI")
 _CRC = struct.Struct("<I")
+_PREFIX = struct.Struct("<4sI")
+_WRITE = int(Kind.WRITE)
 
 draw_salt = partial(secrets.randbits, 64)
 SyncCallback = Callable[[OSError | None], None]
+SealedCallback = Callable[[list[SealedSegment]], None]
 
 
 class Journal:
@@ -92,19 +103,30 @@ class Journal:
         self._segment_bytes = segment_bytes
         self._zero_blocks_max = zero_blocks_max
         self._failed: str | None = None
+        self.barred: Callable[[int], None] | None = None
+        """Asked, under the lock, for the kind of each record that is to be appended; raises what forbids it."""
         # The open segment. Before there is one, the tail lies at a segment's end, so that the first append begins one.
         self._number = recovered.next_segment_number - 1
         self._tail = segment_bytes
         self._zero_blocks = 0
         self._seed = 0
         self._base = 0
-        self._write_at: Callable[[tuple[Bytes, ...], int], None] = _closed
+        self._write_at: Callable[[Sequence[Bytes], int], None] = _closed
+        # Bytes of the open segment where records were refused and may lie whole all the same.
+        self._refused: set[int] = set()
         self._header = bytearray(RECORD_HEADER_BYTES)
         self._header[: len(RECORD_MAGIC)] = RECORD_MAGIC
         self._body = memoryview(self._header)[8:]
         # Open and sealed segments by number; sealed ones not yet synced.
         self._files: dict[int, File] = {}
         self._unsynced: list[tuple[int, File]] = []
+        # What is known of the latter; the open one's salt and first LSN.
+        self._sealed: list[SealedSegment] = []
+        self._salt = 0
+        self._first_lsn = 0
+        self.when_sealed: SealedCallback = _ignore
+        """Told, in order, of segments that are sealed and durable. Called like who waits for a sync."""
+        self._syncs_sealed = prepare_ahead
         self._next = NextSegment(storage, segment_bytes, ahead=prepare_ahead)
         # The helper thread.
         self._wake = threading.Condition(self.lock)
@@ -146,11 +168,12 @@ class Journal:
 
     def append_locked(self, kind: int, slot: int, offset: int, length: int, payload: Bytes = b"") -> int:
         """`append` for a caller that holds `lock`, so that it can change its map at the same instant."""
-        if self._failed is not None:
-            raise OSError(errno.EIO, self._failed)
+        if self.barred is not None:
+            self.barred(kind)
         size = len(payload)
         at = self._tail
-        if at + RECORD_HEADER_BYTES + size > self._segment_bytes or self._zero_blocks > self._zero_blocks_max:
+        # A position lies in its own segment, also that of a record without payload: hence the one byte.
+        if at + RECORD_HEADER_BYTES + (size or 1) > self._segment_bytes or self._zero_blocks > self._zero_blocks_max:
             assert size <= min(PAYLOAD_BYTES_MAX, self._segment_bytes - SEGMENT_HEADER_BYTES - RECORD_HEADER_BYTES)
             self._roll()
             at = self._tail
@@ -162,12 +185,14 @@ class Journal:
         _BODY.pack_into(header, 8, lsn, time_ns, self.durable_lsn, offset, length, size, crc32c(payload), kind, slot, 0)
         _CRC.pack_into(header, 4, crc32c(self._body, self._seed))
         try:
+            if self._refused:
+                self._take_back()
             self._write_at((header, payload), at)
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 self._fail(f"{segment_name(self._number)}: write at {at} failed: {error}")
             else:
-                self._write_at = self._write_after_refusal
+                self._refused.add(at)
             raise
         start = at + RECORD_HEADER_BYTES
         self._tail = start + size
@@ -178,18 +203,59 @@ class Journal:
             self._zero_blocks += blocks if blocks <= ZEROS_EXPANDED_MAX else 2
         return self._base | start
 
+    def append_framed_locked(self, writes: Sequence[tuple[int, int, WriteFrame]]) -> int | None:
+        """Append WRITE records of `(slot, offset, framed payload)` for who holds `lock`.
+
+        Returns the position of the first payload; each other one lies behind the one before and its own header. None:
+        nothing was appended (no room in the segment, an error); each by itself then finds out why.
+        """
+        if self.barred is not None or self._refused or self._zero_blocks > self._zero_blocks_max:
+            return None
+        at = end = self._tail
+        lsn, durable_lsn, seed = self.appended_lsn, self.durable_lsn, self._seed
+        time_ns = self._time_ns()
+        if time_ns < self.last_time_ns:
+            time_ns = self.last_time_ns
+        records: list[memoryview] = []
+        for slot, offset, (whole, body, payload) in writes:
+            lsn += 1
+            length = len(payload)
+            crc = crc32c(payload)
+            _BODY.pack_into(body, 0, lsn, time_ns, durable_lsn, offset, length, length, crc, _WRITE, slot, 0)
+            _PREFIX.pack_into(whole, 0, RECORD_MAGIC, crc32c(body, seed))
+            records.append(whole)
+            end += RECORD_HEADER_BYTES + length
+        if end > self._segment_bytes:
+            return None
+        try:
+            self._write_at(records, at)
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                self._fail(f"{segment_name(self._number)}: write at {at} failed: {error}")
+            else:
+                for record in records:
+                    self._refused.add(at)
+                    at += len(record)
+            return None
+        self._tail = end
+        self.appended_lsn = lsn
+        self.last_time_ns = time_ns
+        return self._base | (at + RECORD_HEADER_BYTES)
+
     # ---- read back ----
 
     def read_locked(self, position: int, length: int) -> bytes:
         """`length` journaled bytes at `position`, for a caller that holds `lock`. Raises OSError."""
-        number = position >> POSITION_SHIFT
-        file = self._files.get(number)
-        if file is None:
-            file = self._open_sealed(number)
-        piece = file.read_at(length, position & POSITION_MASK)
+        piece = self._file_of(position).read_at(length, position & POSITION_MASK)
         if len(piece) != length:
-            raise OSError(errno.EIO, f"{segment_name(number)}: ends at {position & POSITION_MASK}+{len(piece)}")
+            raise _short(position, len(piece))
         return piece
+
+    def read_into_locked(self, position: int, buffer: memoryview) -> None:
+        """As `read_locked`, as many bytes as `buffer` has, into it."""
+        have = self._file_of(position).read_into(buffer, position & POSITION_MASK)
+        if have != len(buffer):
+            raise _short(position, have)
 
     def drop_through(self, segment: int, maps: Iterable[BlockMap]) -> None:
         """Segments up to `segment` are wholly in the images: forget them. Afterwards their files are not used here.
@@ -199,10 +265,10 @@ class Journal:
         with self.lock:
             segment = min(segment, self._number - 1)
         for block_map in maps:
-            done = False
-            while not done:  # requests come between: a segment may have noted tens of thousands of blocks
-                with self.lock:
-                    done = block_map.drop_some(segment, _DROP_NOTES)
+            with self.lock:
+                dropped = block_map.drop_through(segment)
+            while dropped:  # each takes a millisecond to free: requests come between
+                dropped.pop()
         with self.lock:
             unsynced = {number for number, _ in self._unsynced}
             for number in [n for n in self._files if n <= segment and n not in unsynced]:
@@ -250,8 +316,7 @@ class Journal:
         self._thread.join()
         self._next.close()
         with self.lock:
-            if self._failed is None:
-                self._failed = "the journal is closed"
+            self._fail("the journal is closed")
             self._write_at = _closed
             for file in self._files.values():
                 file.close()
@@ -277,7 +342,7 @@ class Journal:
             if self._failed is not None:
                 return OSError(errno.EIO, self._failed)
             target = self.appended_lsn
-            sealed = list(self._unsynced)
+            sealed, known = list(self._unsynced), list(self._sealed)
             number = self._number
             files = [*sealed, (number, self._files[number])] if number in self._files else sealed
         place = ""
@@ -291,7 +356,10 @@ class Journal:
                 return OSError(errno.EIO, self._failed)
         with self.lock:
             del self._unsynced[: len(sealed)]
+            del self._sealed[: len(known)]
             self.durable_lsn = target
+        if known:
+            self.when_sealed(known)
         return None
 
     # ---- segments ----
@@ -299,6 +367,10 @@ class Journal:
     def _fail(self, why: str) -> None:
         if self._failed is None:
             self._failed = why
+            self.barred = self._refuse
+
+    def _refuse(self, _kind: int) -> None:
+        raise OSError(errno.EIO, self._failed)
 
     def _roll(self) -> None:
         """Seal the open segment and begin the next one. Raises OSError; then nothing was begun, and the next tries."""
@@ -309,8 +381,8 @@ class Journal:
             self.epoch, number, first_lsn, self.durable_lsn, self.last_time_ns, self._machine_id, salt
         )
         try:
-            if self._write_at == self._write_after_refusal:
-                self._take_back(self._tail)
+            if self._refused:
+                self._take_back()
             file = self._next.take(number)
             try:
                 file.write_at((encode_segment_header(header),), 0)
@@ -324,29 +396,36 @@ class Journal:
             raise
         if self._number in self._files:
             self._unsynced.append((self._number, self._files[self._number]))
+            place = (self._number, self._salt, self._first_lsn, self.appended_lsn, self.last_time_ns, self._tail)
+            self._sealed.append(SealedSegment(*place))
+            if self._syncs_sealed:  # also when nobody asks: what a restart must write again stays little
+                self._waiting.append((self.appended_lsn, _ignore))
+                self._wake.notify()
         self._files[number] = file
         self._number = number
         self._tail = SEGMENT_HEADER_BYTES
+        self._salt, self._first_lsn = salt, first_lsn
         self._zero_blocks = 0
         self._seed = segment_seed(number, salt)
         self._base = number << POSITION_SHIFT
         self._write_at = file.write_at
         self._next.want(number + 1)
 
-    def _write_after_refusal(self, buffers: tuple[Bytes, ...], at: int) -> None:
-        self._take_back(at)
-        self._write_at(buffers, at)
-
-    def _take_back(self, at: int) -> None:
-        """Make sure that no record is found at byte `at`, the tail, where one was refused."""
+    def _take_back(self) -> None:
+        """Make sure that no record is found where one was refused."""
         file = self._files[self._number]
-        file.write_at((bytes(RECORD_HEADER_BYTES),), at)
+        for at in self._refused:
+            file.write_at((bytes(RECORD_HEADER_BYTES),), at)
         try:
             file.datasync()
         except OSError as error:  # final even for want of space: asked again, the kernel may say yes to what it gave up
             self._fail(f"{segment_name(self._number)}: sync failed: {error}")
             raise OSError(errno.EIO, self._failed) from error
-        self._write_at = file.write_at
+        self._refused.clear()
+
+    def _file_of(self, position: int) -> File:
+        number = position >> POSITION_SHIFT
+        return self._files.get(number) or self._open_sealed(number)
 
     def _open_sealed(self, number: int) -> File:
         """A segment from before the last start, opened when a read first wants it."""
@@ -358,5 +437,14 @@ class Journal:
         return file
 
 
-def _closed(_buffers: tuple[Bytes, ...], _at: int) -> None:
+def _closed(_buffers: Sequence[Bytes], _at: int) -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def _ignore(_: object) -> None:
+    pass
+
+
+def _short(position: int, have: int) -> OSError:
+    end = (position & POSITION_MASK) + have
+    return OSError(errno.EIO, f"{segment_name(position >> POSITION_SHIFT)}: ends at {end}")

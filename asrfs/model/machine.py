@@ -1,12 +1,11 @@
 """A machine, its disks, and what its history says of them.
 
-`MachineConfig` is the host's file (`machine.json`); `DiskRecord` and `MarkerRecord` travel inside the history as the
-payload of DISK and MARKER records, so the store learns of disks and points in the same order as of writes.
+`MachineConfig` is the host's file (`machine.json`); `DiskRecord` travels inside the history as the payload of DISK
+records, so the store learns of disks in the same order as of writes.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import msgspec
@@ -14,8 +13,6 @@ import msgspec
 from asrfs.errors import BadInputError, FormatError, NotFoundError
 from asrfs.model.names import check_name, is_id
 from asrfs.model.quantities import check_disk_size
-
-Consistency = Literal["crash", "filesystem", "application"]
 
 NO_SLOT = 0xFFFF
 """Slot of records that belong to no disk (markers)."""
@@ -90,17 +87,6 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class MarkerRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Payload of a MARKER record: a recovery point, real once its LSN is durable at the store."""
-
-    id: str
-    consistency: Consistency = "crash"
-    group: str | None = None
-    name: str | None = None
-    hold_ms: float | None = None
-    note: str | None = None
-
-
 def check_machine(machine: MachineConfig) -> None:
     """Raise FormatError for a machine that `asrfs` never wrote: names, ids, sizes or slots that cannot be."""
     try:
@@ -124,10 +110,6 @@ def encode_disk(record: DiskRecord) -> bytes:
     return msgspec.msgpack.encode(record)
 
 
-def encode_marker(record: MarkerRecord) -> bytes:
-    return msgspec.msgpack.encode(record)
-
-
 def decode_disk(payload: bytes) -> DiskRecord:
     """Decode and check a DISK payload, which may come from a hostile peer. Raises FormatError."""
     try:
@@ -140,22 +122,4 @@ def decode_disk(payload: bytes) -> DiskRecord:
         raise FormatError(f"a DISK record is not acceptable: {error}") from None
     if not is_id(record.id) or not 0 <= record.slot <= SLOT_MAX:
         raise FormatError(f"a DISK record names slot {record.slot} and id {record.id[:40]!r}")
-    return record
-
-
-def decode_marker(payload: bytes) -> MarkerRecord:
-    """Decode and check a MARKER payload, which may come from a hostile peer. Raises FormatError."""
-    try:
-        record = msgspec.msgpack.decode(payload, type=MarkerRecord)
-        for text, what in ((record.name, "point"), (record.group, "group")):
-            if text is not None:
-                check_name(text, what)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise FormatError(f"a MARKER record cannot be read: {error}") from None
-    except BadInputError as error:
-        raise FormatError(f"a MARKER record is not acceptable: {error}") from None
-    if not is_id(record.id) or len(record.note or "") > 1000:
-        raise FormatError(f"a MARKER record has id {record.id[:40]!r}")
-    if record.hold_ms is not None and not 0 <= record.hold_ms < math.inf:
-        raise FormatError(f"a MARKER record has held writes for {record.hold_ms} ms")
     return record

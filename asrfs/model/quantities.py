@@ -59,6 +59,14 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * _DURATION_UNITS[match[2].lower()]
 
 
+def format_duration(seconds: float) -> str:
+    """A duration as `parse_duration` takes it, in the largest unit that divides it: `4h`, `90s`."""
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds > length and seconds % length == 0:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{seconds:.12g}s"
+
+
 def parse_time(text: str) -> int:
     """Nanoseconds since 1970 UTC of an RFC 3339 time; up to nine digits of a second. Raises BadInputError."""
     match = re.fullmatch(r"(\d{4}-\d\d-\d\d)[Tt _](\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?([Zz]|[+-]\d\d:\d\d)", text.strip())

@@ -27,6 +27,8 @@ _MAGIC = b"A1"
 _HEADER = struct.Struct("<2sBBII")
 _CRC = struct.Struct("<I")
 
+Bytes = bytes | bytearray | memoryview
+
 
 class ProtocolError(IntegrityError):
     """The peer broke the protocol. The connection is of no use any more."""
@@ -43,11 +45,17 @@ class FrameType(IntEnum):
     ACKNOWLEDGE = 6
     HEARTBEAT = 7
     GOODBYE = 8
+    CONFIGURE = 9
+    GROUP = 32
+    """Of another conversation, that between machines of a group: `group_session.py`."""
 
 
 class Frame(NamedTuple):
+    """`rest`: bytes of its payload that are still to come. OBJECT_BYTES comes in pieces, anything else is whole."""
+
     type: FrameType
-    payload: bytes
+    payload: Bytes
+    rest: int = 0
 
 
 def encode_frame_header(frame_type: FrameType, length: int, sequence: int) -> bytes:
@@ -58,34 +66,58 @@ def encode_frame_header(frame_type: FrameType, length: int, sequence: int) -> by
 
 
 class FrameReader:
-    """Collects bytes and gives whole frames. Holds at most one frame beyond what it was fed."""
+    """Collects bytes and gives frames. Of OBJECT_BYTES nothing is kept here: what came is passed on, as views of it.
+
+    So it holds at most one message beyond what it was fed, and the bytes of objects are not copied to be cut out.
+    """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._sequence = 0
+        self._type: FrameType | None = None
+        self._rest = 0
 
-    def feed(self, received: bytes | bytearray | memoryview) -> list[Frame]:
-        """All frames completed by `received`. Raises ProtocolError; then this reader is finished."""
-        self._buffer += received
+    def feed(self, received: Bytes) -> list[Frame]:
+        """All that `received` completes or adds to. Raises ProtocolError; then this reader is finished."""
         frames = []
-        at = 0
-        while (frame := self._frame_at(at)) is not None:
-            frames.append(frame)
-            at += FRAME_HEADER_BYTES + len(frame.payload)
-        if at:
-            del self._buffer[:at]
+        view = memoryview(received)
+        while view:
+            if self._type is None:
+                view = self._fill(view, FRAME_HEADER_BYTES)
+                if len(self._buffer) < FRAME_HEADER_BYTES:
+                    break
+                self._type, self._rest = self._begin(bytes(self._buffer))
+                self._buffer.clear()
+            if self._type is FrameType.OBJECT_BYTES:
+                piece, view = view[: self._rest], view[self._rest :]
+                self._rest -= len(piece)
+                if piece or not self._rest:
+                    frames.append(Frame(self._type, piece, self._rest))
+            else:
+                view = self._fill(view, self._rest)
+                if len(self._buffer) < self._rest:
+                    break
+                frames.append(Frame(self._type, bytes(self._buffer)))
+                self._buffer.clear()
+                self._rest = 0
+            if not self._rest:
+                self._type = None
         return frames
 
     def is_empty(self) -> bool:
         """Whether the stream may end here: no frame is half received."""
-        return not self._buffer
+        return not self._buffer and self._type is None
 
-    def _frame_at(self, at: int) -> Frame | None:
-        buffer = self._buffer
-        if len(buffer) - at < FRAME_HEADER_BYTES:
-            return None
-        magic, code, zero, length, sequence = _HEADER.unpack_from(buffer, at)
-        if _CRC.unpack_from(buffer, at + _HEADER.size)[0] != crc32c(bytes(buffer[at : at + _HEADER.size])):
+    def _fill(self, view: memoryview, length: int) -> memoryview:
+        """Move bytes to the buffer until it has `length`; what is left of them."""
+        missing = length - len(self._buffer)
+        self._buffer += view[:missing]
+        return view[missing:]
+
+    def _begin(self, header: bytes) -> tuple[FrameType, int]:
+        """Type and length of payload of the frame that begins here."""
+        magic, code, zero, length, sequence = _HEADER.unpack_from(header)
+        if _CRC.unpack_from(header, _HEADER.size)[0] != crc32c(header[: _HEADER.size]):
             raise ProtocolError("a frame's header does not match its checksum")
         if magic != _MAGIC or zero or length > FRAME_PAYLOAD_BYTES_MAX:
             raise ProtocolError(f"a frame of {length} bytes with magic {magic!r} is not acceptable")
@@ -95,8 +127,5 @@ class FrameReader:
             frame_type = FrameType(code)
         except ValueError:
             raise ProtocolError(f"frame type {code} is not known") from None
-        start = at + FRAME_HEADER_BYTES
-        if len(buffer) - start < length:
-            return None
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        return Frame(frame_type, bytes(memoryview(buffer)[start : start + length]))
+        return frame_type, length

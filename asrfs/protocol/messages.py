@@ -6,18 +6,25 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from asrfs.protocol.frames import FrameType, ProtocolError
+from asrfs.model.configuration import ADDRESS_CHARACTERS_MAX, PORT_MAX, HostConfiguration
+from asrfs.protocol.frames import Bytes, FrameType, ProtocolError
 
 PROTOCOL_VERSION = 1
 OBJECT_CHUNK_BYTES = 1 << 20
 
 Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 """LSNs and times: what the store's catalog can hold. The peer's word goes there, so the decoder takes no other."""
+Port = Annotated[int, msgspec.Meta(ge=0, le=PORT_MAX)]
+Address = Annotated[str, msgspec.Meta(max_length=ADDRESS_CHARACTERS_MAX)]
 RefusalCode = Literal["authentication", "fenced", "diverged", "state", "corrupt", "space", "busy"]
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True):
-    """Host's first word. `acknowledged_lsn`, `last_digest`: what it holds for acknowledged; the digest may be empty."""
+    """Host's first word. `acknowledged_lsn`, `last_digest`: what it holds for acknowledged; the digest may be empty.
+
+    `takes_configuration`: it knows CONFIGURE; a host of before that would end the session. `group_port` 0: it listens
+    to no group; `group_address` empty: others reach it at the address this connection comes from.
+    """
 
     protocol: int
     machine_id: str
@@ -27,6 +34,9 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     durable_lsn: Number
     acknowledged_lsn: Number
     last_digest: str
+    takes_configuration: bool = False
+    group_port: Port = 0
+    group_address: Address = ""
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +90,13 @@ class Goodbye(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-Message = Hello | Welcome | Refused | ObjectBegin | Acknowledge | Heartbeat | Goodbye
+class Configure(msgspec.Struct, frozen=True, kw_only=True):
+    """The store says what it wants of the host: all of it, in place of what it said before."""
+
+    configuration: HostConfiguration
+
+
+Message = Hello | Welcome | Refused | ObjectBegin | Acknowledge | Heartbeat | Goodbye | Configure
 
 TYPE_OF: dict[type[msgspec.Struct], FrameType] = {
     Hello: FrameType.HELLO,
@@ -90,6 +106,7 @@ TYPE_OF: dict[type[msgspec.Struct], FrameType] = {
     Acknowledge: FrameType.ACKNOWLEDGE,
     Heartbeat: FrameType.HEARTBEAT,
     Goodbye: FrameType.GOODBYE,
+    Configure: FrameType.CONFIGURE,
 }
 _DECODERS: dict[FrameType, msgspec.msgpack.Decoder[Any]] = {
     frame_type: msgspec.msgpack.Decoder(cls) for cls, frame_type in TYPE_OF.items()
@@ -101,7 +118,7 @@ def encode_message(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
-def decode_message(frame_type: FrameType, payload: bytes) -> Message:
+def decode_message(frame_type: FrameType, payload: Bytes) -> Message:
     """Raises ProtocolError for bytes that are not a message of that type."""
     try:
         message: Message = _DECODERS[frame_type].decode(payload)

@@ -10,17 +10,18 @@ bug and trips an assertion. Either way nothing has changed.
       OBJECT_BYTES …   ──▶
                        ◀──         ACKNOWLEDGE (in LSN order)
       HEARTBEAT        ◀─▶         HEARTBEAT
+                       ◀──         CONFIGURE (to a host whose HELLO said that it takes it)
       GOODBYE          ──▶
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Literal, NamedTuple
 
 from asrfs.format.log_object import OBJECT_BYTES_MAX, OBJECT_HEADER_BYTES
-from asrfs.protocol.frames import Frame, FrameReader, FrameType, ProtocolError, encode_frame_header
+from asrfs.protocol.frames import Bytes, Frame, FrameReader, FrameType, ProtocolError, encode_frame_header
 from asrfs.protocol.messages import (
     OBJECT_CHUNK_BYTES,
     TYPE_OF,
@@ -31,7 +32,7 @@ from asrfs.protocol.messages import (
 )
 
 Role = Literal["host", "store"]
-Bytes = bytes | bytearray | memoryview
+_PIECE_BYTES_MIN = 4 << 10
 
 
 class State(Enum):
@@ -64,12 +65,14 @@ TABLE: dict[State, dict[Speaks, State]] = {
         Speaks("host", F.GOODBYE): State.CLOSED,
         Speaks("store", F.ACKNOWLEDGE): State.STREAMING,
         Speaks("store", F.HEARTBEAT): State.STREAMING,
+        Speaks("store", F.CONFIGURE): State.STREAMING,
         Speaks("store", F.REFUSED): State.CLOSED,
     },
     State.IN_OBJECT: {
         Speaks("host", F.OBJECT_BYTES): State.IN_OBJECT,
         Speaks("store", F.ACKNOWLEDGE): State.IN_OBJECT,
         Speaks("store", F.HEARTBEAT): State.IN_OBJECT,
+        Speaks("store", F.CONFIGURE): State.IN_OBJECT,
         Speaks("store", F.REFUSED): State.CLOSED,
     },
     State.CLOSED: {},
@@ -80,7 +83,7 @@ class ObjectReceived(NamedTuple):
     """A whole log object came; its content is still to be checked."""
 
     begin: ObjectBegin
-    content: bytes
+    content: Bytes
 
 
 Event = Message | ObjectReceived
@@ -99,7 +102,8 @@ class Session:
         self._reader = FrameReader()
         self._sequence = 0
         self._begin: ObjectBegin | None = None
-        self._object = bytearray()
+        self._pieces: list[memoryview | bytearray] = []
+        self._received = 0
 
     def send(self, message: Message) -> bytes:
         """The bytes of one message."""
@@ -111,8 +115,11 @@ class Session:
         self.state = following
         return header + payload
 
-    def send_object(self, begin: ObjectBegin, pieces: list[bytes]) -> Iterator[Bytes]:
-        """The buffers of one log object, at most about 1 MiB each. The iterator must be exhausted."""
+    def send_object(self, begin: ObjectBegin, pieces: Sequence[Bytes]) -> Iterator[Bytes]:
+        """The buffers of one log object, at most about 1 MiB each. The iterator must be exhausted.
+
+        They are views of the pieces where these are large.
+        """
         assert sum(map(len, pieces)) == begin.length, "the pieces are not the object announced"
         yield self.send(begin)
         for chunk in _chunks(pieces):
@@ -124,7 +131,10 @@ class Session:
             self.state = State.STREAMING
 
     def receive(self, received: Bytes) -> list[Event]:
-        """Events completed by these bytes. Raises ProtocolError; then the session is closed."""
+        """Events completed by these bytes, which must not change any more: of an object they are kept as they are.
+
+        Raises ProtocolError; then the session is closed.
+        """
         try:
             return [event for frame in self._reader.feed(received) if (event := self._on_frame(frame)) is not None]
         except ProtocolError:
@@ -142,7 +152,7 @@ class Session:
         if following is None:
             raise ProtocolError(f"{self.peer} sent {frame.type.name} when {self.state.value}")
         if frame.type is F.OBJECT_BYTES:
-            return self._on_object_bytes(frame.payload)
+            return self._on_object_bytes(memoryview(frame.payload), frame.rest)
         message = decode_message(frame.type, frame.payload)
         if isinstance(message, ObjectBegin):
             if not OBJECT_HEADER_BYTES < message.length <= OBJECT_BYTES_MAX:
@@ -155,17 +165,28 @@ class Session:
         self.state = following
         return message
 
-    def _on_object_bytes(self, chunk: bytes) -> ObjectReceived | None:
+    def _on_object_bytes(self, chunk: memoryview, rest: int) -> ObjectReceived | None:
         assert self._begin is not None
-        if not chunk or len(self._object) + len(chunk) > self._begin.length:
+        if not chunk or self._received + len(chunk) + rest > self._begin.length:
             raise ProtocolError(f"log object of LSN {self._begin.first_lsn} has more or fewer bytes than announced")
-        self._object += chunk
-        if len(self._object) < self._begin.length:
+        self._keep(chunk)
+        if self._received < self._begin.length:
             return None
-        whole = ObjectReceived(self._begin, bytes(self._object))
-        self._begin, self._object = None, bytearray()
+        whole = ObjectReceived(self._begin, b"".join(self._pieces))
+        self._begin, self._pieces, self._received = None, [], 0
         self.state = State.STREAMING
         return whole
+
+    def _keep(self, chunk: memoryview) -> None:
+        """Small pieces are put together, so that no peer can make us hold much more than the bytes it sent."""
+        self._received += len(chunk)
+        last = self._pieces[-1] if self._pieces else None
+        if len(chunk) >= _PIECE_BYTES_MIN:
+            self._pieces.append(chunk)
+        elif isinstance(last, bytearray) and len(last) < OBJECT_CHUNK_BYTES:
+            last += chunk
+        else:
+            self._pieces.append(bytearray(chunk))
 
     def _header(self, frame_type: FrameType, length: int) -> bytes:
         header = encode_frame_header(frame_type, length, self._sequence)
@@ -173,7 +194,7 @@ class Session:
         return header
 
 
-def _chunks(pieces: list[bytes]) -> Iterator[list[Bytes]]:
+def _chunks(pieces: Sequence[Bytes]) -> Iterator[list[Bytes]]:
     """The pieces, grouped or cut to chunks of at most OBJECT_CHUNK_BYTES."""
     chunk: list[Bytes] = []
     room = OBJECT_CHUNK_BYTES

@@ -19,9 +19,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from asrfs.errors import IntegrityError
 from asrfs.format.record import Kind, RecordHeader
-from asrfs.journal.reader import JournalReader
+from asrfs.journal.columns import Columns
+from asrfs.journal.reader import JournalReader, Slabs
 from asrfs.model.machine import NO_SLOT
 from asrfs.model.positions import Cursor
 from asrfs.replication.applier_round import DiskRound
@@ -72,6 +75,7 @@ class Applier:
         self._on_marker = on_marker
         self._round_bytes_max = round_bytes_max
         self._rounds_max = rounds_max
+        self._slabs = Slabs()
 
     def apply_span(self, durable_lsn: int) -> Cursor:
         """Apply records above the last good datasync, none above `durable_lsn` (I1); returns the new position.
@@ -104,25 +108,23 @@ class Applier:
 
     def _apply_round(self, cursor: Cursor, durable_lsn: int, touched: set[int]) -> Cursor:
         until_lsn = min(durable_lsn, cursor.lsn + ROUND_RECORDS_MAX)
-        batch = self._reader.read(cursor, until_lsn, self._round_bytes_max)
-        disks: dict[int, DiskRound] = {}
-        for header, payload in batch.records:
-            slot = header.slot
-            disk = disks.get(slot)
-            if disk is None:
-                if slot == NO_SLOT or header.kind == Kind.DISK:
-                    self._note_marker(header, payload)
-                    continue
-                disk = disks[slot] = DiskRound()
-            disk.note(header, payload)
+        batch = self._reader.read(cursor, until_lsn, self._round_bytes_max, self._slabs)
         assert batch.cursor.lsn <= durable_lsn, "I1: only durable records reach an image"
+        disks: dict[int, DiskRound] = {}
+        for part in batch.parts:
+            self._note_markers(part)
+            slots = part.headers["slot"]
+            has_extent = ~part.has_note() & (slots != NO_SLOT)
+            for slot in np.unique(slots[has_extent]).tolist():
+                disks.setdefault(slot, DiskRound()).note(part, slots == slot)
         for slot, disk in sorted(disks.items()):
             self._write(slot, disk, touched)
         return batch.cursor
 
-    def _note_marker(self, header: RecordHeader, payload: memoryview) -> None:
-        if header.kind == Kind.MARKER and self._on_marker is not None:
-            self._on_marker(header, bytes(payload))
+    def _note_markers(self, part: Columns) -> None:
+        if self._on_marker is not None:
+            for i in np.flatnonzero(part.headers["kind"] == Kind.MARKER).tolist():
+                self._on_marker(part.header(i), bytes(part.payload(i)))
 
     def _write(self, slot: int, disk: DiskRound, touched: set[int]) -> None:
         image = self._images.image(slot)

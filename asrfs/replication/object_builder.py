@@ -13,14 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from asrfs.errors import IntegrityError
-from asrfs.format.log_object import RECORDS_MAX, Index, ObjectKeys, derive_keys, encode_object
-from asrfs.format.record import CARRIES_EXTENT_BYTES, Kind, RecordHeader
-from asrfs.journal.reader import JournalReader
+from asrfs.format.log_object import RECORDS_MAX, Index, ObjectKeys, derive_keys
+from asrfs.format.object_encoder import ZSTD_LEVEL, ObjectEncoder
+from asrfs.format.record import Kind
+from asrfs.journal.columns import Columns
+from asrfs.journal.reader import JournalReader, Slabs
 from asrfs.model.positions import Cursor
-
-Records = Sequence[tuple[RecordHeader, memoryview]]
-_WITH_BYTES = [int(kind) for kind in CARRIES_EXTENT_BYTES]
-_WITH_NOTE = [int(Kind.MARKER), int(Kind.DISK)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +41,8 @@ class BuiltObject:
     last_lsn: int
     first_time_ns: int
     digest: bytes
-    pieces: list[bytes]
+    pieces: list[memoryview]
+    """Its bytes, until they were given back."""
     length: int
     cursor: Cursor
 
@@ -53,6 +52,8 @@ class ObjectBuilder:
 
     def __init__(self, reader: JournalReader) -> None:
         self._reader = reader
+        self._slabs = Slabs()
+        self._encoder = ObjectEncoder()
 
     def build(
         self,
@@ -63,68 +64,76 @@ class ObjectBuilder:
         session_salt: bytes,
         previous_digest: bytes,
         bytes_max: int,
-        compress: bool = True,
+        level: int | None = ZSTD_LEVEL,
     ) -> BuiltObject | None:
-        """The object of the records after `cursor`, none above `durable_lsn`; None when there are none.
+        """The object of the records after `cursor`, none above `durable_lsn`; None when there are none. `level`: of
+        zstd, or None.
 
         Raises IntegrityError for a corrupt journal, OSError when it cannot be read.
         """
         until_lsn = min(durable_lsn, cursor.lsn + RECORDS_MAX)
-        batch = self._reader.read(cursor, until_lsn, bytes_max)
-        if not batch.records:
+        batch = self._reader.read(cursor, until_lsn, bytes_max, self._slabs)
+        if not batch.parts:
             return None
-        for header, _ in batch.records:
-            if header.kind == Kind.MARKER and header.lsn < batch.cursor.lsn:
-                batch = self._reader.read(cursor, header.lsn, bytes_max)
-                break
+        marker_lsn = _first_marker(batch.parts)
+        if marker_lsn is not None and marker_lsn < batch.cursor.lsn:
+            batch = self._reader.read(cursor, marker_lsn, bytes_max, self._slabs)
         epoch = self._reader.epoch(cursor)
-        first = batch.records[0][0].lsn
-        if first != cursor.lsn + 1 or batch.cursor.lsn != first + len(batch.records) - 1:
-            raise IntegrityError(f"the journal goes on with LSN {first} where LSN {cursor.lsn + 1} was due")
+        index = index_of(batch.parts)
+        if index.first_lsn != cursor.lsn + 1 or batch.cursor.lsn != index.first_lsn + len(index) - 1:
+            raise IntegrityError(f"the journal goes on with LSN {index.first_lsn} where LSN {cursor.lsn + 1} was due")
         assert batch.cursor.lsn <= durable_lsn, "only durable records are shipped"
-        digest, pieces = encode_object(
+        digest, content = self._encoder.encode(
             machine_id=keys.machine_id,
             epoch=epoch,
             session_salt=session_salt,
             previous_digest=previous_digest,
-            index=index_of(batch.records),
-            payloads=[payload for header, payload in batch.records if header.kind in CARRIES_EXTENT_BYTES],
+            index=index,
+            payloads=[payload for part in batch.parts for payload in part.payloads(part.carries_bytes())],
             keys=keys.of_session(epoch, session_salt),
-            compress=compress,
+            level=level,
         )
         return BuiltObject(
-            first_lsn=first,
+            first_lsn=index.first_lsn,
             last_lsn=batch.cursor.lsn,
-            first_time_ns=batch.records[0][0].time_ns,
+            first_time_ns=int(index.time_ns[0]),
             digest=digest,
-            pieces=pieces,
-            length=sum(map(len, pieces)),
+            pieces=[content],
+            length=len(content),
             cursor=batch.cursor,
         )
 
+    def give_back(self, built: BuiltObject) -> None:
+        """Its bytes were sent; their memory will hold those of another object."""
+        self._encoder.give_back(built.pieces.pop())
 
-def index_of(records: Records) -> Index:
+
+def index_of(parts: Sequence[Columns]) -> Index:
     """The columns of consecutive records."""
-    headers = [header for header, _ in records]
-    _, times, _, offsets, lengths, payload_lengths, _, kinds, slots = zip(*headers, strict=True)
-    kind = np.array(kinds, np.uint16)
-    payload_length = np.array(payload_lengths, np.uint64)
+    headers = np.concatenate([part.headers for part in parts])
+    payload_length = headers["payload_length"].astype(np.uint64)
+    noted = np.concatenate([part.has_note() for part in parts])
     position = np.zeros(len(headers), np.uint64)
-    note_length = np.zeros(len(headers), np.uint32)
-    for group in (_WITH_BYTES, _WITH_NOTE):
-        chosen = np.isin(kind, group)
+    for chosen in (np.concatenate([part.carries_bytes() for part in parts]), noted):
         sizes = payload_length[chosen]
         position[chosen] = np.cumsum(sizes, dtype=np.uint64) - sizes
-    noted = np.isin(kind, _WITH_NOTE)
-    note_length[noted] = payload_length[noted]
     return Index(
-        first_lsn=headers[0].lsn,
-        time_ns=np.array(times, np.uint64),
-        offset=np.array(offsets, np.uint64),
-        length=np.array(lengths, np.uint64),
+        first_lsn=int(headers["lsn"][0]),
+        time_ns=headers["time_ns"],
+        offset=headers["offset"],
+        length=headers["length"],
         payload_position=position,
-        note_length=note_length,
-        kind=kind,
-        slot=np.array(slots, np.uint16),
-        notes=b"".join(bytes(payload) for header, payload in records if header.kind in _WITH_NOTE),
+        note_length=np.where(noted, headers["payload_length"], np.uint32(0)),
+        kind=headers["kind"],
+        slot=headers["slot"],
+        notes=b"".join(payload for part in parts for payload in part.payloads(part.has_note())),
     )
+
+
+def _first_marker(parts: Sequence[Columns]) -> int | None:
+    """LSN of the first MARKER."""
+    for part in parts:
+        markers = np.flatnonzero(part.headers["kind"] == Kind.MARKER)
+        if len(markers):
+            return part.header(int(markers[0])).lsn
+    return None

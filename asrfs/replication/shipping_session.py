@@ -20,13 +20,16 @@ from typing import Any, NamedTuple, TypeVar
 import trio
 
 from asrfs.errors import AsrfsError, IntegrityError, TemporaryError
-from asrfs.format.log_object import DIGEST_BYTES, NO_DIGEST, SALT_BYTES
+from asrfs.format.log_object import DIGEST_BYTES, NO_DIGEST, OBJECT_BYTES_MAX, SALT_BYTES
+from asrfs.format.object_encoder import ZSTD_LEVEL, ZSTD_LEVEL_FAST
 from asrfs.journal.reader import JournalReader
+from asrfs.model.configuration import HostConfiguration
 from asrfs.model.positions import Cursor
-from asrfs.protocol.frames import ProtocolError
+from asrfs.protocol.frames import Bytes, ProtocolError
 from asrfs.protocol.messages import (
     PROTOCOL_VERSION,
     Acknowledge,
+    Configure,
     Goodbye,
     Heartbeat,
     Hello,
@@ -34,8 +37,9 @@ from asrfs.protocol.messages import (
     Refused,
     Welcome,
 )
-from asrfs.protocol.session import Bytes, Event, Session, State
+from asrfs.protocol.session import Event, Session, State
 from asrfs.replication.object_builder import BuiltObject, MachineKeys, ObjectBuilder
+from asrfs.replication.pace import Pace
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress, bytes_between
 from asrfs.replication.reconciliation import (
@@ -56,6 +60,8 @@ GREETING_S_MAX = 20.0
 OBJECTS_UNACKNOWLEDGED_MAX = 4
 _TOGETHER_BYTES = 64 << 10
 _PACE_S = 0.25
+_FAST_BYTES_PER_S = 48 << 20
+"""Above this, level 1 of zstd would take a tenth to a quarter of a processor."""
 
 T = TypeVar("T")
 
@@ -73,9 +79,17 @@ class CorruptJournalError(IntegrityError):
     """Records that were durable cannot be read back. Their bytes are not shipped."""
 
 
+def _follow_nothing(_configuration: HostConfiguration) -> None:
+    """Of a source whose owner takes no word of the store."""
+
+
 @dataclass(slots=True)
 class Source:
-    """What sessions ship from; outlives them. `journal_turn` is held while segments are freed or gone back to."""
+    """What sessions ship from; outlives them. `journal_turn` is held while segments are freed or gone back to.
+
+    `configured` is told what the store wants of this host, unchecked, and returns at once. `group_port` and
+    `group_address` are said to the store when a session begins: where other members of a group reach this machine.
+    """
 
     machine_id: bytes
     machine_name: str
@@ -88,6 +102,9 @@ class Source:
     threads: trio.CapacityLimiter
     journal_turn: trio.Lock
     hurry_lsn: int = 0
+    configured: Callable[[HostConfiguration], None] = _follow_nothing
+    group_port: int = 0
+    group_address: str = ""
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await trio.to_thread.run_sync(function, *arguments, limiter=self.threads)
@@ -111,6 +128,7 @@ class ShippingSession:
         self._pending_events: deque[Event] = deque()
         self._heartbeat_at = 0.0
         self._cut_at = -math.inf
+        self._pace = Pace()
         self._is_sending = False
         self.welcomed = False
         self.objects_acknowledged = 0
@@ -144,6 +162,9 @@ class ShippingSession:
             durable_lsn=progress.durable.lsn,
             acknowledged_lsn=positions.acknowledged.lsn,
             last_digest=positions.last_digest,
+            takes_configuration=True,
+            group_port=self._source.group_port,
+            group_address=self._source.group_address,
         )
         try:
             with trio.fail_after(GREETING_S_MAX):
@@ -219,16 +240,17 @@ class ShippingSession:
             await self._slots.acquire()
             await self._wait_until_due()
             try:
-                built = await source.in_thread(self._build_next)
+                built = await source.in_thread(self._build_next, self._level())
             except IntegrityError as error:
                 raise CorruptJournalError(str(error)) from None
             if built is None:
                 raise TemporaryError("the journal has no records where durable ones are due")
             assert built.first_lsn == self._cursor.lsn + 1, "I4: no gap"
+            self._pace.note(bytes_between(self._cursor, built.cursor), trio.current_time())
             self._cursor, self._digest = built.cursor, built.digest
             await channel.send(built)
 
-    def _build_next(self) -> BuiltObject | None:
+    def _build_next(self, level: int | None) -> BuiltObject | None:
         source = self._source
         return source.builder.build(
             self._cursor,
@@ -237,8 +259,15 @@ class ShippingSession:
             session_salt=self._salt,
             previous_digest=self._digest,
             bytes_max=source.settings.object_size,
-            compress=source.settings.compression,
+            level=level,
         )
+
+    def _level(self) -> int | None:
+        """How hard to compress: less when so much is shipped that it would take a good part of a processor."""
+        if not self._source.settings.compression:
+            return None
+        is_much = self._pace.bytes_per_s(trio.current_time()) > _FAST_BYTES_PER_S
+        return ZSTD_LEVEL_FAST if is_much else ZSTD_LEVEL
 
     async def _wait_until_due(self) -> None:
         """Until there is enough for an object, or what there is has waited for its age, or somebody waits for it."""
@@ -272,10 +301,11 @@ class ShippingSession:
                 if len(buffer) < _TOGETHER_BYTES:
                     header = b"".join((header, buffer))
                     continue
-                await self._send(b"".join((header, buffer)))
+                await self._send(header, buffer)
                 header = b""
             if header:
                 await self._send(header)
+            self._source.builder.give_back(built)
 
     async def _send_heartbeat(self) -> None:
         progress = self._source.progress
@@ -292,6 +322,8 @@ class ShippingSession:
             event = await self._next_event()
             if isinstance(event, Acknowledge):
                 self._on_acknowledge(event)
+            elif isinstance(event, Configure):
+                self._source.configured(event.configuration)
             elif isinstance(event, Refused):
                 raise refusal(event.code, event.text)
 
@@ -329,16 +361,17 @@ class ShippingSession:
             self._pending_events.extend(self._session.receive(received))
         return self._pending_events.popleft()
 
-    async def _send(self, buffer: Bytes) -> None:
+    async def _send(self, *buffers: Bytes) -> None:
         limit = self._source.settings.bandwidth_limit
-        slice_bytes = max(1, int(limit * _PACE_S)) if limit else len(buffer)
-        view = memoryview(buffer)
+        slice_bytes = max(1, int(limit * _PACE_S)) if limit else OBJECT_BYTES_MAX
         self._is_sending = True
-        for at in range(0, len(view), slice_bytes):
-            piece = view[at : at + slice_bytes]
-            await self._stream.send_all(piece)
-            if limit:
-                await trio.sleep(len(piece) / limit)
+        for buffer in buffers:
+            view = memoryview(buffer)
+            for at in range(0, len(view), slice_bytes):
+                piece = view[at : at + slice_bytes]
+                await self._stream.send_all(piece)
+                if limit:
+                    await trio.sleep(len(piece) / limit)
         self._is_sending = False
 
     async def _say_goodbye(self, reason: str) -> None:

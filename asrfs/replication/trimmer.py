@@ -21,6 +21,10 @@ from asrfs.storage.interface import Storage
 SPARES_MIN = 2
 SPARES_MAX = 8
 RATE_WINDOW_S = 10.0
+"""Freed segments are kept as spares for what was used in so long a time."""
+RECYCLE_S = 2.0
+"""About the time from a segment's end until it is freed. Only for this long new spares have to be made: making one
+costs as much writing as filling it, and under steady writing segments come back as fast as they are used."""
 
 
 class Limit(NamedTuple):
@@ -59,7 +63,7 @@ class Trimmer:
             self._storage,
             self._machine_id,
             limit.lsn,
-            spares_max=self.spares_wanted(now_s),
+            spares_max=self.spares_wanted(now_s, RATE_WINDOW_S),
             through_segment=limit.segment,
         )
 
@@ -71,15 +75,15 @@ class Trimmer:
             self._seen.append((now_s, newest))
             while now_s - self._seen[0][0] > RATE_WINDOW_S:
                 self._seen.popleft()
-        if len(listing.spare_names()) >= self.spares_wanted(now_s):
+        if len(listing.spare_names()) >= self.spares_wanted(now_s, RECYCLE_S):
             return False
         prepare_spare(self._storage)
         return True
 
-    def spares_wanted(self, now_s: float) -> int:
-        """As many as segments were begun in the last few seconds, within bounds."""
+    def spares_wanted(self, now_s: float, window_s: float) -> int:
+        """As many as segments were begun in the last `window_s` (at most RATE_WINDOW_S), within bounds."""
         with self._seen_lock:
-            recent = [number for at, number in self._seen if now_s - at <= RATE_WINDOW_S]
+            recent = [number for at, number in self._seen if now_s - at <= window_s]
         consumed = recent[-1] - recent[0] if recent else 0
         return min(SPARES_MAX, max(SPARES_MIN, consumed))
 

@@ -193,8 +193,17 @@ def client_context(certificate_file: str, key_file: str, authority_file: str) ->
     """For a host: shows its certificate, trusts the authority of its store alone. Use with the store's server name."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.hostname_checks_common_name = False  # a machine's certificate has its name there, which may be any
     _load(context.load_cert_chain, certificate_file, key_file)
     _load(context.load_verify_locations, authority_file)
+    return context
+
+
+def member_context(certificate_file: str, key_file: str, authority_file: str) -> ssl.SSLContext:
+    """For a member that dials its coordinator: any certificate of the vault's authority passes, so whoever uses this
+    must compare the identity in it (`machine_identity`) before anything is said."""
+    context = client_context(certificate_file, key_file, authority_file)
+    context.check_hostname = False
     return context
 
 
@@ -247,13 +256,15 @@ def _sign(
     signer = load_pem_private_key(authority.key, None)
     assert isinstance(signer, ec.EllipticCurvePrivateKey)
     issuer = x509.load_pem_x509_certificate(authority.certificate)
-    use = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
+    uses = [ExtendedKeyUsageOID.SERVER_AUTH]
+    if not server:  # a machine is a client of its store, and either among the members of a group
+        uses.append(ExtendedKeyUsageOID.CLIENT_AUTH)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
     return (
         _builder(subject, issuer.subject, public_key, now_ns, days, end=issuer.not_valid_after_utc)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(authority=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([use]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(uses), critical=False)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), critical=False)

@@ -18,6 +18,7 @@ from asrfs.terminal.output import pairs, progress_bar
 from replica_store.cli.invocation import Invocation, pass_invocation
 from replica_store.points.builder import Cut, open_disks, resolve
 from replica_store.points.exporter import Exported, ExportFormat, check_output, export_disk
+from replica_store.points.map_maker import leave_runs
 from replica_store.points.point_disk import FrameCache
 
 
@@ -58,6 +59,7 @@ def export(
             opened = open_disks(vault, cut, [disk], FrameCache(vault), progress=step)[disk]
         with progress_bar(f"exporting {disk}") as step:
             done = export_disk(opened, output, format_name=format_name, force=force, progress=step)
+        leave_runs(vault, cut.machine.id, opened.state.disk.slot, opened.state.runs)
     document = _document(cut, disk, output, format_name, done, time.monotonic() - begin)
     shown = {key: value for key, value in document.items() if value is not None} | {
         "size_bytes": format_size(done.size_bytes),

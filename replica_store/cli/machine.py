@@ -40,10 +40,23 @@ def list_machines(invocation: Invocation) -> None:
             _seconds(standing.achieved_rpo_s),
             len(standing.disks),
             format_size(standing.bytes),
+            standing.policy.policy,
+            "; ".join(alarm.text for alarm in standing.alarms),
         )
         for standing in standings
     ]
-    columns = ("MACHINE", "STATE", "LINK", "EPOCH", "ACKNOWLEDGED", "ACHIEVED RPO", "DISKS", "SPACE")
+    columns = (
+        "MACHINE",
+        "STATE",
+        "LINK",
+        "EPOCH",
+        "ACKNOWLEDGED",
+        "ACHIEVED RPO",
+        "DISKS",
+        "SPACE",
+        "POLICY",
+        "ALARMS",
+    )
     invocation.answer(documents, lambda out: out.print(table(columns, rows)))
 
 
@@ -100,6 +113,9 @@ def _document(standing: Standing) -> dict[str, Any]:
         "objects": standing.objects,
         "bytes": standing.bytes,
         "enrolled": format_time(standing.enrolled_ns),
+        "policy": standing.policy.policy,
+        "policy_by": standing.policy.by,
+        "alarms": [alarm._asdict() for alarm in standing.alarms],
         "disks": [
             {"slot": disk.slot, "id": disk.id, "name": disk.name, "size_bytes": disk.size_bytes, "gap": disk.gap}
             for disk in standing.disks
@@ -112,11 +128,13 @@ def _render(out: Console, standing: Standing) -> None:
         "achieved_rpo_seconds": _seconds(standing.achieved_rpo_s),
         "bytes": format_size(standing.bytes),
     }
-    del shown["disks"]
+    del shown["disks"], shown["alarms"]
     out.print(pairs(shown))
     out.print()
     rows = [(disk.name, format_size(disk.size_bytes), disk.slot, disk.id) for disk in standing.disks]
     out.print(table(("DISK", "SIZE", "SLOT", "ID"), rows))
+    for alarm in standing.alarms:
+        out.print(f"{alarm.severity}: {alarm.text}")
 
 
 def _seconds(value: float | None) -> str:

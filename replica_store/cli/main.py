@@ -27,6 +27,8 @@ class StoreVerbs(frame.Verbs):
         "token": "token:token",
         "machine": "machine:machine",
         "point": "point:point",
+        "policy": "policy:policy",
+        "group": "group:group",
         "export": "export:export",
         "mount": "mount:mount",
         "verify": "verify:verify",

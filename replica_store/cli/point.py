@@ -7,7 +7,9 @@ from typing import Any
 import click
 
 from asrfs.model.quantities import format_time
+from asrfs.storage.system_clock import SystemClock
 from asrfs.terminal.output import table
+from asrfs.terminal.point_options import filter_of, group_text, point_options
 from replica_store.cli.invocation import Invocation, pass_invocation
 from replica_store.vault.rows import PointRow
 
@@ -19,25 +21,23 @@ def point() -> None:
 
 @point.command("list")
 @click.argument("machine")
+@point_options
 @pass_invocation
-def list_points(invocation: Invocation, machine: str) -> None:
+def list_points(invocation: Invocation, /, machine: str, **options: Any) -> None:
     """Listed points of MACHINE, oldest first. Any LSN or time between them can be recovered too."""
+    wanted = filter_of(options, SystemClock())
     with invocation.open_vault() as vault:
-        points = vault.points(vault.machine(machine).id)
+        points = wanted.choose(vault.points(vault.machine(machine).id))
     documents = [_document(each) for each in points]
-    keys = ("time", "lsn", "epoch", "consistency", "group", "name", "protected", "id")
-    rows = [["yes" if cell is True else cell or None for cell in map(each.get, keys)] for each in documents]
-    invocation.answer(documents, lambda out: out.print(table([key.upper() for key in keys], rows)))
+    keys = ("time", "lsn", "epoch", "consistency", "group", "name", "hold_ms", "failed", "protected", "id")
+    rows = [
+        ["yes" if cell is True else cell or None for cell in map((each | {"group": group_text(each)}).get, keys)]
+        for each in documents
+    ]
+    head = [key.upper().replace("_MS", " MS") for key in keys]
+    invocation.answer(documents, lambda out: out.print(table(head, rows)))
 
 
 def _document(point: PointRow) -> dict[str, Any]:
-    return {
-        "id": point.id,
-        "lsn": point.lsn,
-        "epoch": point.epoch,
-        "time": format_time(point.time_ns),
-        "consistency": point.consistency,
-        "group": point.group,
-        "name": point.name,
-        "protected": point.protected,
-    }
+    place = {"lsn": point.lsn, "epoch": point.epoch, "time": format_time(point.time_ns), "protected": point.protected}
+    return point.marker.document() | place

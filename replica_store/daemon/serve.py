@@ -2,6 +2,7 @@
 
     data port    TLS, mutual ─▶ ingest.listener ─▶ vault          hosts
     manage port  HTTPS ─▶ api.app ─▶ vault                        enrolling, health
+    now and then          map_keeper ─▶ map_worker (a process)    map checkpoints
 
 It holds the vault's lock for its whole life. SIGTERM and SIGINT end it: what is being stored is stored to its end,
 then the connections are closed; nothing that was acknowledged depends on that.
@@ -10,6 +11,7 @@ then the connections are closed; nothing that was acknowledged depends on that.
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import signal
 import socket
@@ -29,11 +31,15 @@ from asrfs.model.clock import Clock
 from asrfs.storage.system_clock import SystemClock
 from asrfs.transport import stream, tls
 from replica_store.api.app import make_app
+from replica_store.daemon.group_keeper import GroupKeeper
+from replica_store.daemon.map_keeper import MapKeeper
 from replica_store.ingest.listener import Listener
 from replica_store.vault.vault import Vault, describe, lock, open_objects
 
 DATA_PORT = 9443
 MANAGE_PORT = 443
+NICE = 10
+"""Of the whole process: disks that are served on the same machine come first (I8)."""
 _GRACE_S = 0.5
 _READ_S = 15
 
@@ -84,6 +90,7 @@ def run(root: str, host: str, data_port: int, manage_port: int, announce: Callab
             raise
         _start_logging()
         _allow_descriptors()
+        os.nice(NICE)
         trio.run(_serve, vault, SystemClock(), data, manage, announce)
 
 
@@ -97,7 +104,9 @@ async def _serve(
     app = make_app(vault, clock, data.getsockname()[1], listener.threads)
 
     async def handle(connection: stream.SecureStream) -> None:
-        await listener.handle(connection, connection.peer_certificate(), connection.peer_address())
+        await listener.handle(
+            connection, connection.peer_certificate(), connection.peer_address(), connection.peer_host()
+        )
 
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
@@ -108,6 +117,9 @@ async def _serve(
                 partial(stream.serve, [stream.listener_of(data)], context, handle, refused=listener.refused)
             )
             nursery.start_soon(listener.save_links)
+            nursery.start_soon(listener.configurations.run)
+            nursery.start_soon(GroupKeeper(vault, lambda: listener.connected, clock, listener.threads).run)
+            nursery.start_soon(MapKeeper(vault, listener.threads).run)
             announce(addresses)
             async for _ in signals:
                 break

@@ -55,12 +55,16 @@ class Taken:
 
 
 class Ingester:
-    """Used by one session at a time. `make_nonce` gives the part of an object's name that makes it unique."""
+    """Used by one session at a time. `make_nonce` gives the part of an object's name that makes it unique, `now_ns` the
+    store's clock, by which it is noted when points came; without it that is not noted."""
 
-    def __init__(self, vault: Vault, machine_id: str, make_nonce: Callable[[], str]) -> None:
+    def __init__(
+        self, vault: Vault, machine_id: str, make_nonce: Callable[[], str], now_ns: Callable[[], int] | None = None
+    ) -> None:
         self._vault = vault
         self._machine_id = machine_id
         self._make_nonce = make_nonce
+        self._now_ns = now_ns
         self._salt = b""
         self._settled = False
         self._position = Position(0, 0, NO_DIGEST, 0)
@@ -122,6 +126,9 @@ class Ingester:
             if machine is None or machine.epoch != self._position.epoch:
                 raise FencedError("the machine was given a new epoch meanwhile: this side can add nothing any more")
             self._vault.catalog.append(entries)
+            if self._now_ns is not None:
+                points = [point for entry in entries for point in entry.points]
+                self._vault.catalog.note_appeared(points, self._now_ns())
 
     def _remove(self, entries: Sequence[Entry]) -> None:
         """What a superseded side has stored must not look like a history to a rebuild (I6)."""

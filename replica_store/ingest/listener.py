@@ -16,6 +16,7 @@ from asrfs.model.clock import Clock
 from asrfs.transport.stream import ByteStream
 from asrfs.transport.tls import machine_identity
 from replica_store.ingest.budget import Budget
+from replica_store.ingest.configurations import Configurations
 from replica_store.ingest.ingester import Ingester
 from replica_store.ingest.links import Links
 from replica_store.ingest.session import StoreSession
@@ -33,21 +34,31 @@ class Listener:
 
     def __init__(self, vault: Vault, clock: Clock) -> None:
         self.vault = vault
+        self._clock = clock
         self.links = Links(vault, clock)
         self.budget = Budget()
+        self.configurations = Configurations(vault, self.in_thread)
         self.threads = trio.CapacityLimiter(THREADS)
         self._ingesters: dict[str, Ingester] = {}
         self._sessions: dict[str, StoreSession] = {}
         self._log = structlog.get_logger("replica_store.listener")
 
-    async def handle(self, stream: ByteStream, certificate: bytes, address: str) -> None:
-        """Serve one connection whose certificate (DER) TLS has verified, until it ends. Raises nothing."""
+    @property
+    def connected(self) -> tuple[str, ...]:
+        """Ids of the machines that have a session now."""
+        return tuple(self._sessions)
+
+    async def handle(self, stream: ByteStream, certificate: bytes, address: str, host: str = "") -> None:
+        """Serve one connection whose certificate (DER) TLS has verified, until it ends. Raises nothing.
+
+        `host`: where it comes from, and so where others of its groups reach that machine if it says nothing else.
+        """
         try:
             identity = machine_identity(certificate)
         except AsrfsError as error:
             self._log.warning("connection refused", address=address, reason=str(error))
             return
-        session = StoreSession(stream, identity, self)
+        session = StoreSession(stream, identity, self, host)
         try:
             await session.run()
         except Exception:  # a fault of ours in one session must not end the others
@@ -75,7 +86,9 @@ class Listener:
                 del self._sessions[machine_id]
         self._sessions[machine_id] = session
         if machine_id not in self._ingesters:
-            self._ingesters[machine_id] = Ingester(self.vault, machine_id, lambda: secrets.token_hex(_NONCE_BYTES))
+            self._ingesters[machine_id] = Ingester(
+                self.vault, machine_id, lambda: secrets.token_hex(_NONCE_BYTES), self._clock.time_ns
+            )
         return self._ingesters[machine_id]
 
     async def save_links(self) -> None:

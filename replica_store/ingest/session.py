@@ -2,6 +2,7 @@
 
     receive ──(channel, at most OBJECTS_WAITING)──▶ store, in a thread ──▶ ACKNOWLEDGE
     beat: HEARTBEAT every few seconds            watch: is the certificate still good?
+    configure: CONFIGURE at once and on change, to a host that takes it
 
 What has been received waits for the thread in order; while it waits the host is held back by TCP. The first task that
 ends, ends all; if it was by an error that the host should know, REFUSED is said and what still comes is let run out, so
@@ -11,20 +12,23 @@ any more for this session. What may change at an await: the state of `Session`, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+import msgspec
 import structlog
 import trio
 
 from asrfs.errors import AsrfsError
 from asrfs.protocol.frames import ProtocolError
-from asrfs.protocol.messages import PROTOCOL_VERSION, Goodbye, Heartbeat, Hello, Message, Refused, Welcome
+from asrfs.protocol.messages import PROTOCOL_VERSION, Configure, Goodbye, Heartbeat, Hello, Message, Refused, Welcome
 from asrfs.protocol.session import Event, ObjectReceived, Session, State
 from asrfs.transport.stream import ByteStream, LinkError
 from asrfs.transport.tls import MachineIdentity
 from replica_store.ingest.budget import Budget
+from replica_store.ingest.configurations import AGAIN_S, Configurations
 from replica_store.ingest.greeting import (
     check_hello,
     check_identity,
@@ -33,6 +37,7 @@ from replica_store.ingest.greeting import (
 )
 from replica_store.ingest.ingester import Ingester, Position
 from replica_store.ingest.links import Links
+from replica_store.vault.groups import put_place
 from replica_store.vault.rows import MachineRow
 from replica_store.vault.vault import Vault
 
@@ -53,6 +58,7 @@ class Store(Protocol):
     vault: Vault
     links: Links
     budget: Budget
+    configurations: Configurations
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run what blocks; never abandoned."""
@@ -66,8 +72,9 @@ class Store(Protocol):
 class StoreSession:
     """`run` returns when the connection is done with; `scope` ends it from outside, `finished` says that it has."""
 
-    def __init__(self, stream: ByteStream, identity: MachineIdentity, store: Store) -> None:
+    def __init__(self, stream: ByteStream, identity: MachineIdentity, store: Store, host: str = "") -> None:
         self._stream = stream
+        self._host = host
         self._identity = identity
         self._store = store
         self._session = Session("store")
@@ -94,7 +101,7 @@ class StoreSession:
             self._log.info("session began", acknowledged_lsn=ingester.position.lsn, host_lsn=hello.appended_lsn)
             self._store.links.connected(self._identity.machine_id, hello)
             try:
-                await self._stream_objects(ingester)
+                await self._stream_objects(ingester, takes_configuration=hello.takes_configuration)
             finally:
                 self._give_back(self._held)
                 self._store.links.disconnected(self._identity.machine_id)
@@ -147,17 +154,22 @@ class StoreSession:
     def _begin(self, ingester: Ingester, hello: Hello, salt: bytes) -> tuple[Position, str | None]:
         """Blocks. The position, and the digest of our object that ends where the host's acknowledged ones do."""
         position = ingester.begin_session(self._authorised(), salt)
+        if hello.group_port and (address := hello.group_address or self._host):
+            put_place(self._store.vault.catalog, self._identity.machine_id, address, hello.group_port)
         row = self._store.vault.catalog.object_with(self._identity.machine_id, hello.acknowledged_lsn)
         ends_there = row is not None and row.last_lsn == hello.acknowledged_lsn
         return position, row.digest.hex() if row is not None and ends_there else None
 
     # ---- streaming ----------------------------------------------------------------------------------------
 
-    async def _stream_objects(self, ingester: Ingester) -> None:
+    async def _stream_objects(self, ingester: Ingester, *, takes_configuration: bool) -> None:
         arriving, waiting = trio.open_memory_channel[ObjectReceived](OBJECTS_WAITING - 1)
+        tasks: list[Callable[[], Awaitable[None]]] = [partial(self._receive, arriving), self._beat, self._watch]
+        if takes_configuration:
+            tasks.append(self._configure)
         async with trio.open_nursery() as nursery:
             scope = nursery.cancel_scope
-            for task in (partial(self._receive, arriving), self._beat, self._watch):
+            for task in tasks:
                 nursery.start_soon(self._until_failure, scope, task)
             await self._until_failure(scope, partial(self._store_objects, ingester, waiting))
             scope.cancel()  # the host has ended, and all that came is stored
@@ -238,6 +250,21 @@ class StoreSession:
         while True:
             await trio.sleep(HEARTBEAT_S)
             await self._store.in_thread(self._authorised)
+
+    async def _configure(self) -> None:
+        """Say what is wanted of the host, and say it again when that has changed."""
+        configurations = self._store.configurations
+        said = None
+        while True:
+            looked = configurations.generation
+            wanted = await configurations.of(self._identity.machine_id)
+            if wanted is not None:
+                looked = max(looked, wanted.generation)
+                if said is None or msgspec.structs.replace(wanted, generation=said.generation) != said:
+                    await self._send(Configure(configuration=wanted))
+                    said = wanted
+            with trio.move_on_after(math.inf if wanted is not None else AGAIN_S):
+                await configurations.newer_than(looked)
 
     # ---- stream -------------------------------------------------------------------------------------------
 

@@ -1,6 +1,8 @@
 """From a history to a disk: which LSN is meant, which disks there are, and what they consist of.
 
-    selector → Cut (one LSN for all disks of the machine) → DiskState of each, from the indexes → PointDisk
+    selector → Cut (one LSN for all disks of the machine) → DiskState of each → PointDisk
+
+A state is made of runs: those that map checkpoints hold, and what the indexes say of the records behind them.
 
 Only the listed history counts: objects that follow one another without a hole from record 1 on. A cut inside a gap is
 refused (I5). A disk that was removed and made again is another slot, so nothing of the old one shows in the new.
@@ -8,13 +10,14 @@ refused (I5). A disk that was removed and made again is another slot, so nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from asrfs.errors import FormatError, IntegrityError, NotFoundError, RefusedError
-from asrfs.format.log_object import Index
+from asrfs.format.log_object import DIGEST_BYTES, Index
+from asrfs.format.map_checkpoint import MapObjects
 from asrfs.format.record import Kind
 from asrfs.model.machine import DiskRecord, decode_disk
 from asrfs.model.quantities import SECTOR_BYTES
@@ -23,13 +26,22 @@ from replica_store.points.extent_map import (
     POSITION_BYTES_END,
     ZEROS,
     Int64s,
-    MapBuilder,
     UInt64s,
     make_refs,
+    without_zeros,
 )
-from replica_store.points.history import History, LogObject, Machine, Point
+from replica_store.points.history import History, LogObject, Machine, ObjectReader, Point
+from replica_store.points.kept_maps import load_runs
+from replica_store.points.painting import MapPainter
 from replica_store.points.point_disk import DiskState, FrameCache, PointDisk
+from replica_store.points.run import Run, stack, weight_of
 from replica_store.points.selector import AtTime, choose_lsn, lsn_at_time, object_at_time, parse_selector
+
+RUN_WEIGHT = 1 << 20
+"""Of a run that is painted at once: bounds memory; see `run.weight_of`."""
+
+# As plain numbers: comparing a column with a member of an enumeration costs more than the comparison.
+_WRITE, _FILL, _DISK, _MARKER = int(Kind.WRITE), int(Kind.FILL), int(Kind.DISK), int(Kind.MARKER)
 
 Progress = Callable[[int, int], None]
 """Called with what is done and the total."""
@@ -54,7 +66,7 @@ def resolve(history: History, machine_name: str, selector_text: str) -> Cut:
     received = history.received_lsn(machine.id)
     if isinstance(selector, AtTime):
         found = object_at_time(selector.time_ns, history.objects_of(machine.id, received))
-        times_ns = history.object_head(found)[1].time_ns
+        times_ns = history.object_index(found)[1].time_ns
         lsn = lsn_at_time(selector.time_ns, found.first_lsn, times_ns)
         cut = Cut(machine, lsn, int(times_ns[lsn - found.first_lsn]), found.epoch, _point_at(points, lsn))
     else:
@@ -114,32 +126,89 @@ def build_states(
 ) -> dict[int, DiskState]:
     """The states of the disks at `lsn`, by slot. `progress` counts log objects.
 
-    `base` may hold one earlier state, which is then continued instead of reading the history from its beginning.
+    `base` may hold earlier states, which are then continued; else map checkpoints are, where there are any.
     """
-    base = base or {}
-    assert not base or len(disks) == 1, "a state is continued by itself: the numbers of its objects are its own"
-    known = base.get(disks[0].slot) if disks else None
-    builders = {disk.slot: MapBuilder(known.extents if known else None) for disk in disks}
-    objects: list[LogObject] = list(known.objects) if known else []
-    frame_bytes: list[int] = known.frame_bytes.tolist() if known else []
-    after = known.lsn if known else 0
-    rows = history.objects_of(machine_id, lsn)
-    _check_whole(rows, lsn)
-    rows = [row for row in rows if row.last_lsn > after]
+    runs: dict[int, list[Run]] = {}
+    for disk in disks:
+        known = base.get(disk.slot) if base else None
+        runs[disk.slot] = list(known.runs) if known else load_runs(history, machine_id, disk.slot, lsn)
+    after = {slot: known[-1].lsn if known else 0 for slot, known in runs.items()}
+    begin = min(after.values(), default=lsn)
+    rows = history.objects_of(machine_id, lsn, begin)
+    check_whole(rows, begin, lsn)
+    for painted in paint_runs(history, rows, after, lsn, RUN_WEIGHT, progress):
+        for slot, run in painted.items():
+            runs[slot] = stack(runs[slot], run)
+    return {disk.slot: DiskState(disk, lsn, tuple(runs[disk.slot]), history, machine_id) for disk in disks}
+
+
+def paint_runs(
+    history: ObjectReader,
+    rows: Sequence[LogObject],
+    after: Mapping[int, int],
+    lsn: int,
+    weight_max: int,
+    progress: Progress | None = None,
+) -> Iterator[dict[int, Run]]:
+    """What the objects say of some disks up to `lsn`, by slot, in stretches of about `weight_max`.
+
+    `after`: by slot, up to which LSN a disk is known already; records up to there are left out.
+    """
+    at = dict(after)
+    stretch = _Stretch(at)
     for done, row in enumerate(rows):
-        header, index, _ = history.object_head(row)
-        _check_extents(index, header.payload_raw_length, row.name)
-        chosen = slice(max(0, after + 1 - row.first_lsn), lsn + 1 - row.first_lsn)
-        for slot, builder in builders.items():
-            _add_object(builder, index, chosen, slot, len(objects))
-        objects.append(row)
-        frame_bytes.append(max(header.frame_raw_bytes, SECTOR_BYTES))
+        stretch.add(history, row, lsn)
         if progress is not None:
             progress(done + 1, len(rows))
-    sizes = np.array(frame_bytes, np.int64)
-    return {
-        disk.slot: DiskState(disk, lsn, builders[disk.slot].finish(disk.size_bytes), objects, sizes) for disk in disks
-    }
+        if stretch.weight >= weight_max or row is rows[-1]:
+            painted = stretch.finish(min(row.last_lsn, lsn))
+            at.update((slot, run.lsn) for slot, run in painted.items())
+            yield painted
+            stretch = _Stretch(at)
+
+
+class _Stretch:
+    """Log objects that become one run of each disk. `after`: where these begin."""
+
+    def __init__(self, after: Mapping[int, int]) -> None:
+        self.weight = 0
+        self._after = dict(after)
+        self._painters = {slot: MapPainter() for slot in after}
+        self._rows: list[LogObject] = []
+        self._frame_bytes: list[int] = []
+
+    def add(self, history: ObjectReader, row: LogObject, lsn: int) -> None:
+        header, index = history.object_index(row)
+        _check_extents(index, header.payload_raw_length, row.name)
+        for slot, painter in self._painters.items():
+            chosen = slice(max(0, self._after[slot] + 1 - row.first_lsn), lsn + 1 - row.first_lsn)
+            if chosen.start < len(index):
+                _add_object(painter, index, chosen, slot, len(self._rows))
+        self._rows.append(row)
+        self._frame_bytes.append(max(header.frame_raw_bytes, SECTOR_BYTES))
+        self.weight += weight_of(row.first_lsn - 1, row.last_lsn, 1)
+
+    def finish(self, lsn: int) -> dict[int, Run]:
+        """The runs of the disks that are not known up to `lsn`."""
+        first, last = self._rows[0], self._rows[-1]
+        objects = MapObjects(
+            np.array([row.first_lsn for row in self._rows], np.int64),
+            np.frombuffer(b"".join(row.digest for row in self._rows), np.uint8).reshape(-1, DIGEST_BYTES),
+            np.array(self._frame_bytes, np.int64),
+        )
+        runs = {}
+        for slot, painter in self._painters.items():
+            after = self._after[slot]
+            if after >= lsn:
+                continue
+            extents = painter.finish()
+            is_whole = lsn == last.last_lsn and (
+                after < first.first_lsn or any(after == r.last_lsn for r in self._rows)
+            )
+            runs[slot] = Run(
+                after, lsn, extents if after else without_zeros(extents), objects, last.digest if is_whole else None
+            )
+        return runs
 
 
 def _point_at(points: Sequence[Point], lsn: int) -> Point | None:
@@ -149,16 +218,19 @@ def _point_at(points: Sequence[Point], lsn: int) -> Point | None:
 def _cut(history: History, machine: Machine, lsn: int, point: Point | None) -> Cut:
     if point is not None:
         return cut_at(machine, point)
-    rows = history.objects_of(machine.id, lsn)
-    if not rows or not rows[-1].first_lsn <= lsn <= rows[-1].last_lsn:
+    row = history.object_with(machine.id, lsn)
+    if row is None:
         raise IntegrityError(f"no log object of machine {machine.name} holds LSN {lsn}: run `replica-store rebuild`")
-    time_ns = int(history.object_head(rows[-1])[1].time_ns[lsn - rows[-1].first_lsn])
-    return Cut(machine, lsn, time_ns, rows[-1].epoch, None)
+    time_ns = int(history.object_index(row)[1].time_ns[lsn - row.first_lsn])
+    return Cut(machine, lsn, time_ns, row.epoch, None)
 
 
-def _check_whole(rows: Sequence[LogObject], lsn: int) -> None:
-    """Raise IntegrityError unless the objects hold every record from 1 to `lsn` once: a hole would be a wrong image."""
-    expected = 1
+def check_whole(rows: Sequence[LogObject], after_lsn: int, lsn: int) -> None:
+    """Raise IntegrityError unless the objects hold every record from `after_lsn + 1` to `lsn` once: a hole would be a
+    wrong image."""
+    expected = after_lsn + 1
+    if rows and rows[0].first_lsn <= after_lsn:
+        expected = rows[0].first_lsn
     for row in rows:
         if row.first_lsn != expected:
             raise IntegrityError(
@@ -171,8 +243,9 @@ def _check_whole(rows: Sequence[LogObject], lsn: int) -> None:
 
 def _check_extents(index: Index, payload_bytes: int, where: str) -> None:
     """Raise FormatError for extents no disk can have; what came from a host is not believed."""
-    is_note = (index.kind == Kind.MARKER) | (index.kind == Kind.DISK)
-    odd = (index.offset | index.length | np.where(is_note, 0, index.payload_position)) % SECTOR_BYTES != 0
+    has_note = (index.kind == _MARKER) | (index.kind == _DISK)
+    positions = np.where(has_note, 0, index.payload_position) if has_note.any() else index.payload_position
+    odd = (index.offset | index.length | positions) & np.uint64(SECTOR_BYTES - 1) != 0
     odd |= index.offset + index.length > EXTENT_END_MAX
     if odd.any():
         i = int(np.argmax(odd))
@@ -181,23 +254,24 @@ def _check_extents(index: Index, payload_bytes: int, where: str) -> None:
         raise FormatError(f"{where}: the payload from LSN {index.first_lsn} on is impossibly long")
 
 
-def _add_object(builder: MapBuilder, index: Index, records: slice, slot: int, number: int) -> None:
-    """Give a builder what the chosen records of one object say of one slot."""
-    kind = index.kind[records]
-    chosen = np.flatnonzero((index.slot[records] == slot) & (kind != Kind.MARKER))
+def _add_object(painter: MapPainter, index: Index, records: slice, slot: int, number: int) -> None:
+    """Give a painter what the chosen records of one object say of one slot."""
+    chosen = np.flatnonzero((index.slot[records] == slot) & (index.kind[records] != _MARKER)) + records.start
     if not len(chosen):
         return
-    kind = kind[chosen]
-    start: Int64s = index.offset[records][chosen].astype(np.int64)
-    end: Int64s = start + index.length[records][chosen].astype(np.int64)
-    carries = (kind == Kind.WRITE) | (kind == Kind.FILL)
-    positions = index.payload_position[records][chosen]
-    ref: UInt64s = np.where(carries, make_refs(number, positions), np.uint64(ZEROS))
-    for i in np.flatnonzero(kind == Kind.DISK).tolist():
+    here = chosen if len(chosen) < len(index) else slice(None)  # all of an object needs no picking
+    kind = index.kind[here]
+    start: Int64s = index.offset[here].astype(np.int64)
+    end: Int64s = start + index.length[here].astype(np.int64)
+    ref: UInt64s = make_refs(number, index.payload_position[here])
+    carries = (kind == _WRITE) | (kind == _FILL)
+    if not carries.all():
+        ref[~carries] = ZEROS
+    for i in np.flatnonzero(kind == _DISK).tolist():
         # What lies beyond a disk's end is gone, should the disk grow again later.
-        start[i] = decode_disk(index.note(records.start + int(chosen[i]))).size_bytes
+        start[i] = decode_disk(index.note(int(chosen[i]))).size_bytes
         end[i] = EXTENT_END_MAX
-    if bool(np.any(start >= end)):
-        keep = start < end
+    keep = start < end
+    if not keep.all():
         start, end, ref = start[keep], end[keep], ref[keep]
-    builder.add(start, end, ref)
+    painter.add(start, end, ref)

@@ -96,7 +96,7 @@ def export_disks(
 
 
 def _write_raw(disk: PointDisk, storage: DirectoryStorage, name: str, progress: Progress | None) -> int:
-    total = disk.state.extents.mapped_bytes
+    total = disk.state.layers.bytes_max
     done = written = 0
     file = storage.open(name, write=True)
     try:
@@ -106,6 +106,8 @@ def _write_raw(disk: PointDisk, storage: DirectoryStorage, name: str, progress: 
             done += len(window.buffer)
             if progress is not None:
                 progress(done, total)
+        if progress is not None and done < total:
+            progress(total, total)  # what lies under newer content was counted, too
         file.datasync()
     finally:
         file.close()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from asrfs.format.log_object import FrameTable, Index, ObjectHeader
 from asrfs.model.machine import DiskRecord
+from replica_store.vault.map_files import MapName
 
 
 class Machine(Protocol):
@@ -33,6 +35,8 @@ class LogObject(Protocol):
     def first_time_ns(self) -> int: ...
     @property
     def last_time_ns(self) -> int: ...
+    @property
+    def digest(self) -> bytes: ...
 
 
 class Point(Protocol):
@@ -59,21 +63,55 @@ class Point(Protocol):
 class ObjectReader(Protocol):
     """Opens log objects; used by several threads at once."""
 
+    def object_index(self, row: Any) -> tuple[ObjectHeader, Index]: ...
+
     def object_head(self, row: Any) -> tuple[ObjectHeader, Index, FrameTable]: ...
 
     def read_frame(self, row: Any, header: ObjectHeader, table: FrameTable, i: int) -> bytes: ...
 
 
+class MapPlace(Protocol):
+    """Where map checkpoints lie. Calls raise OSError. Who writes or removes has the lock."""
+
+    @property
+    def lock(self) -> Callable[[], AbstractContextManager[object]]:
+        """Raises RefusedError when somebody has it."""
+
+    def names(self, machine_id: str) -> list[MapName]: ...
+
+    def size(self, machine_id: str, name: MapName) -> int: ...
+
+    def read_range(self, machine_id: str, name: MapName, offset: int, length: int) -> bytes:
+        """Fewer bytes only where the file ends."""
+
+    def free_bytes(self) -> int: ...
+
+    def put(self, machine_id: str, name: MapName, pieces: Sequence[bytes]) -> None: ...
+
+    def remove(self, machine_id: str, name: MapName) -> None: ...
+
+    def sweep(self, machine_id: str) -> None: ...
+
+
 class History(ObjectReader, Protocol):
     """The received histories of machines."""
+
+    @property
+    def maps(self) -> MapPlace: ...
+
+    def map_key(self, machine_id: str, salt: bytes) -> bytes:
+        """What seals a map checkpoint of this machine with this salt."""
 
     def machine(self, name: str) -> Machine:
         """Raises NotFoundError."""
 
     def machines(self) -> Sequence[Machine]: ...
 
-    def objects_of(self, machine_id: str, up_to_lsn: int) -> Sequence[LogObject]:
-        """In LSN order, all that hold a record at or below the LSN."""
+    def objects_of(self, machine_id: str, up_to_lsn: int, after_lsn: int = 0) -> Sequence[LogObject]:
+        """In LSN order, all that hold a record behind `after_lsn` and at or below `up_to_lsn`."""
+
+    def object_with(self, machine_id: str, lsn: int) -> LogObject | None:
+        """The one that holds record `lsn`."""
 
     def disks_at(self, machine_id: str, lsn: int) -> Sequence[DiskRecord]:
         """The newest DISK record at or below the LSN of each slot."""

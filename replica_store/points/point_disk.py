@@ -1,31 +1,34 @@
 """A disk as it was at an LSN, readable at any place (I9).
 
-`DiskState` is what the builder made: extents and the log objects they point into; immutable. `PointDisk` reads
-through it. Payloads are stored in frames of about 128 KiB that can only be opened whole, so every read is first cut
-into pieces by frame and then served frame by frame: within one call each frame is opened once, and a shared cache
-keeps the last ones open for the next call. Safe for threads.
+`DiskState` is what the builder made: runs and the log objects they point into. `PointDisk` reads through it.
+Payloads are stored in frames of about 128 KiB that can only be opened whole, so every read is first cut into pieces by
+frame and then served frame by frame: within one call each frame is opened once, and a shared cache keeps the last ones
+open for the next call. Safe for threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from asrfs.disk.interface import check_extent
-from asrfs.errors import FormatError
+from asrfs.errors import FormatError, IntegrityError
 from asrfs.format.log_object import FrameTable, ObjectHeader
 from asrfs.model.extents import BLOCK_BYTES
 from asrfs.model.machine import DiskRecord
+from asrfs.model.quantities import SECTOR_BYTES
 from replica_store.points.extent_map import ExtentMap, Int64s, UInt64s, objects_of, positions_of
-from replica_store.points.history import LogObject, ObjectReader
+from replica_store.points.history import History, LogObject, ObjectReader
+from replica_store.points.layers import Layers
+from replica_store.points.run import Run, join_objects
 from replica_store.points.shared_cache import SharedCache
 
 FRAME_CACHE_BYTES = 64 << 20
 _HEADS_KEPT = 1024
+_FIRST_WINDOW_BYTES = 1 << 20
 
 
 class FrameCache:
@@ -54,20 +57,41 @@ class FrameCache:
         return header, table
 
 
-@dataclass(frozen=True, slots=True)
 class DiskState:
-    """A disk at an LSN. `objects[n]` and `frame_bytes[n]` belong to object number n of the references in `extents`."""
+    """A disk at an LSN, immutable: the runs from record 1 to there, and the log objects that they refer to.
 
-    disk: DiskRecord
-    lsn: int
-    extents: ExtentMap
-    objects: Sequence[LogObject]
-    frame_bytes: Int64s
+    Objects are counted through all runs. Their rows are asked for when they are read, and are believed when they have
+    the digest that they had when the run was made.
+    """
+
+    def __init__(self, disk: DiskRecord, lsn: int, runs: tuple[Run, ...], history: History, machine_id: str) -> None:
+        self.disk = disk
+        self.lsn = lsn
+        self.runs = runs
+        self.layers = Layers([run.layer for run in runs], disk.size_bytes)
+        self.objects = join_objects([run.objects for run in runs])
+        self._history = history
+        self._machine_id = machine_id
+        self._rows: dict[int, LogObject] = {}
 
     @property
     def nbytes(self) -> int:
         """About how much memory this holds."""
-        return self.extents.nbytes + self.frame_bytes.nbytes + 200 * len(self.objects)
+        return sum(run.nbytes for run in self.runs) + sum(column.nbytes for column in self.objects)
+
+    def object(self, number: int) -> LogObject:
+        """Raises IntegrityError when the catalog has another object, or none, in its place."""
+        row = self._rows.get(number)
+        if row is None:
+            first_lsn = int(self.objects.first_lsn[number])
+            row = self._history.object_with(self._machine_id, first_lsn)
+            if row is None or row.first_lsn != first_lsn or row.digest != self.objects.digest[number].tobytes():
+                raise IntegrityError(
+                    f"the catalog does not have the log object from LSN {first_lsn} on that this disk needs: "
+                    "run `replica-store rebuild`"
+                )
+            self._rows[number] = row
+        return row
 
 
 class Window(NamedTuple):
@@ -92,24 +116,31 @@ class PointDisk:
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes. Raises IntegrityError when a stored frame is damaged."""
         check_extent(offset, length, self.size_bytes)
-        extents = self.state.extents
-        touched = extents.between(offset, offset + length)
-        if touched.start == touched.stop:
+        end = offset + length
+        # References count sectors, so it is whole sectors that are looked up.
+        found = self.state.layers.between(offset - offset % SECTOR_BYTES, end + -end % SECTOR_BYTES)
+        if not len(found) or not length:
             return bytes(length)
-        start: Int64s = np.maximum(extents.start[touched], offset)
-        ends: Int64s = np.minimum(extents.end[touched], offset + length)
-        positions = positions_of(extents.ref[touched]) + (start - extents.start[touched])
+        start: Int64s = np.maximum(found.start, offset)
+        lengths: Int64s = np.minimum(found.end, end) - start
         buffer = bytearray(length)
-        self._gather(buffer, start - offset, ends - start, objects_of(extents.ref[touched]), positions)
+        positions = positions_of(found.ref) + (start - found.start)
+        self._gather(buffer, start - offset, lengths, objects_of(found.ref), positions)
         return bytes(buffer)
 
     def windows(self, bytes_max: int) -> Iterator[Window]:
         """All extents, in the order in which their bytes are stored, in windows of up to `bytes_max` bytes.
 
-        So a whole pass opens every frame about once, however the writes were scattered over the disk.
+        So a whole pass opens every frame about once, however the writes were scattered over the disk. The first
+        windows are small, so that there is something to begin with.
         """
         assert bytes_max % BLOCK_BYTES == 0
-        extents = self.state.extents
+        window_bytes = min(bytes_max, _FIRST_WINDOW_BYTES)
+        for group in self.state.layers.groups():
+            yield from self._windows_of(group, window_bytes)
+            window_bytes = min(bytes_max, 4 * window_bytes)
+
+    def _windows_of(self, extents: ExtentMap, bytes_max: int) -> Iterator[Window]:
         stored = np.argsort(extents.ref)
         # Counted in whole blocks, so that a disk's short last block does not make later cuts fall within blocks.
         stored_end = np.cumsum((-(-(extents.end - extents.start) // BLOCK_BYTES) * BLOCK_BYTES)[stored])
@@ -137,7 +168,7 @@ class PointDisk:
 
     def _gather(self, buffer: bytearray, places: Int64s, lengths: Int64s, objects: Int64s, positions: Int64s) -> None:
         """Fill `buffer`: piece i goes to `places[i]` and comes from a position in the payload of an object."""
-        frame_bytes = self.state.frame_bytes[objects]
+        frame_bytes = self.state.objects.frame_bytes[objects]
         first = positions // frame_bytes
         counts = (positions + lengths - 1) // frame_bytes - first + 1
         piece = np.repeat(np.arange(len(places)), counts)
@@ -153,10 +184,10 @@ class PointDisk:
             objects[piece][order], frame[order], place[order], (begin - frame_start)[order], (end - begin)[order]
         ):
             if opened != (n, i):
-                raw = memoryview(self._frames.frame(self.state.objects[n], i))
+                raw = memoryview(self._frames.frame(self.state.object(n), i))
                 opened = n, i
             if at + size > len(raw):
-                raise FormatError(f"{self.state.objects[n].name}: frame {i} ends before byte {at + size} of a record")
+                raise FormatError(f"{self.state.object(n).name}: frame {i} ends before byte {at + size} of a record")
             buffer[to : to + size] = raw[at : at + size]
 
 

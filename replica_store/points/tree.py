@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from threading import Thread
 
 from asrfs.errors import NotFoundError
 from asrfs.fuse.tree import TreeDirectory, TreeEntry, TreeFile
 from asrfs.model.machine import DiskRecord
 from replica_store.points.builder import Cut, build_states, cut_at, disks_of, resolve
 from replica_store.points.history import History, Machine
+from replica_store.points.map_maker import leave_runs
 from replica_store.points.point_disk import DiskState, FrameCache, PointDisk
 from replica_store.points.selector import AtPoint, parse_selector
 from replica_store.points.shared_cache import SharedCache
@@ -52,9 +55,13 @@ class _Opener:
     def _build(self, cut: Cut, disk: DiskRecord) -> DiskState:
         earlier = self._states.peek(lambda key: key[:2] == (cut.machine.id, disk.slot) and key[2] < cut.lsn)
         base = max((state for _, state in earlier), key=lambda state: state.lsn, default=None)
-        return build_states(
+        state = build_states(
             self.history, cut.machine.id, cut.lsn, [disk], base={disk.slot: base} if base is not None else None
         )[disk.slot]
+        # Beside whoever waits for the disk; given up with the process, as all that it leaves can be made again.
+        leave = partial(leave_runs, self.history, cut.machine.id, disk.slot, state.runs)
+        Thread(target=leave, name="leave-maps", daemon=True).start()
+        return state
 
 
 @dataclass(frozen=True, slots=True)

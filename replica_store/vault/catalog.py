@@ -10,28 +10,29 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from asrfs.errors import AsrfsError, IntegrityError, NoSpaceError, NotFoundError, RefusedError, TemporaryError
 from asrfs.model.machine import DiskRecord
+from asrfs.model.marker import completed, encode_marker
+from replica_store.vault.point_columns import POINT_COLUMNS, columns_of, point_of
 from replica_store.vault.row_checks import (
     checked_disk,
     checked_link,
     checked_lsn,
     checked_machine,
     checked_object,
-    checked_point,
 )
 from replica_store.vault.rows import DiskRow, Entry, LinkRow, MachineRow, ObjectRow, PointRow
-from replica_store.vault.schema import TABLES, VERSION
+from replica_store.vault.schema import TABLES, UPGRADES, VERSION
 
 BUSY_S = 15.0
 
 _MACHINE = "id, name, epoch, serial, revoked, enrolled_ns, generation, sealed_keys"
 _OBJECT = "machine_id, epoch, first_lsn, last_lsn, first_time_ns, last_time_ns, digest, length, nonce"
-_POINT = "machine_id, lsn, id, epoch, time_ns, consistency, group_name, name, hold_ms, note, protected"
 _DISK = "slot, id, name, size_bytes, removed, gap"
 
 
@@ -45,6 +46,7 @@ class Catalog:
         if not os.path.exists(path):
             raise IntegrityError(f"{path}: the vault has no catalog: make it again with `replica-store rebuild`")
         with self._errors():
+            _upgrade(path)
             self._connection = _connect(path, "rw" if writable else "ro")
             if writable:
                 self._connection.execute("PRAGMA synchronous = FULL")
@@ -127,10 +129,42 @@ class Catalog:
                 f"{self.path}: the catalog is damaged ({found[0]}): make it again with `replica-store rebuild`"
             )
 
+    # ---- when points came -----------------------------------------------------------------------------------
+
+    def note_appeared(self, points: Iterable[PointRow], now_ns: int) -> None:
+        """These have just come. Inside the transaction that appends them."""
+        newest = {point.consistency: point for point in sorted(points, key=lambda point: point.lsn)}
+        for kind, point in newest.items():
+            self.change(
+                "INSERT OR REPLACE INTO appeared (machine_id, consistency, lsn, seen_ns) VALUES (?, ?, ?, ?)",
+                (point.machine_id, kind, point.lsn, now_ns),
+            )
+
+    def appeared(self, machine_id: str) -> dict[int, int]:
+        """When the newest point of each kind came, store's clock, by the point's LSN."""
+        rows = self.select("SELECT lsn, seen_ns FROM appeared WHERE machine_id = ?", (machine_id,))
+        return {lsn: seen_ns for lsn, seen_ns in rows if isinstance(lsn, int) and isinstance(seen_ns, int)}
+
+    # ---- what hosts are told --------------------------------------------------------------------------------
+
+    def configuration_generation(self) -> int:
+        """A number that is higher after each change of what hosts are told; cheap to ask."""
+        rows = self.select("SELECT number FROM generations WHERE what = 'configuration'")
+        number = rows[0][0] if rows else 0
+        if not isinstance(number, int) or number < 0:
+            raise IntegrityError(f"{self.path}: the generation {number!r} cannot be")
+        return number
+
+    def raise_configuration_generation(self, least: int = 0) -> int:
+        """The next one, above `least`, too. Inside the transaction that changes what hosts are told."""
+        number = max(self.configuration_generation(), least) + 1
+        self.change("INSERT OR REPLACE INTO generations VALUES ('configuration', ?)", (number,))
+        return number
+
     def table(self, name: str) -> list[tuple[Any, ...]]:
-        """A whole table in the order of its key, for comparing catalogs."""
+        """A whole table in an order of its own, for comparing catalogs."""
         assert name.isidentifier()
-        return self.select(f"SELECT * FROM {name} ORDER BY 1, 2, 3")  # noqa: S608 - a name of ours
+        return sorted(self.select(f"SELECT * FROM {name}"), key=repr)  # noqa: S608 - a name of ours
 
     # ---- machines -------------------------------------------------------------------------------------------
 
@@ -177,6 +211,16 @@ class Catalog:
                 self._append_disk(disk)
             for point in entry.points:
                 self._append_point(point)
+            for last_word in entry.completions:
+                self._complete_point(last_word)
+            for confirming in entry.confirmations:
+                self.change(
+                    "INSERT INTO confirmations (machine_id, lsn, group_point, marker) VALUES (?, ?, ?, ?)",
+                    (
+                        *(confirming.machine_id, confirming.lsn, confirming.marker.group_point),
+                        encode_marker(confirming.marker),
+                    ),
+                )
 
     def _append_disk(self, disk: DiskRow) -> None:
         record = disk.record
@@ -195,13 +239,18 @@ class Catalog:
         )
 
     def _append_point(self, point: PointRow) -> None:
-        self.change(
-            f"INSERT INTO points ({_POINT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
-            (
-                *(point.machine_id, point.lsn, point.id, point.epoch, point.time_ns, point.consistency),
-                *(point.group, point.name, point.hold_ms, point.note, point.protected),
-            ),
-        )
+        values = columns_of(point)
+        places = ", ".join("?" * len(values))
+        self.change(f"INSERT INTO points ({POINT_COLUMNS}) VALUES ({places})", values)  # noqa: S608
+
+    def _complete_point(self, last_word: PointRow) -> None:
+        """Once, and only a point that said it was unfinished."""
+        statement = f"SELECT {POINT_COLUMNS} FROM points WHERE machine_id = ? AND lsn = ?"  # noqa: S608
+        for row in self.select(statement, (last_word.machine_id, last_word.marker.completes)):
+            point = point_of(row)
+            if point.marker.unfinished and point.id == last_word.id:
+                self.change("DELETE FROM points WHERE machine_id = ? AND lsn = ?", (point.machine_id, point.lsn))
+                self._append_point(replace(point, marker=completed(point.marker, last_word.marker)))
 
     def last_object(self, machine_id: str) -> ObjectRow | None:
         """The newest log object of a machine."""
@@ -221,11 +270,12 @@ class Catalog:
         row = checked_object(ObjectRow(*rows[0])) if rows else None
         return row if row is not None and row.last_lsn >= lsn else None
 
-    def objects_of(self, machine_id: str, up_to_lsn: int) -> list[ObjectRow]:
-        """Log objects with a record at or below `up_to_lsn`, in LSN order."""
+    def objects_of(self, machine_id: str, up_to_lsn: int, after_lsn: int = 0) -> list[ObjectRow]:
+        """Log objects with a record behind `after_lsn` and at or below `up_to_lsn`, in LSN order."""
         rows = self.select(
-            f"SELECT {_OBJECT} FROM objects WHERE machine_id = ? AND first_lsn <= ? ORDER BY first_lsn",  # noqa: S608
-            (machine_id, _bounded(up_to_lsn)),
+            f"SELECT {_OBJECT} FROM objects WHERE machine_id = ? AND first_lsn <= ? AND last_lsn > ? "  # noqa: S608
+            "ORDER BY first_lsn",
+            (machine_id, _bounded(up_to_lsn), _bounded(after_lsn)),
         )
         return [checked_object(ObjectRow(*row)) for row in rows]
 
@@ -246,8 +296,8 @@ class Catalog:
 
     def points(self, machine_id: str) -> list[PointRow]:
         """All points received, listed or not, in LSN order."""
-        rows = self.select(f"SELECT {_POINT} FROM points WHERE machine_id = ? ORDER BY lsn", (machine_id,))  # noqa: S608
-        return [_point(row) for row in rows]
+        statement = f"SELECT {POINT_COLUMNS} FROM points WHERE machine_id = ? ORDER BY lsn"  # noqa: S608
+        return [point_of(row) for row in self.select(statement, (machine_id,))]
 
     # ---- links ----------------------------------------------------------------------------------------------
 
@@ -279,6 +329,34 @@ def _connect(path: str, mode: str) -> sqlite3.Connection:
     )
 
 
+def _upgrade(path: str) -> None:
+    """Bring an older catalog to this version, also for one who only reads. One of a later version is left alone."""
+    connection = _connect(path, "ro")
+    try:
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+    finally:
+        connection.close()
+    if version not in UPGRADES:
+        return
+    connection = _connect(path, "rw")
+    try:
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("BEGIN IMMEDIATE")
+        (version,) = connection.execute("PRAGMA user_version").fetchone()  # somebody else may have been first
+        while version in UPGRADES:
+            for statement in filter(str.strip, _without_comments(UPGRADES[version]).split(";")):
+                connection.execute(statement)
+            version += 1
+        connection.execute(f"PRAGMA user_version = {version:d}")
+        connection.execute("COMMIT")
+    finally:
+        connection.close()
+
+
+def _without_comments(statements: str) -> str:
+    return "\n".join(line.partition("--")[0] for line in statements.splitlines())
+
+
 def _translated(path: str, error: Exception) -> AsrfsError:
     """An error of SQLite in our words: full, busy, or damaged."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
@@ -300,12 +378,6 @@ def _bounded(lsn: int) -> int:
 def _machine(row: tuple[Any, ...]) -> MachineRow:
     machine_id, name, epoch, serial, revoked, *rest = row
     return checked_machine(MachineRow(machine_id, name, epoch, serial, bool(revoked), *rest))
-
-
-def _point(row: tuple[Any, ...]) -> PointRow:
-    values: list[Any] = list(row)
-    values[-1] = bool(values[-1])
-    return checked_point(PointRow(*values))
 
 
 def _disk_record(row: tuple[Any, ...]) -> DiskRecord:

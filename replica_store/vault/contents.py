@@ -9,7 +9,8 @@ import numpy as np
 from asrfs.errors import FormatError
 from asrfs.format.log_object import Index, ObjectHeader
 from asrfs.format.record import Kind
-from asrfs.model.machine import DiskRecord, decode_disk, decode_marker
+from asrfs.model.machine import DiskRecord, decode_disk
+from asrfs.model.marker import decode_marker
 from asrfs.model.quantities import SECTOR_BYTES
 from replica_store.vault.rows import DiskRow, Entry, ObjectRow, PointRow
 
@@ -35,6 +36,8 @@ def entry_of(header: ObjectHeader, index: Index, digest: bytes, nonce: str, wher
     )
     disks: list[DiskRow] = []
     points: list[PointRow] = []
+    completions: list[PointRow] = []
+    confirmations: list[PointRow] = []
     for i in np.flatnonzero((index.kind == Kind.MARKER) | (index.kind == Kind.DISK)).tolist():
         lsn = header.first_lsn + i
         try:
@@ -42,10 +45,14 @@ def entry_of(header: ObjectHeader, index: Index, digest: bytes, nonce: str, wher
                 disks.append(DiskRow(machine_id, lsn, _disk(index, i)))
             else:
                 marker = decode_marker(index.note(i))
-                points.append(PointRow.of(machine_id, lsn, header.epoch, int(index.time_ns[i]), marker))
+                row_of_point = PointRow(machine_id, lsn, header.epoch, int(index.time_ns[i]), marker)
+                if marker.confirms:
+                    confirmations.append(row_of_point)
+                else:
+                    (points if marker.completes is None else completions).append(row_of_point)
         except FormatError as error:
             raise FormatError(f"{where}: LSN {lsn}: {error}") from None
-    return Entry(row, tuple(disks), tuple(points))
+    return Entry(row, tuple(disks), tuple(points), tuple(completions), tuple(confirmations))
 
 
 def check_extents(index: Index, disks: Iterable[DiskRecord], where: str) -> None:

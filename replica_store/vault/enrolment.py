@@ -28,6 +28,7 @@ from asrfs.transport.enrolment import (
     encode_token,
 )
 from asrfs.transport.tls import sign_request
+from replica_store.vault.groups import read_groups
 from replica_store.vault.keys import MachineDescription, MachineKeys
 from replica_store.vault.objects import ObjectMissingError
 from replica_store.vault.rows import MachineRow, description_prefix
@@ -39,8 +40,9 @@ FIRST_EPOCH = 1
 
 
 def make_token(vault: Vault, machine_name: str, clock: Clock, lifetime_s: float = TOKEN_LIFETIME_S) -> str:
-    """A token for the machine of that name, whether it exists or not. Raises BadInputError."""
+    """A token for the machine of that name, whether it exists or not. Raises BadInputError, RefusedError."""
     check_name(machine_name, "machine")
+    _check_no_group(vault, machine_name)
     if not 0 < lifetime_s <= TOKEN_LIFETIME_S_MAX:
         raise BadInputError("a token is good for more than nothing and at most 366 days")
     token = Token(
@@ -142,8 +144,15 @@ def _check_token(vault: Vault, secret_digest: bytes, machine_name: str, now_ns: 
         raise AuthenticationError("the token has expired: make a new one with `replica-store token`")
 
 
+def _check_no_group(vault: Vault, machine_name: str) -> None:
+    """A policy is given to a machine or a group by its name: no two of them have the same."""
+    if any(group.name == machine_name for group in read_groups(vault.catalog).groups):
+        raise RefusedError(f"there is a group {machine_name}: a machine needs another name")
+
+
 def _check_name_is_free(vault: Vault, request: EnrolRequest) -> None:
     """One name, one machine: the history under a name is never continued by another machine."""
+    _check_no_group(vault, request.machine)
     for machine in vault.catalog.machines():
         if machine.name == request.machine and machine.id != request.machine_id:
             raise RefusedError(

@@ -3,13 +3,16 @@
 keys/ca.key ca.crt            the authority; its key is read only to sign a machine's certificate
 keys/server.key server.crt    shown on both ports
 keys/master.key               32 bytes; without it no object of the vault can be read
+
+Certificates are imported where they are used: reading a point needs none, and importing them takes a good part of the
+time until its first byte.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 from cryptography.exceptions import InvalidTag
@@ -19,14 +22,9 @@ from asrfs.errors import IntegrityError
 from asrfs.format.log_object import KEY_BYTES
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import read_whole, write_atomically
-from asrfs.transport.tls import (
-    Credential,
-    check_certificate,
-    check_key,
-    fingerprint,
-    make_authority,
-    make_server,
-)
+
+if TYPE_CHECKING:
+    from asrfs.transport.tls import Credential
 
 _NONCE_BYTES = 12
 _KEYS_TYPE = b"asrfs machine keys 1"
@@ -62,6 +60,8 @@ class KeyFiles:
     @classmethod
     def create(cls, directory: str, vault_name: str, server_name: str, now_ns: int) -> KeyFiles:
         """Make all keys anew, durable."""
+        from asrfs.transport.tls import make_authority, make_server
+
         authority = make_authority(vault_name, now_ns)
         server = make_server(authority, server_name, now_ns)
         storage = DirectoryStorage(directory)
@@ -91,6 +91,8 @@ class KeyFiles:
 
     def server_fingerprint(self) -> bytes:
         """SHA-256 of the server certificate, which tokens carry. Raises IntegrityError."""
+        from asrfs.transport.tls import fingerprint
+
         return fingerprint(self._credential("server").certificate)
 
     def check(self) -> None:
@@ -100,6 +102,8 @@ class KeyFiles:
         self.sealer()
 
     def _credential(self, name: str) -> Credential:
+        from asrfs.transport.tls import Credential, check_certificate, check_key
+
         credential = Credential(self.read(f"{name}.key"), self.read(f"{name}.crt"))
         check_key(credential.key, self.path(f"{name}.key"))
         check_certificate(credential.certificate, self.path(f"{name}.crt"))
@@ -134,6 +138,13 @@ class Sealer:
         """Raises IntegrityError naming `where`."""
         raw = self._open(_DESCRIPTION_TYPE, machine_id, sealed, where)
         return _decode(raw, MachineDescription, where)
+
+    def seal_book(self, kind: bytes, content: bytes) -> bytes:
+        return self._seal(kind, "", content)
+
+    def open_book(self, kind: bytes, sealed: bytes, where: str) -> bytes:
+        """Raises IntegrityError naming `where`."""
+        return self._open(kind, "", sealed, where)
 
     def _seal(self, kind: bytes, machine_id: str, content: bytes) -> bytes:
         nonce = os.urandom(_NONCE_BYTES)

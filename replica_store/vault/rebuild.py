@@ -1,6 +1,7 @@
 """A new catalog from the objects alone.
 
-    list machines ─▶ newest description of each ─▶ survey its log ─▶ chain ─▶ catalog.sqlite3.new ─▶ in place of the old
+    newest policies and groups; list machines ─▶ newest description of each ─▶ survey its log ─▶ chain
+        ─▶ catalog.sqlite3.new ─▶ in place of the old
 
 The new one takes its place only once its file holds all of it, without SQLite's write-ahead log beside it.
 Tokens that were not used and what hosts last said of themselves are not in objects and are lost. The old catalog goes
@@ -17,8 +18,12 @@ from dataclasses import dataclass, field
 from asrfs.errors import IntegrityError
 from asrfs.storage.directory import DirectoryStorage
 from replica_store.vault.catalog import Catalog
+from replica_store.vault.group_changes import GROUP_BOOKS
+from replica_store.vault.groups import write_groups
 from replica_store.vault.keys import KeyFiles, MachineDescription, Sealer
 from replica_store.vault.objects import Objects
+from replica_store.vault.policies import write_book
+from replica_store.vault.policy_changes import POLICY_BOOKS
 from replica_store.vault.rows import Entry, MachineRow, description_prefix, log_prefix, parse_log_name
 from replica_store.vault.survey import Surveyed, Unreadable, chain_of, log_names, survey
 from replica_store.vault.vault import CATALOG_FILE, describe, lock, lock_descriptions, open_objects
@@ -67,6 +72,7 @@ def _fill(catalog: Catalog, objects: Objects, sealer: Sealer, progress: Callable
     report = Rebuilt()
     names_of = {machine_id: log_names(objects, machine_id) for machine_id in _machine_ids(objects)}
     total = sum(map(len, names_of.values()))
+    _fill_policies_and_groups(catalog, objects, sealer, report)
     done = 0
     for machine_id, names in sorted(names_of.items()):
         description = _description(objects, sealer, machine_id, report)
@@ -96,6 +102,21 @@ def _fill(catalog: Catalog, objects: Objects, sealer: Sealer, progress: Callable
                 catalog.put_machine(_machine_row(description, chain[-1].row.epoch))
         _account(report, description, chain, surveyed, unreadable)
     return report
+
+
+def _fill_policies_and_groups(catalog: Catalog, objects: Objects, sealer: Sealer, report: Rebuilt) -> None:
+    """What hosts are told rises above whatever they were told before."""
+    book, damages = POLICY_BOOKS.newest(objects, sealer)
+    groups, more_damages = GROUP_BOOKS.newest(objects, sealer)
+    report.damages += damages + more_damages
+    with catalog.transaction():
+        if book is not None:
+            write_book(catalog, book)
+        if groups is not None:
+            write_groups(catalog, groups)
+        catalog.raise_configuration_generation(
+            least=max(book.generation if book else 0, groups.generation if groups else 0)
+        )
 
 
 def _account(

@@ -6,7 +6,6 @@ names of objects, sizes of images and labels of directories. A row that cannot b
 
 from __future__ import annotations
 
-import math
 import re
 
 from asrfs.errors import BadInputError, IntegrityError
@@ -14,16 +13,12 @@ from asrfs.format.log_object import DIGEST_BYTES, OBJECT_BYTES_MAX
 from asrfs.model.machine import SLOT_MAX, DiskRecord
 from asrfs.model.names import is_id, is_name
 from asrfs.model.quantities import check_disk_size
-from replica_store.vault.rows import LinkRow, MachineRow, ObjectRow, PointRow
+from replica_store.vault.rows import LinkRow, MachineRow, ObjectRow
 
 _NONCE = re.compile(r"[0-9a-f]{8}")
-_CONSISTENCIES = frozenset(("crash", "filesystem", "application"))
-_EPOCH_END = 1 << 32
-_NULL = type(None)
+EPOCH_END = 1 << 32
 _MACHINE = (str, str, int, str, int, int, bytes)
 _OBJECT = (str, int, int, int, int, int, bytes, int, str)
-_POINT = (str, int, int, int, str)
-_POINT_OR_NULL = ((str, _NULL), (str, _NULL), (str, _NULL), (float, int, _NULL))
 _DISK = (int, str, str, int)
 _LINK = (int, int, int, int)
 
@@ -31,77 +26,60 @@ _LINK = (int, int, int, int)
 def checked_machine(row: MachineRow) -> MachineRow:
     """Raises IntegrityError, as all here do."""
     types = (row.id, row.name, row.epoch, row.serial, row.enrolled_ns, row.generation, row.sealed_keys)
-    if not _are(types, _MACHINE):
-        raise _impossible("machine", str(row.id))
-    if not (is_id(row.id) and is_name(row.name) and 0 <= row.epoch < _EPOCH_END and row.generation >= 0):
-        raise _impossible("machine", row.id)
+    if not are(types, _MACHINE):
+        raise impossible("machine", str(row.id))
+    if not (is_id(row.id) and is_name(row.name) and 0 <= row.epoch < EPOCH_END and row.generation >= 0):
+        raise impossible("machine", row.id)
     return row
 
 
 def checked_object(row: ObjectRow) -> ObjectRow:
     columns = (row.machine_id, row.epoch, row.first_lsn, row.last_lsn, row.first_time_ns, row.last_time_ns)
     sound = (
-        _are((*columns, row.digest, row.length, row.nonce), _OBJECT)
+        are((*columns, row.digest, row.length, row.nonce), _OBJECT)
         and is_id(row.machine_id)
         and 0 < row.first_lsn <= row.last_lsn
         and 0 <= row.first_time_ns <= row.last_time_ns
-        and 0 <= row.epoch < _EPOCH_END
+        and 0 <= row.epoch < EPOCH_END
         and 0 < row.length <= OBJECT_BYTES_MAX
         and len(row.digest) == DIGEST_BYTES
         and _NONCE.fullmatch(row.nonce) is not None
     )
     if not sound:
-        raise _impossible("log object", f"{row.first_lsn}")
-    return row
-
-
-def checked_point(row: PointRow) -> PointRow:
-    sound = (
-        _are((row.id, row.lsn, row.epoch, row.time_ns, row.consistency), _POINT)
-        and _are((row.name, row.group, row.note, row.hold_ms), _POINT_OR_NULL)
-        and is_id(row.id)
-        and row.lsn > 0
-        and row.time_ns >= 0
-        and 0 <= row.epoch < _EPOCH_END
-        and row.consistency in _CONSISTENCIES
-        and all(text is None or is_name(text) for text in (row.name, row.group))
-        and (row.hold_ms is None or 0 <= row.hold_ms < math.inf)
-    )
-    if not sound:
-        raise _impossible("point", f"{row.lsn}")
+        raise impossible("log object", f"{row.first_lsn}")
     return row
 
 
 def checked_disk(record: DiskRecord) -> DiskRecord:
-    if not _are((record.slot, record.id, record.name, record.size_bytes), _DISK):
-        raise _impossible("disk", f"{record.slot}")
+    if not are((record.slot, record.id, record.name, record.size_bytes), _DISK):
+        raise impossible("disk", f"{record.slot}")
     try:
         check_disk_size(record.size_bytes, "disk")
     except BadInputError:
-        raise _impossible("disk", f"{record.slot}") from None
+        raise impossible("disk", f"{record.slot}") from None
     if not (is_id(record.id) and is_name(record.name) and 0 <= record.slot <= SLOT_MAX):
-        raise _impossible("disk", f"{record.slot}")
+        raise impossible("disk", f"{record.slot}")
     return record
 
 
 def checked_link(row: LinkRow) -> LinkRow:
-    if not _are((row.heard_ns, row.appended_lsn, row.durable_lsn, row.durable_time_ns), _LINK):
-        raise _impossible("link", str(row.machine_id))
+    if not are((row.heard_ns, row.appended_lsn, row.durable_lsn, row.durable_time_ns), _LINK):
+        raise impossible("link", str(row.machine_id))
     return row
 
 
 def checked_lsn(lsn: int) -> int:
     if not isinstance(lsn, int) or lsn <= 0:
-        raise _impossible("LSN", str(lsn))
+        raise impossible("LSN", str(lsn))
     return lsn
 
 
-def _are(values: tuple[object, ...], types: tuple[type | tuple[type, ...], ...]) -> bool:
+def are(values: tuple[object, ...], types: tuple[type | tuple[type, ...], ...]) -> bool:
     """SQLite keeps a column's type, but not in a file that was changed."""
     return all(map(isinstance, values, types))
 
 
-def _impossible(what: str, which: str) -> IntegrityError:
+def impossible(what: str, which: str) -> IntegrityError:
     return IntegrityError(
         f"the catalog's row of {what} {which[:40]!r} cannot be: make the catalog again with `replica-store rebuild`"
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from asrfs.model.machine import DiskRecord, MarkerRecord
+from asrfs.model.machine import DiskRecord
+from asrfs.model.marker import Consistency, MarkerRecord
 
 _LOG_NAME = re.compile(
     r"machines/(?P<machine>[0-9a-f]{32})/log/"
@@ -52,34 +53,30 @@ class ObjectRow:
 
 @dataclass(frozen=True, slots=True)
 class PointRow:
-    """A recovery point. `protected`: kept whatever retention says."""
+    """A recovery point: where it lies, and what its marker says. `protected`: kept whatever retention says."""
 
     machine_id: str
     lsn: int
-    id: str
     epoch: int
     time_ns: int
-    consistency: str
-    group: str | None
-    name: str | None
-    hold_ms: float | None
-    note: str | None
+    marker: MarkerRecord
     protected: bool = False
 
-    @classmethod
-    def of(cls, machine_id: str, lsn: int, epoch: int, time_ns: int, marker: MarkerRecord) -> PointRow:
-        return cls(
-            machine_id=machine_id,
-            lsn=lsn,
-            id=marker.id,
-            epoch=epoch,
-            time_ns=time_ns,
-            consistency=marker.consistency,
-            group=marker.group,
-            name=marker.name,
-            hold_ms=marker.hold_ms,
-            note=marker.note,
-        )
+    @property
+    def id(self) -> str:
+        return self.marker.id
+
+    @property
+    def consistency(self) -> Consistency:
+        return self.marker.consistency
+
+    @property
+    def group(self) -> str | None:
+        return self.marker.group
+
+    @property
+    def name(self) -> str | None:
+        return self.marker.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +107,10 @@ class Entry:
     row: ObjectRow
     disks: tuple[DiskRow, ...] = ()
     points: tuple[PointRow, ...] = ()
+    completions: tuple[PointRow, ...] = ()
+    """Not points, but last words on earlier ones."""
+    confirmations: tuple[PointRow, ...] = ()
+    """Not points, but what makes points of shares: see `cuts.py`."""
 
 
 def log_object_name(machine_id: str, epoch: int, first_lsn: int, last_lsn: int, nonce: str) -> str:

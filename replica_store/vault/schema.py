@@ -1,10 +1,15 @@
-"""Tables of the catalog. What is here can be made again from the objects, except tokens and links."""
+"""Tables of the catalog. What is here can be made again from the objects, except tokens, links and when points came.
+
+A catalog of an older version is brought to this one when it is opened. `UPGRADES` only ever adds, so a program that has
+it open goes on reading; columns are always named, because their order depends on what a catalog was before.
+"""
 
 from __future__ import annotations
 
-VERSION = 1
+VERSION = 2
+"""1 knew less of points, and no policies."""
 
-TABLES = """
+_HISTORY_TABLES = """
 CREATE TABLE machines (
     id TEXT PRIMARY KEY,            -- 32 hexadecimal digits, chosen by the host at `asrfs init`
     name TEXT NOT NULL UNIQUE,      -- label people use
@@ -47,7 +52,15 @@ CREATE TABLE points (
     group_name TEXT,                -- consistency group it was cut with
     name TEXT,                      -- given by a person
     hold_ms REAL,                   -- how long writes were held for it
-    note TEXT,                      -- why it is less than was asked for
+    note TEXT,                      -- given by a person
+    wanted TEXT,                    -- consistency that was asked for, where it is another
+    failed TEXT,                    -- why it is less than was asked for
+    freeze_ms REAL,                 -- how much of that freezing took
+    hooks TEXT,                     -- how each hook ended, JSON as in FORMAT.md
+    group_point TEXT,               -- id that the points of all members cut together share
+    members TEXT,                   -- ids of the machines that belong to it, JSON
+    ready INTEGER,                  -- on how many of them it was cut
+    unfinished INTEGER NOT NULL,    -- 1: a later record will say how long writes were held, and whether it held
     protected INTEGER NOT NULL,     -- 1: retention leaves it
     PRIMARY KEY (machine_id, lsn)
 ) STRICT, WITHOUT ROWID;
@@ -74,5 +87,75 @@ CREATE TABLE links (
 ) STRICT, WITHOUT ROWID;
 """
 
-REBUILDABLE = ("machines", "objects", "points", "disks")
+_POLICY_TABLES = """
+CREATE TABLE policies (
+    name TEXT PRIMARY KEY,
+    keys TEXT NOT NULL              -- JSON object: what was set, as it was written; the rest is at its default
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE assignments (
+    kind TEXT NOT NULL,             -- machine or group
+    target_id TEXT NOT NULL,        -- of that machine or group
+    policy TEXT NOT NULL,           -- name of the policy; `default` needs no row of its own
+    PRIMARY KEY (kind, target_id)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE appeared (
+    machine_id TEXT NOT NULL,       -- whose points
+    consistency TEXT NOT NULL,
+    lsn INTEGER NOT NULL,           -- of the newest one of them
+    seen_ns INTEGER NOT NULL,       -- when it came, store's clock
+    PRIMARY KEY (machine_id, consistency)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE generations (
+    what TEXT PRIMARY KEY,          -- configuration: what hosts are told
+    number INTEGER NOT NULL         -- raised in each transaction that changes it
+) STRICT, WITHOUT ROWID;
+"""
+
+_GROUP_TABLES = """
+CREATE TABLE groups (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL UNIQUE,
+    members TEXT NOT NULL,          -- ids of machines, JSON, in the order they joined
+    coordinator TEXT NOT NULL,      -- the member that cuts its points, chosen by the store
+    generation INTEGER NOT NULL     -- raised with each change of members or coordinator
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE places (
+    machine_id TEXT PRIMARY KEY,
+    address TEXT NOT NULL,          -- where others of its groups reach it
+    port INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE confirmations (
+    machine_id TEXT NOT NULL REFERENCES machines (id),
+    lsn INTEGER NOT NULL,           -- of the record, in that machine's history
+    group_point TEXT NOT NULL,      -- what it confirms
+    marker BLOB NOT NULL,           -- payload of the record
+    PRIMARY KEY (machine_id, lsn)
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX confirmations_by_point ON confirmations (group_point);
+CREATE INDEX points_by_group_point ON points (group_point) WHERE group_point IS NOT NULL;
+"""
+
+TABLES = _HISTORY_TABLES + _POLICY_TABLES + _GROUP_TABLES
+
+_MORE_OF_POINTS = """
+ALTER TABLE points ADD COLUMN wanted TEXT;
+ALTER TABLE points ADD COLUMN failed TEXT;
+ALTER TABLE points ADD COLUMN freeze_ms REAL;
+ALTER TABLE points ADD COLUMN hooks TEXT;
+ALTER TABLE points ADD COLUMN group_point TEXT;
+ALTER TABLE points ADD COLUMN members TEXT;
+ALTER TABLE points ADD COLUMN ready INTEGER;
+ALTER TABLE points ADD COLUMN unfinished INTEGER NOT NULL DEFAULT 0;
+"""
+
+UPGRADES = {1: _MORE_OF_POINTS + _POLICY_TABLES + _GROUP_TABLES}
+"""By the version a catalog has: what makes it one of the next."""
+
+REBUILDABLE = ("machines", "objects", "points", "disks", "policies", "assignments", "groups", "confirmations")
 """Tables that are equal after a rebuild."""

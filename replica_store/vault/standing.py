@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from asrfs.model.machine import DiskRecord
+from asrfs.model.point_alarms import WATCHED, alarm_id, kinds_of, missing_text
+from asrfs.model.policy import Policy, follow_policy
 from asrfs.model.quantities import NS_PER_SECOND
+from asrfs.model.rpo_alarm import rpo_text
+from replica_store.vault.configuration import policy_of
 from replica_store.vault.gaps import Gap
-from replica_store.vault.rows import LinkRow, MachineRow
+from replica_store.vault.policies import Assigned, read_book
+from replica_store.vault.rows import LinkRow, MachineRow, PointRow
 from replica_store.vault.vault import Vault
 
 State = Literal["unprotected", "initial-replication", "protected"]
 
 SILENT_S_MAX = 20.0
 """A link that has not been heard of for so long is down, whatever was last written of it: the store may be, too."""
+
+
+class StandingAlarm(NamedTuple):
+    """What people should know about a machine, as seen from the store."""
+
+    id: str
+    severity: Literal["warning", "critical"]
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +50,8 @@ class Standing:
     bytes: int
     enrolled_ns: int
     disks: tuple[DiskRecord, ...]
+    policy: Assigned
+    alarms: tuple[StandingAlarm, ...]
 
 
 def standing_of(vault: Vault, machine: MachineRow, now_ns: int) -> Standing:
@@ -47,6 +63,13 @@ def standing_of(vault: Vault, machine: MachineRow, now_ns: int) -> Standing:
     objects, size = vault.catalog.space(machine.id)
     heard_recently = link is not None and now_ns - link.heard_ns < SILENT_S_MAX * NS_PER_SECOND
     state, reason = _state(machine, is_empty=last is None, gap=gap)
+    points = vault.points(machine.id)
+    book = read_book(vault.catalog)
+    policy = policy_of(vault.catalog, book, machine.id)
+    rules, _ = follow_policy(book.texts(policy.policy) or {})
+    rpo_s = achieved_rpo_s(received, last.last_time_ns, link, now_ns) if last else None
+    said = None if machine.revoked else rpo_text(rpo_s, rules)
+    alarms = () if said is None else (StandingAlarm("rpo", *said),)
     return Standing(
         id=machine.id,
         name=machine.name,
@@ -57,13 +80,40 @@ def standing_of(vault: Vault, machine: MachineRow, now_ns: int) -> Standing:
         heard_ns=link.heard_ns if link else None,
         acknowledged_lsn=received,
         time_ns=last.last_time_ns if last else None,
-        achieved_rpo_s=achieved_rpo_s(received, last.last_time_ns, link, now_ns) if last else None,
-        points=len(vault.points(machine.id)),
+        achieved_rpo_s=rpo_s,
+        points=len(points),
         objects=objects,
         bytes=size,
         enrolled_ns=machine.enrolled_ns,
         disks=tuple(disk for disk in vault.disks_at(machine.id, received) if not disk.removed),
+        policy=policy,
+        alarms=(*alarms, *point_alarms(machine, points, vault.catalog.appeared(machine.id), rules, now_ns)),
     )
+
+
+def point_alarms(
+    machine: MachineRow, points: Sequence[PointRow], appeared: Mapping[int, int], policy: Policy, now_ns: int
+) -> tuple[StandingAlarm, ...]:
+    """Of listed points that do not appear. `appeared`: when points came, by LSN, store's clock.
+
+    That is forgotten when the catalog is made again; then the point's own time, by the host's clock, has to do. A
+    machine that nothing is received of has no such alarm: its state says so.
+    """
+    if machine.revoked:
+        return ()
+    alarms = []
+    for kind in WATCHED:
+        newest = max(
+            (point for point in points if kind in kinds_of(point.consistency)),
+            key=lambda point: point.lsn,
+            default=None,
+        )
+        since_ns = machine.enrolled_ns if newest is None else appeared.get(newest.lsn, newest.time_ns)
+        waited_s = max(0, now_ns - since_ns) / NS_PER_SECOND
+        text = missing_text(kind, policy, waited_s, never=newest is None)
+        if text is not None:
+            alarms.append(StandingAlarm(alarm_id(kind), "warning", text))
+    return tuple(alarms)
 
 
 def _state(machine: MachineRow, *, is_empty: bool, gap: Gap | None) -> tuple[State, str]:

@@ -1,6 +1,6 @@
 """A vault: its directory, its objects, its catalog, its keys, and reading a history from them.
 
-    VAULT/vault.json  keys/  catalog.sqlite3  objects/  lock
+    VAULT/vault.json  keys/  catalog.sqlite3  objects/  maps/  lock
 
 `vault.json` is written last, so a vault that is there is whole. Reading needs nobody's leave: objects never change,
 and the catalog is read beside the process that writes it. Writing history is the holder of the lock alone.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import time
 from functools import lru_cache
 
 import msgspec
@@ -25,17 +26,19 @@ from asrfs.format.log_object import (
     decode_object_header,
     derive_keys,
 )
+from asrfs.format.map_checkpoint import derive_map_key
 from asrfs.model.clock import Clock
 from asrfs.model.machine import DiskRecord
 from asrfs.model.names import check_name, is_id, is_name
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import read_whole, write_atomically
-from asrfs.transport.tls import server_name_of
 from replica_store.vault.catalog import Catalog
 from replica_store.vault.directory_objects import DirectoryObjects
 from replica_store.vault.gaps import Gap, gap_at, gaps_of
 from replica_store.vault.keys import KeyFiles, MachineKeys, Sealer
+from replica_store.vault.listing import listed_points
 from replica_store.vault.lock import VaultLock
+from replica_store.vault.map_files import MAPS_DIRECTORY, MAPS_LOCK_FILE, MapFiles
 from replica_store.vault.objects import ObjectMissingError, Objects
 from replica_store.vault.rows import DiskRow, MachineRow, ObjectRow, PointRow
 
@@ -44,12 +47,14 @@ CATALOG_FILE = "catalog.sqlite3"
 LOCK_FILE = "lock"
 DESCRIPTIONS_LOCK_FILE = "descriptions.lock"
 _HEAD_BYTES = 64 << 10
+_LOCK_TRY_INTERVAL_S = 0.02
 _SESSION_KEYS_KEPT = 1024
 _ENTRIES = frozenset(
     (
         VAULT_FILE,
         "keys",
         "objects",
+        MAPS_DIRECTORY,
         LOCK_FILE,
         DESCRIPTIONS_LOCK_FILE,
         CATALOG_FILE,
@@ -76,6 +81,7 @@ class Vault:
         self.name = description.name
         self.objects = objects
         self.catalog = catalog
+        self.maps = MapFiles(DirectoryStorage(root), lambda: lock_maps(root))
         self.keys = KeyFiles(os.path.join(root, "keys"))
         self.sealer: Sealer = self.keys.sealer()
         self._session_keys = lru_cache(_SESSION_KEYS_KEPT)(self._derive)
@@ -83,6 +89,8 @@ class Vault:
     @property
     def server_name(self) -> str:
         """The name in the server's certificate."""
+        from asrfs.transport.tls import server_name_of  # see keys.py
+
         return server_name_of(self.id)
 
     # ---- opening ------------------------------------------------------------------------------------------
@@ -90,6 +98,8 @@ class Vault:
     @classmethod
     def create(cls, root: str, name: str, clock: Clock) -> Vault:
         """Make a vault in a new or empty directory. Raises BadInputError, RefusedError."""
+        from asrfs.transport.tls import server_name_of
+
         root = os.path.abspath(root)
         check_name(name, "vault")
         if os.path.lexists(os.path.join(root, VAULT_FILE)):
@@ -144,9 +154,13 @@ class Vault:
         last = self.catalog.last_object(machine_id)
         return last.last_lsn if last else 0
 
-    def objects_of(self, machine_id: str, up_to_lsn: int) -> list[ObjectRow]:
-        """In LSN order, all log objects with a record at or below the LSN."""
-        return self.catalog.objects_of(machine_id, up_to_lsn)
+    def objects_of(self, machine_id: str, up_to_lsn: int, after_lsn: int = 0) -> list[ObjectRow]:
+        """In LSN order, all log objects with a record behind `after_lsn` and at or below `up_to_lsn`."""
+        return self.catalog.objects_of(machine_id, up_to_lsn, after_lsn)
+
+    def object_with(self, machine_id: str, lsn: int) -> ObjectRow | None:
+        """The log object that holds record `lsn`."""
+        return self.catalog.object_with(machine_id, lsn)
 
     def disks_at(self, machine_id: str, lsn: int) -> list[DiskRecord]:
         """What holds for each slot at this LSN, removed disks too, by slot."""
@@ -162,8 +176,7 @@ class Vault:
 
     def points(self, machine_id: str) -> list[PointRow]:
         """Listed points, in LSN order: their whole prefix is here and no gap lies under them (I5)."""
-        gaps = gaps_of(self.catalog.disk_rows(machine_id))
-        return [point for point in self.catalog.points(machine_id) if gap_at(gaps, point.lsn) is None]
+        return listed_points(self.catalog, machine_id)
 
     def machine_keys(self, machine: MachineRow) -> MachineKeys:
         """Raises IntegrityError."""
@@ -174,11 +187,18 @@ class Vault:
         return self._session_keys(machine_id, epoch, session_salt)
 
     def _derive(self, machine_id: str, epoch: int, session_salt: bytes) -> ObjectKeys:
+        keys = self._keys_of(machine_id)
+        return derive_keys(keys.index_key, keys.payload_key, bytes.fromhex(machine_id), epoch, session_salt)
+
+    def _keys_of(self, machine_id: str) -> MachineKeys:
         machine = self.catalog.machine_by_id(machine_id)
         if machine is None:
             raise NotFoundError(f"the store knows no machine with id {machine_id}")
-        keys = self.machine_keys(machine)
-        return derive_keys(keys.index_key, keys.payload_key, bytes.fromhex(machine_id), epoch, session_salt)
+        return self.machine_keys(machine)
+
+    def map_key(self, machine_id: str, salt: bytes) -> bytes:
+        """What seals a map checkpoint of this machine with this salt."""
+        return derive_map_key(self._keys_of(machine_id).index_key, bytes.fromhex(machine_id), salt)
 
     # ---- log objects ----------------------------------------------------------------------------------------
 
@@ -188,6 +208,15 @@ class Vault:
 
     def object_head(self, row: ObjectRow) -> tuple[ObjectHeader, Index, FrameTable]:
         """Header, index and frame table of a log object. Raises IntegrityError naming file and LSN."""
+        header, head, where = self._head(row)
+        return header, self._index(row, header, head, where), FrameTable(header, head, where)
+
+    def object_index(self, row: ObjectRow) -> tuple[ObjectHeader, Index]:
+        """Header and index of a log object. Raises IntegrityError naming file and LSN."""
+        header, head, where = self._head(row)
+        return header, self._index(row, header, head, where)
+
+    def _head(self, row: ObjectRow) -> tuple[ObjectHeader, bytes, str]:
         where = self.where(row)
         head = self._read_range(row, 0, _HEAD_BYTES)
         header = decode_object_header(head, where)
@@ -196,8 +225,10 @@ class Vault:
             head = self._read_range(row, 0, header.frames_offset)
         if len(head) < header.frames_offset:
             raise IntegrityError(f"{where}: log object of LSN {row.first_lsn}..{row.last_lsn} is cut short")
-        keys = self.session_keys(row.machine_id, row.epoch, header.session_salt)
-        return header, decode_index(header, head, keys, where), FrameTable(header, head, where)
+        return header, head, where
+
+    def _index(self, row: ObjectRow, header: ObjectHeader, head: bytes, where: str) -> Index:
+        return decode_index(header, head, self.session_keys(row.machine_id, row.epoch, header.session_salt), where)
 
     def read_frame(self, row: ObjectRow, header: ObjectHeader, table: FrameTable, i: int) -> bytes:
         """Raw bytes of frame i. Raises IntegrityError naming file and LSN."""
@@ -240,10 +271,23 @@ def lock(root: str) -> VaultLock:
     return VaultLock(os.path.join(root, LOCK_FILE))
 
 
-def lock_descriptions(root: str) -> VaultLock:
-    """Keep rebuilding and revoking apart. Raises RefusedError."""
+def lock_descriptions(root: str, seconds_max: float = 0.0) -> VaultLock:
+    """Keep rebuilding apart from changes of what only descriptions know. Raises RefusedError after `seconds_max`."""
     path = os.path.join(root, DESCRIPTIONS_LOCK_FILE)
-    return VaultLock(path, "being rebuilt, or one of its machines revoked,", "try again when that is done")
+    deadline = time.monotonic() + seconds_max
+    while True:
+        try:
+            return VaultLock(path, "being rebuilt, or its machines or policies changed,", "try again when that is done")
+        except RefusedError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_LOCK_TRY_INTERVAL_S)
+
+
+def lock_maps(root: str) -> VaultLock:
+    """Become the one that writes and removes map checkpoints. Raises RefusedError, OSError."""
+    DirectoryStorage(root).make_directory(MAPS_DIRECTORY)
+    return VaultLock(os.path.join(root, MAPS_LOCK_FILE), "having its map checkpoints written", "try again later")
 
 
 def check_header(header: ObjectHeader, row: ObjectRow, where: str) -> None:

@@ -26,7 +26,8 @@ WHERE = st.floats(0, 1, exclude_max=True)
 POWER_TOOK = "power loss that took a disk's records"
 KILLED_UNSYNCED = "killed with records that were not synced"
 REFUSED = "request past the end refused"
-EVENTS = (POWER_TOOK, KILLED_UNSYNCED, REFUSED)
+TOGETHER = "writes of a turn journaled together"
+EVENTS = (POWER_TOOK, KILLED_UNSYNCED, REFUSED, TOGETHER)
 LENGTHS = st.one_of(st.sampled_from([1, 512, BLOCK, 2 * BLOCK]), st.integers(1, 4 * BLOCK))
 
 
@@ -62,6 +63,16 @@ class DiskAgainstBytes(RuleBasedStateMachine):
         self.disks[slot][offset : offset + length] = content
         content[:] = b"\xee" * length  # the buffer is used again after the call
 
+    @rule(places=st.lists(st.tuples(SLOTS, WHERE), min_size=2, max_size=4), zeros=st.booleans())
+    def write_together(self, places: list[tuple[int, float]], zeros: bool) -> None:
+        writes: list[tuple[int, int, bytes]] = []
+        for slot, where in places:
+            offset, length = self._extent(slot, where, BLOCK, True)
+            content = bytes(length) if zeros and not writes else self.rng.randbytes(length)
+            writes.append((slot, offset, content))
+            self.disks[slot][offset : offset + length] = content
+        self.events[TOGETHER] += self.world.write_together(writes)
+
     @rule(slot=SLOTS, where=WHERE, length=LENGTHS, aligned=st.booleans(), discard=st.booleans())
     def clear(self, slot: int, where: float, length: int, aligned: bool, discard: bool) -> None:
         offset, length = self._extent(slot, where, length, aligned)
@@ -83,7 +94,7 @@ class DiskAgainstBytes(RuleBasedStateMachine):
     @rule(slot=SLOTS, where=WHERE, length=LENGTHS)
     def read(self, slot: int, where: float, length: int) -> None:
         offset, length = self._extent(slot, where, length, False)
-        found = b"".join(bytes(piece) for piece in self.world.disks[slot].read(offset, length))
+        found = bytes(self.world.disks[slot].read(offset, length))
         assert found == self.disks[slot][offset : offset + length]
 
     @rule(slot=SLOTS, over=st.integers(1, 3 * BLOCK), length=LENGTHS)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
+from asrfs.fuse.channel import Channel, open_channel
 from asrfs.fuse.direct import DirectSession, Volume
 
 ANSWER_SECONDS_MAX = 10.0
@@ -29,12 +31,12 @@ class Reply(NamedTuple):
 class FuseKernel:
     """A kernel and the session that serves it in a thread. Leaving the block is unmounting."""
 
-    def __init__(self, volume: Volume) -> None:
+    def __init__(self, volume: Volume, open_channel: Callable[[int], Channel] = open_channel) -> None:
         self._kernel, self._server = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (self._kernel, self._server):
             end.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _SOCKET_BYTES)
         self._kernel.settimeout(ANSWER_SECONDS_MAX)
-        self.session = DirectSession(self._server.fileno(), volume, time_s=1_700_000_000)
+        self.session = DirectSession(self._server.fileno(), volume, time_s=1_700_000_000, open_channel=open_channel)
         self.died_of: BaseException | None = None
         self._unique = 2
         self._thread = threading.Thread(target=self._serve)

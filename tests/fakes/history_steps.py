@@ -36,6 +36,10 @@ class HistoryWriter:
             self.live.append(self._next_slot)
             self._next_slot += 1
 
+    def go_apart(self, side: int) -> None:
+        """What is drawn from now on differs from that of a writer that went to another side."""
+        self._rng.seed(f"{self._rng.random()} {side}")
+
     def step(self, what: str) -> None:
         rng = self._rng
         if what == "add" or not self.live:

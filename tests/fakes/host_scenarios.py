@@ -5,9 +5,11 @@ Each returns the world it ended in, which is another one after a restart.
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Callable
 
+from tests.fakes.crash_storage import Fault
 from tests.fakes.journal_world import JournalWorld
 
 BLOCK = 4096
@@ -159,13 +161,46 @@ def written_while_syncing(world: JournalWorld, rng: random.Random) -> JournalWor
     return world
 
 
+def several(rng: random.Random) -> list[tuple[int, int, bytes]]:
+    """Writes of one turn, on both disks, some over one another."""
+    return [(rng.randrange(2), rng.randrange(6) * BLOCK, block_of(rng)) for _ in range(rng.randint(2, 3))]
+
+
+def written_together(world: JournalWorld, rng: random.Random) -> JournalWorld:
+    """Turns of several writes; now and then one does not fit in the segment, and each begins by itself."""
+    done = {True: 0, False: 0}
+    for turn in range(9):
+        done[world.write_together(several(rng))] += 1
+        if turn % 3 == 2:
+            world.sync()
+    assert all(done.values()), done
+    world.apply()
+    world.write_together(several(rng))
+    return world
+
+
+def a_turn_refused(world: JournalWorld, rng: random.Random) -> JournalWorld:
+    """A full disk refuses a turn, of which most lies there whole; each write then has its place again by itself."""
+    for _ in range(2):
+        world = world.restart()  # so that there is room in the segment for all of the turn
+        world.sync()
+        fault = world.storage.inject(Fault(0, errno.ENOSPC, kinds=frozenset(("write",)), partial=0.8))
+        assert not world.write_together([(0, block * BLOCK, block_of(rng)) for block in range(3)])
+        assert fault.fired
+        world.sync()
+        world.write_together(several(rng))
+    return world
+
+
 def anything(world: JournalWorld, rng: random.Random) -> JournalWorld:
     for _ in range(40):
         step = rng.randrange(11)
         disk = world.disks[rng.randrange(2)]
         length = rng.randrange(1, 3 * BLOCK)
         offset = rng.randrange(disk.size_bytes - length)
-        if step < 4:
+        if step < 2:
+            world.write_together(several(rng))
+        elif step < 4:
             disk.write(rng.randrange(10) * BLOCK, block_of(rng))
         elif step == 4:
             disk.write(offset, rng.randbytes(length))
@@ -199,5 +234,9 @@ SCENARIOS: tuple[Scenario, ...] = (
     killed_between_applying,
     two_disks_markers_and_fills,
     written_while_syncing,
+    written_together,
+    a_turn_refused,
     anything,
 )
+IN_MEMORY_ONLY = (written_while_syncing, a_turn_refused)
+"""They look into their storage, or break it."""

@@ -11,13 +11,15 @@ import random
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
-from asrfs.format.record import CARRIES_EXTENT_BYTES, READS_AS_ZEROS, Kind
+from asrfs.format.record import CARRIES_EXTENT_BYTES, READS_AS_ZEROS, RECORD_HEADER_BYTES, Kind, WriteFrame, frame_write
 from asrfs.journal.block_map import BlockMap
-from asrfs.journal.disk import JournaledDisk, drop_applied, rebuild_maps
+from asrfs.journal.disk import JournaledDisk, WriteTogether, rebuild_maps
+from asrfs.journal.map_keeper import MapKeeper
 from asrfs.journal.reader import JournalReader
 from asrfs.journal.recovery import recover
 from asrfs.journal.spares import trim
@@ -41,7 +43,8 @@ APPEND_IN_SYNC = "append inside a sync"
 POWER_IN_SYNC = "power lost inside a sync"
 POWER_TOOK = "power loss that took records"
 FREED = "segment freed under readers"
-EVENTS = (READ_BESIDE_APPEND, APPEND_IN_SYNC, POWER_IN_SYNC, POWER_TOOK, FREED)
+TOGETHER = "writes journaled together"
+EVENTS = (READ_BESIDE_APPEND, APPEND_IN_SYNC, POWER_IN_SYNC, POWER_TOOK, FREED, TOGETHER)
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,19 @@ class ToldJournal(Journal):
         self.appended.set()
         return position
 
+    def append_framed_locked(self, writes: Sequence[tuple[int, int, WriteFrame]]) -> int | None:
+        before = self.model.lsn
+        for _, offset, framed in writes:
+            content = bytes(framed.payload)
+            self.model.asked.start, self.model.asked.content = offset, content
+            self.model.tell(Kind.WRITE, offset, len(content), content)
+        position = super().append_framed_locked(writes)
+        if position is None:
+            self.model.cut(before)
+        else:
+            self.appended.set()
+        return position
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -134,7 +150,7 @@ class Life:
         self.loss: Loss | None = None
         self._rng = rng
         self._storage = storage
-        recovered = recover(storage, positions, MACHINE_ID, segment_bytes=SEGMENT_BYTES)
+        recovered = recover(storage, positions, MACHINE_ID, segment_bytes=SEGMENT_BYTES, by_indexes=True)
         assert recovered.last_lsn <= model.lsn, "I9: more was found than was appended"
         self.found_lsn = recovered.last_lsn
         model.cut(recovered.last_lsn)
@@ -142,7 +158,8 @@ class Life:
         self.journal.model = model
         self.journal.appended = threading.Event()
         block_map = BlockMap()
-        rebuild_maps(recovered, {0: block_map})
+        rebuild_maps(recovered, {0: block_map}, storage)
+        self.keeper = MapKeeper(self.journal, storage, {0: block_map}, recovered, layers_kept=1)
         self.disk = JournaledDisk(0, SIZE, storage.open("image"), self.journal, block_map)
         self._errors: list[BaseException] = []
         self._guests_left = GUESTS
@@ -152,7 +169,7 @@ class Life:
 
     def check(self) -> None:
         """Everything reads as the model is."""
-        found = b"".join(bytes(piece) for piece in self.disk.read(0, SIZE))
+        found = bytes(self.disk.read(0, SIZE))
         self.model.check_read(0, found, self.model.lsn, self.model.lsn)
 
     def run(self, steps: int, fate: Fate | None) -> None:
@@ -179,6 +196,7 @@ class Life:
             raise self._errors[0]
         self.check()
         self.journal.close()
+        self.keeper.close()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
@@ -238,7 +256,9 @@ class Life:
             length = rng.randint(1, 3 * BLOCK)
             offset = rng.randint(0, SIZE - length)
         what = rng.random()
-        if what < 0.4:
+        if what < 0.15:
+            self._ask_together(rng)
+        elif what < 0.4:
             content = (rng.randbytes(64) * (length // 64 + 1))[:length]
             self._ask(offset, content, lambda: self.disk.write(offset, content))
         elif what < 0.5:
@@ -252,7 +272,7 @@ class Life:
             assert self.journal.durable_lsn >= asked, "I2: a sync was answered and does not cover what came before"
         else:
             since = self.journal.appended_lsn
-            found = b"".join(bytes(piece) for piece in self.disk.read(offset, length))
+            found = bytes(self.disk.read(offset, length))
             until = self.journal.appended_lsn
             assert len(found) == length
             self.model.check_read(offset, found, since, until)
@@ -266,6 +286,21 @@ class Life:
         if content is not None:
             blocks = set(range(offset // BLOCK, -(-(offset + len(content)) // BLOCK)))
             assert asked.done == blocks, f"of blocks {sorted(blocks)}, {sorted(asked.done)} were journaled"
+
+    def _ask_together(self, rng: random.Random) -> None:
+        """A turn of whole blocks; if it cannot be journaled together, one by one."""
+        turn: list[tuple[JournaledDisk, int, memoryview]] = []
+        for _ in range(rng.randint(2, 5)):
+            content = (rng.randbytes(63) + b"e") * (BLOCK // 64)
+            framed = frame_write(memoryview(bytearray(RECORD_HEADER_BYTES) + content))
+            turn.append((self.disk, rng.randrange(SIZE // BLOCK) * BLOCK, framed))
+        self.model.asked.done = set()
+        if WriteTogether(self.journal)(turn):
+            self.events[TOGETHER] += 1
+            return
+        for _, offset, framed in turn:
+            content = bytes(framed.payload)
+            self._ask(offset, content, partial(self.disk.write, offset, content))
 
     # ---- the agent ----
 
@@ -292,7 +327,7 @@ class Life:
             cursor = batch.cursor
         image.datasync()
         self.positions = Positions(applied=cursor, acknowledged=cursor)
-        drop_applied(self.journal, [self.disk], cursor.segment - 1)
+        self.journal.drop_through(cursor.segment - 1, [self.disk.map])
         freed = trim(
             self._storage,
             MACHINE_ID,
@@ -320,7 +355,9 @@ def race(rng: random.Random, steps: int = STEPS, lives: int = 3) -> Counter[str]
     """Reads stay right while segments are applied, dropped and used again, and what was promised survives each loss
     of power. Returns what happened: `EVENTS`."""
     storage = CrashStorage()
-    storage.create("image").truncate(SIZE)
+    image = storage.create("image")
+    image.truncate(SIZE)
+    image.datasync()
     storage.sync_directory("")
     model, positions, promised, appended = RaceModel(), Positions(), 0, 0
     events: Counter[str] = Counter()

@@ -9,14 +9,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import msgspec
 
-from asrfs.format.record import CARRIES_EXTENT_BYTES, READS_AS_ZEROS, RECORD_HEADER_BYTES, Kind
+from asrfs.format.record import (
+    CARRIES_EXTENT_BYTES,
+    READS_AS_ZEROS,
+    RECORD_HEADER_BYTES,
+    Kind,
+    RecordHeader,
+    WriteFrame,
+    frame_write,
+)
 from asrfs.format.segment import SEGMENT_HEADER_BYTES
 from asrfs.journal.block_map import BlockMap
-from asrfs.journal.disk import JournaledDisk, drop_applied, rebuild_maps
+from asrfs.journal.disk import JournaledDisk, WriteTogether, rebuild_maps
+from asrfs.journal.map_keeper import MapKeeper
 from asrfs.journal.reader import JournalReader
 from asrfs.journal.recovery import Recovered, recover
 from asrfs.journal.spares import prepare_spare, trim
@@ -27,6 +37,8 @@ from tests.fakes.crash_storage import CrashStorage
 
 MACHINE_ID = b"machine-of-tests"
 RECORDS_A_SEGMENT = 4
+LAYERS_KEPT = 1
+"""Sealed segments whose layers stay: so few that tables and their merging come up in most histories."""
 SEGMENT_BYTES = SEGMENT_HEADER_BYTES + RECORDS_A_SEGMENT * (RECORD_HEADER_BYTES + 4096) + 512
 SECTOR_BYTES = 512
 BLOCK_BYTES = 4096
@@ -132,6 +144,23 @@ class _TellingJournal(Journal):
         self.model.refused = ()
         return position
 
+    def append_framed_locked(self, writes: Sequence[tuple[int, int, WriteFrame]]) -> int | None:
+        records, before = self.model.records, len(self.model.records)
+        for slot, offset, framed in writes:
+            content = bytes(framed.payload)
+            records.append(ModelRecord(Kind.WRITE, slot, offset, len(content), content))
+        position = super().append_framed_locked(writes)
+        if position is None:
+            self.model.refused += tuple(records[before:])
+            del records[before:]
+        else:
+            self.model.refused = ()
+        return position
+
+    def _take_back(self) -> None:
+        super()._take_back()
+        self.model.refused = ()  # before a byte of the next record is written, and durably
+
 
 @dataclass(frozen=True)
 class Look:
@@ -196,7 +225,7 @@ class JournalWorld:
         storage.sync_directory("")  # as `StateDirectory.settle` does
         self.positions = load_positions(storage)
         self.recovered: Recovered = recover(
-            self.journal_storage, self.positions, MACHINE_ID, segment_bytes=segment_bytes
+            self.journal_storage, self.positions, MACHINE_ID, segment_bytes=segment_bytes, by_indexes=True
         )
         self._check_end(self.recovered.last_lsn)
         self.model.promised_lsn = self.recovered.last_lsn  # what recovery found counts as durable
@@ -210,7 +239,10 @@ class JournalWorld:
         )
         self.journal.model = self.model
         maps = {slot: BlockMap() for slot in range(len(model.initial))}
-        rebuild_maps(self.recovered, maps)
+        rebuild_maps(self.recovered, maps, self.journal_storage)
+        self.keeper = MapKeeper(
+            self.journal, self.journal_storage, maps, self.recovered, ahead=False, layers_kept=LAYERS_KEPT
+        )
         self.images = [self.image_storage.open(str(slot), write=True) for slot in maps]
         self.disks = [
             JournaledDisk(slot, len(content), self.images[slot], self.journal, maps[slot])
@@ -234,16 +266,39 @@ class JournalWorld:
     def _check_end(self, lsn: int) -> None:
         """Recovery found a prefix that holds what was promised (I2, host part of I3). The rest never was."""
         assert lsn >= self.model.promised_lsn, f"I2: LSN {self.model.promised_lsn} was promised, {lsn} was found"
-        if lsn == len(self.model.records) + 1 and self.model.refused:
-            *_, last = self.recovered.records()
-            extent = (last.kind, last.slot, last.offset, last.length)
-            same = [each for each in self.model.refused if (each.kind, each.slot, each.offset, each.length) == extent]
-            self.model.records += same[:1]
+        more = lsn - len(self.model.records)
+        if more > 0 and self.model.refused:
+            for found in self._read_all(lsn)[-more:]:
+                extent = (found.kind, found.slot, found.offset, found.length)
+                same = [one for one in self.model.refused if (one.kind, one.slot, one.offset, one.length) == extent]
+                self.model.records += same[:1]
         self.model.refused = ()
         assert lsn <= len(self.model.records), f"I9: LSN {lsn} was found, {len(self.model.records)} were appended"
         del self.model.records[lsn:]
 
+    def _read_all(self, lsn: int) -> list[RecordHeader]:
+        """Records behind the applied position: an earlier start that failed may have left an index of all of them."""
+        headers: list[RecordHeader] = []
+        cursor = self.positions.applied
+        with closing(JournalReader(self.journal_storage, MACHINE_ID)) as reader:
+            while cursor.lsn < lsn:
+                batch = reader.read(cursor, lsn, 1 << 20)
+                headers += [header for header, _ in batch.records]
+                cursor = batch.cursor
+        return headers
+
     # ---- what happens to a machine ----
+
+    def write_together(self, writes: Sequence[tuple[int, int, bytes]]) -> bool:
+        """`(slot, offset, content)` as a turn of requests: together, or if that cannot be, one by one. Which it was."""
+        room = WriteTogether.room
+        framed = [frame_write(memoryview(bytearray(b"\xee" * room + content))) for _, _, content in writes]
+        turn = [(self.disks[slot], offset, each) for (slot, offset, _), each in zip(writes, framed, strict=True)]
+        if WriteTogether(self.journal)(turn):
+            return True
+        for disk, offset, each in turn:
+            disk.write(offset, each.payload)
+        return False
 
     def sync(self) -> None:
         appended = self.journal.appended_lsn
@@ -294,7 +349,7 @@ class JournalWorld:
         self._persist(cursor)
         if free:
             # Wholly applied: every segment before the cursor's.
-            drop_applied(self.journal, self.disks, cursor.segment - 1)
+            self.journal.drop_through(cursor.segment - 1, [disk.map for disk in self.disks])
             trim(
                 self.journal_storage,
                 MACHINE_ID,
@@ -351,7 +406,7 @@ class JournalWorld:
     def content(self, slot: int) -> bytes:
         """The whole disk through its read path."""
         disk = self.disks[slot]
-        return b"".join(bytes(piece) for piece in disk.read(0, disk.size_bytes))
+        return bytes(disk.read(0, disk.size_bytes))
 
     def check(self) -> None:
         """I9 for what is there now, and I1 for the images below."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 Bytes = bytes | bytearray | memoryview
 
 
@@ -20,9 +18,9 @@ class MemoryDisk:
         self._note("write", offset, len(payload))
         self.content[offset : offset + len(payload)] = payload
 
-    def read(self, offset: int, length: int) -> Sequence[Bytes]:
-        self._note("read", offset, length)
-        return (bytes(self.content[offset : offset + length]),)
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self._note("read", offset, len(buffer))
+        buffer[:] = self.content[offset : offset + len(buffer)]
 
     def zero(self, offset: int, length: int) -> None:
         self._note("zero", offset, length)
@@ -50,8 +48,8 @@ class NullDisk:
 
     def write(self, offset: int, payload: Bytes) -> None: ...
 
-    def read(self, offset: int, length: int) -> Sequence[Bytes]:
-        return (memoryview(self._zeros)[:length],)
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        buffer[:] = memoryview(self._zeros)[: len(buffer)]
 
     def zero(self, offset: int, length: int) -> None: ...
 

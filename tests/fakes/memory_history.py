@@ -14,11 +14,14 @@ from unittest import mock
 import numpy as np
 
 from asrfs.errors import NotFoundError
-from asrfs.format import log_object
+from asrfs.format import log_object, object_encoder
 from asrfs.format.log_object import FrameTable, Index, ObjectHeader
+from asrfs.format.map_checkpoint import derive_map_key
 from asrfs.format.record import Kind
 from asrfs.model.extents import BLOCK_BYTES, widen_to_blocks
-from asrfs.model.machine import NO_SLOT, Consistency, DiskRecord, MarkerRecord, decode_disk, encode_disk, encode_marker
+from asrfs.model.machine import NO_SLOT, DiskRecord, decode_disk, encode_disk
+from asrfs.model.marker import Consistency, MarkerRecord, encode_marker
+from tests.fakes.memory_maps import MemoryMaps
 
 INDEX_KEY = bytes(range(32))
 PAYLOAD_KEY = bytes(range(32, 64))
@@ -40,6 +43,7 @@ class MemoryObject:
     last_lsn: int
     first_time_ns: int
     last_time_ns: int
+    digest: bytes
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,10 @@ class MemoryHistory:
     time_ns: int = BEGIN_NS
     lsn: int = 0
     frames_read: int = 0
+    indexes_read: int = 0
     hidden_after: int | None = None
     """A store that has not yet received what comes after this LSN."""
+    maps: MemoryMaps = field(default_factory=MemoryMaps)
     model: dict[int, bytearray] = field(default_factory=dict)
     _records: list[_Record] = field(default_factory=list)
     _replayed: tuple[int, dict[int, bytearray]] = field(default_factory=lambda: (0, {}))
@@ -106,9 +112,11 @@ class MemoryHistory:
         self, name: str | None = None, consistency: Consistency = "crash", group: str | None = None
     ) -> MemoryPoint:
         point_id = f"{self.lsn + 1:032x}"
-        payload = encode_marker(MarkerRecord(id=point_id, consistency=consistency, group=group, name=name))
-        lsn = self._append(Kind.MARKER, NO_SLOT, 0, 0, payload)
-        point = MemoryPoint(point_id, lsn, self.epoch, self.time_ns, consistency, group, name)
+        return self.mark(MarkerRecord(id=point_id, consistency=consistency, group=group, name=name))
+
+    def mark(self, said: MarkerRecord) -> MemoryPoint:
+        lsn = self._append(Kind.MARKER, NO_SLOT, 0, 0, encode_marker(said))
+        point = MemoryPoint(said.id, lsn, self.epoch, self.time_ns, said.consistency, said.group, said.name)
         self._points.append(point)
         return point
 
@@ -124,8 +132,8 @@ class MemoryHistory:
             return
         records, self._pending = self._pending, []
         first = self.lsn - len(records) + 1
-        with mock.patch.object(log_object, "FRAME_RAW_BYTES", self.frame_bytes):
-            self._digest, pieces = log_object.encode_object(
+        with mock.patch.object(object_encoder, "FRAME_RAW_BYTES", self.frame_bytes):
+            self._digest, content = object_encoder.ObjectEncoder().encode(
                 machine_id=bytes.fromhex(self.id),
                 epoch=self.epoch,
                 session_salt=bytes(32),
@@ -134,9 +142,10 @@ class MemoryHistory:
                 payloads=[record.payload for record in records if record.kind in (Kind.WRITE, Kind.FILL)],
                 keys=self._keys(self.epoch),
             )
-        row = MemoryObject(f"{first:016x}", self.epoch, first, self.lsn, records[0].time_ns, records[-1].time_ns)
+        times = records[0].time_ns, records[-1].time_ns
+        row = MemoryObject(f"{first:016x}", self.epoch, first, self.lsn, *times, self._digest)
         self._rows.append(row)
-        self._objects[row.name] = b"".join(pieces)
+        self._objects[row.name] = bytes(content)
 
     def stored(self, row: MemoryObject) -> bytes:
         """The whole log object as it is kept."""
@@ -171,9 +180,21 @@ class MemoryHistory:
     def machines(self) -> list[MemoryMachine]:
         return [MemoryMachine(self.id, self.name)]
 
-    def objects_of(self, machine_id: str, up_to_lsn: int) -> Sequence[MemoryObject]:
+    def objects_of(self, machine_id: str, up_to_lsn: int, after_lsn: int = 0) -> Sequence[MemoryObject]:
         last = min(up_to_lsn, self.received_lsn(machine_id))
-        return [row for row in self._rows if row.first_lsn <= last]
+        return [row for row in self._rows if row.first_lsn <= last and row.last_lsn > after_lsn]
+
+    def object_with(self, machine_id: str, lsn: int) -> MemoryObject | None:
+        rows = self.objects_of(machine_id, lsn, lsn - 1)
+        return rows[0] if rows else None
+
+    def object_index(self, row: MemoryObject) -> tuple[ObjectHeader, Index]:
+        self.indexes_read += 1
+        header, index, _ = self.object_head(row)
+        return header, index
+
+    def map_key(self, machine_id: str, salt: bytes) -> bytes:
+        return derive_map_key(INDEX_KEY, bytes.fromhex(machine_id), salt)
 
     def object_head(self, row: MemoryObject) -> tuple[ObjectHeader, Index, FrameTable]:
         stored = self._objects[row.name]

@@ -17,9 +17,9 @@ from asrfs.errors import AsrfsError
 from asrfs.format.log_object import NO_DIGEST
 from asrfs.format.record import Kind
 from asrfs.journal import spares
-from asrfs.journal.disk import drop_applied
 from asrfs.journal.reader import JournalReader
-from asrfs.model.machine import NO_SLOT, DiskRecord, MarkerRecord, encode_disk, encode_marker
+from asrfs.model.machine import NO_SLOT, DiskRecord, encode_disk
+from asrfs.model.marker import MarkerRecord, encode_marker
 from asrfs.protocol.messages import ObjectBegin
 from asrfs.protocol.session import ObjectReceived
 from asrfs.replication import trimmer
@@ -177,7 +177,7 @@ class ReplicatedWorld:
         """As `ApplierTask.run_trimming`: maps first, then what the saved positions allow (I4)."""
         saved = self.applied.positions.saved
         dropped = trimmer.Limit(saved.applied.lsn, saved.applied.segment - 1)
-        drop_applied(self.host.journal, self.host.disks, dropped.segment)
+        self.host.journal.drop_through(dropped.segment, [disk.map for disk in self.host.disks])
         limit = trimmer.freeable(self.applied.positions, dropped)
         spares.trim(
             self.host.journal_storage,

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from asrfs.format.log_object import NO_DIGEST, Index, ObjectKeys, derive_keys, encode_object
+from asrfs.format.log_object import NO_DIGEST, Index, ObjectKeys, derive_keys
+from asrfs.format.object_encoder import ObjectEncoder
 from asrfs.format.record import CARRIES_EXTENT_BYTES, Kind
-from asrfs.model.machine import NO_SLOT, DiskRecord, MarkerRecord, encode_disk, encode_marker
+from asrfs.model.machine import NO_SLOT, DiskRecord, encode_disk
+from asrfs.model.marker import MarkerRecord, encode_marker
 from asrfs.protocol.messages import PROTOCOL_VERSION, Hello, Message, ObjectBegin, Refused, Welcome
 from asrfs.protocol.session import Event, Session
 from asrfs.transport.stream import ByteStream, LinkError
@@ -98,7 +100,7 @@ class HostHistory:
     ) -> BuiltObject:
         """The log object of these records, sealed for the session with this salt."""
         records = self.records[first_lsn - 1 : last_lsn]
-        digest, pieces = encode_object(
+        digest, content = ObjectEncoder().encode(
             machine_id=bytes.fromhex(machine_id or self.machine_id),
             epoch=self.epoch if epoch is None else epoch,
             session_salt=salt,
@@ -107,8 +109,8 @@ class HostHistory:
             payloads=[record.payload for record in records if record.kind in CARRIES_EXTENT_BYTES],
             keys=self.session_keys(salt),
         )
-        begin = ObjectBegin(first_lsn=first_lsn, last_lsn=last_lsn, length=sum(map(len, pieces)))
-        return BuiltObject(begin, pieces, digest)
+        begin = ObjectBegin(first_lsn=first_lsn, last_lsn=last_lsn, length=len(content))
+        return BuiltObject(begin, [content], digest)
 
     def hello(self, acknowledged_lsn: int = 0, last_digest: str = "") -> Hello:
         return Hello(

@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
+from unittest import mock
 
 from asrfs.errors import AsrfsError
 from asrfs.format.log_object import NO_DIGEST, SALT_BYTES, FrameTable, Index, ObjectHeader
@@ -21,17 +22,21 @@ from asrfs.storage.system_clock import SystemClock
 from asrfs.transport.enrolment import EnrolRequest, decode_token, encode_base64url
 from asrfs.transport.tls import make_key_and_request
 from replica_store.ingest.ingester import Ingester, Position
+from replica_store.points import map_maker
 from replica_store.points.builder import Cut, cut_at, disks_of, open_disks
+from replica_store.points.map_maker import make_maps
 from replica_store.points.point_disk import FrameCache
 from replica_store.vault import rebuild as rebuild_room
 from replica_store.vault.directory_objects import DirectoryObjects
 from replica_store.vault.enrolment import enrol, make_token
+from replica_store.vault.map_files import MapFiles
 from replica_store.vault.rows import ObjectRow
 from replica_store.vault.schema import REBUILDABLE
 from replica_store.vault.vault import Vault, describe
 from tests.fakes.crash_storage import CrashStorage
 from tests.fakes.journal_world import MACHINE_ID as HOST_MACHINE_ID
 from tests.fakes.memory_catalog import MemoryCatalog
+from tests.fakes.memory_maps import MemoryMaps
 from tests.fakes.scripted_host import BLOCK, HostHistory
 
 MACHINE_ID = HOST_MACHINE_ID.hex()
@@ -62,6 +67,10 @@ class RememberingVault(Vault):
         if key not in self.memory:
             self.memory[key] = super().object_head(row)
         return cast(tuple[ObjectHeader, Index, FrameTable], self.memory[key])
+
+    def object_index(self, row: ObjectRow) -> tuple[ObjectHeader, Index]:
+        header, index, _ = self.object_head(row)
+        return header, index
 
     def read_frame(self, row: ObjectRow, header: ObjectHeader, table: FrameTable, i: int) -> bytes:
         try:
@@ -117,6 +126,7 @@ class VaultWorld:
 
     def _next_life(self, vault: RememberingVault, storage: CrashStorage) -> VaultWorld:
         vault.memory = cast(RememberingVault, self.vault).memory
+        vault.maps = self.vault.maps
         cast(DirectoryObjects, vault.objects).sweep()
         return VaultWorld(self.root, vault, storage, self.history, verified=self.verified)
 
@@ -193,6 +203,8 @@ class VaultWorld:
         rows = self.vault.objects_of(MACHINE_ID, received)
         state = (received, *((row.name, self.vault.objects.read(row.name)) for row in rows))
         if state not in self.verified:
+            if rng.random() < 0.5:  # else what another life left is found as it is
+                self._make_maps(rng)
             cuts = [cut_at(self.vault.machine("web1"), point) for point in points]
             frames = FrameCache(self.vault)
             for cut in rng.sample(cuts, min(points_max - 1, len(cuts))) + cuts[-1:]:
@@ -201,6 +213,11 @@ class VaultWorld:
                 assert self.vault.objects.size(row.name) == row.length
             self.verified.add(state)
         self.vault.objects = present
+
+    def _make_maps(self, rng: random.Random) -> None:
+        """Checkpoints of a few objects each, where all lives find them: also those whose history is another by then."""
+        with mock.patch.object(map_maker, "UNIT", 1024 * rng.randint(1, 4)):
+            make_maps(self.vault, MACHINE_ID)
 
     def _check_cut(self, cut: Cut, frames: FrameCache) -> None:
         disks = disks_of(self.vault, cut)
@@ -221,6 +238,7 @@ def open_vault(root: Path, storage: CrashStorage, catalog: MemoryCatalog) -> Rem
     """The vault at `root` with its objects in `storage`."""
     vault = RememberingVault(str(root), describe(str(root)), DirectoryObjects(storage, "objects"), catalog)
     vault.memory = {}
+    vault.maps = cast(MapFiles, MemoryMaps())
     return vault
 
 

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tests.planted import Plant, crash, failing, fuzz, kernel, model, security, simulation
+from tests.planted import (
+    Plant,
+    crash,
+    failing,
+    fuzz,
+    groups,
+    indexes,
+    kernel,
+    model,
+    policies,
+    quieting,
+    security,
+    simulation,
+)
 
 PLANTS: tuple[Plant, ...] = (
     *crash.PLANTS,
+    *indexes.PLANTS,
     *failing.PLANTS,
     *fuzz.PLANTS,
     *security.PLANTS,
     *simulation.PLANTS,
     *model.PLANTS,
     *kernel.PLANTS,
+    *groups.PLANTS,
+    *policies.PLANTS,
+    *quieting.PLANTS,
 )
 
 NAMED: Mapping[str, tuple[str, ...]] = {
@@ -28,8 +45,8 @@ NAMED: Mapping[str, tuple[str, ...]] = {
     "retry an fsync": ("retry-fsync",),
     "trim before acknowledgement": ("early-trim", "sim: trims before acknowledged"),
     "free a reachable object": (),
-    "barrier without drain": (),
-    "missing thaw": (),
+    "barrier without drain": ("barrier-without-drain", "hold-not-of-turns", "sim-lets-go-when-ready"),
+    "missing thaw": ("missing-thaw", "watchdog-ends-with-its-master", "watchdog-without-a-deadline"),
     "mark clean too early": (),
     "cap after allocation": ("cap-after-allocation", "decompression-without-cap", "control-message-of-any-length"),
     "path join": ("name-may-be-a-path", "name-checked-at-its-start"),
@@ -48,5 +65,5 @@ NAMED: Mapping[str, tuple[str, ...]] = {
     ),
     "seal that binds too little": ("nonce-used-again", "salt-not-in-the-keys", "header-not-under-the-seal"),
 }
-"""Empty: the feature is not there yet. Nothing deletes an object that was listed (retention), holds writes over several
-disks (barrier, freeze and thaw), or keeps a map of what a store lacks (mark clean)."""
+"""Empty: the feature is not there yet. Nothing deletes an object that was listed (retention), or keeps a map of what a
+store lacks (mark clean)."""

@@ -6,21 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import IntegrityError
-from asrfs.format.record import CARRIES_EXTENT_BYTES, RecordHeader
+from asrfs.format.record import WriteFrame
 from asrfs.journal import recovery
 from asrfs.journal.next_segment import NextSegment
 from asrfs.journal.writer import Journal
-from asrfs.model.extents import BLOCK_BYTES
 from asrfs.model.positions import Cursor
 from asrfs.protocol.messages import Acknowledge
 from asrfs.protocol.session import ObjectReceived
-from asrfs.replication import trimmer
+from asrfs.replication import applier_round, trimmer
 from asrfs.replication.applier import Applier
-from asrfs.replication.applier_round import DiskRound
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.storage.interface import File, Storage
 from replica_store.ingest import ingester as ingester_room
@@ -118,10 +118,18 @@ def failed_fsync_tried_again(patch: pytest.MonkeyPatch) -> None:
 
 
 def refused_write_left(patch: pytest.MonkeyPatch) -> None:
-    def take_back(self: Journal, at: int) -> None:
-        self._write_at = self._files[self._number].write_at
+    patch.setattr(Journal, "_take_back", lambda journal: journal._refused.clear())
 
-    patch.setattr(Journal, "_take_back", take_back)
+
+def only_the_first_of_a_turn_taken_back(patch: pytest.MonkeyPatch) -> None:
+    sound = Journal.append_framed_locked
+
+    def append(self: Journal, writes: Sequence[tuple[int, int, WriteFrame]]) -> int | None:
+        position = sound(self, writes)
+        self._refused = set(sorted(self._refused)[:1])
+        return position
+
+    patch.setattr(Journal, "append_framed_locked", append)
 
 
 def applier_steals(patch: pytest.MonkeyPatch) -> None:
@@ -143,18 +151,11 @@ def applier_steals(patch: pytest.MonkeyPatch) -> None:
 
 def applied_out_of_order(patch: pytest.MonkeyPatch) -> None:
     """Of two records of a block the older one wins."""
-    sound = DiskRound.note
 
-    def note(self: DiskRound, header: RecordHeader, payload: memoryview) -> None:
-        older = dict(self.blocks)
-        sound(self, header, payload)
-        if header.kind in CARRIES_EXTENT_BYTES:
-            first = header.offset // BLOCK_BYTES
-            for block in range(first, first + -(-header.length // BLOCK_BYTES)):
-                if block in older:
-                    self.blocks[block] = older[block]
+    def is_first_of_its_block(numbers: applier_round.Integers) -> npt.NDArray[np.bool_]:
+        return np.insert(numbers[1:] != numbers[:-1], 0, True)
 
-    patch.setattr(DiskRound, "note", note)
+    patch.setattr(applier_round, "_is_last_of_its_block", is_first_of_its_block)
 
 
 def position_before_image(patch: pytest.MonkeyPatch) -> None:
@@ -337,6 +338,13 @@ PLANTS: tuple[Plant, ...] = (
         "begins with LSN",
         "blocks_that_end_in_zeros",
         level="errors",
+    ),
+    _plant(
+        "refused-turn",
+        "of writes refused together only the first is taken back",
+        only_the_first_of_a_turn_taken_back,
+        "was found",
+        "a_turn_refused",
     ),
     _plant("steal", "records reach an image before they are durable", applier_steals, "I1:", level="sim", cases=100),
     _plant("apply-order", "records are applied out of order", applied_out_of_order, "I9:", _SHIP),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -13,9 +14,11 @@ from asrfs.daemon import control
 from asrfs.format import log_object, record
 from asrfs.journal import segments
 from asrfs.model import machine, names
+from asrfs.model.marker import MarkerRecord
 from asrfs.protocol import frames, messages
 from asrfs.transport import enrolment
 from replica_store.vault import catalog
+from replica_store.vault.rows import PointRow
 from tests.planted import Plant
 
 _LEVEL = "fuzz"
@@ -25,14 +28,13 @@ _CASES = 10_000
 
 def cap_after_allocation(patch: pytest.MonkeyPatch) -> None:
     """Room for a whole frame is made as soon as its header came, before anybody looks at the length."""
-    sound = frames.FrameReader._frame_at
+    sound = frames.FrameReader._begin
 
-    def frame_at(self: frames.FrameReader, at: int) -> frames.Frame | None:
-        if len(self._buffer) - at >= frames.FRAME_HEADER_BYTES:
-            bytearray(int.from_bytes(self._buffer[at + 4 : at + 8], "little"))
-        return sound(self, at)
+    def begin(self: frames.FrameReader, header: bytes) -> tuple[frames.FrameType, int]:
+        bytearray(int.from_bytes(header[4:8], "little"))
+        return sound(self, header)
 
-    patch.setattr(frames.FrameReader, "_frame_at", frame_at)
+    patch.setattr(frames.FrameReader, "_begin", begin)
 
 
 def frame_length_before_its_checksum(patch: pytest.MonkeyPatch) -> None:
@@ -54,14 +56,13 @@ def frame_length_before_its_checksum(patch: pytest.MonkeyPatch) -> None:
 
 def frame_number_not_compared(patch: pytest.MonkeyPatch) -> None:
     """Frames may be lost, come twice, or in another order."""
-    sound = frames.FrameReader._frame_at
+    sound = frames.FrameReader._begin
 
-    def frame_at(self: frames.FrameReader, at: int) -> frames.Frame | None:
-        if len(self._buffer) - at >= frames.FRAME_HEADER_BYTES:
-            self._sequence = int.from_bytes(self._buffer[at + 8 : at + 12], "little")
-        return sound(self, at)
+    def begin(self: frames.FrameReader, header: bytes) -> tuple[frames.FrameType, int]:
+        self._sequence = int.from_bytes(header[8:12], "little")
+        return sound(self, header)
 
-    patch.setattr(frames.FrameReader, "_frame_at", frame_at)
+    patch.setattr(frames.FrameReader, "_begin", begin)
 
 
 def object_length_before_its_checksum(patch: pytest.MonkeyPatch) -> None:
@@ -140,7 +141,12 @@ def object_rows_believed(patch: pytest.MonkeyPatch) -> None:
 
 
 def point_rows_believed(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(catalog, "checked_point", lambda row: row)
+    def believed(columns: tuple[Any, ...]) -> PointRow:
+        machine_id, lsn, point_id, epoch, time_ns, consistency, group, name, hold_ms, note, *_, protected = columns
+        marker = MarkerRecord(id=point_id, consistency=consistency, group=group, name=name, hold_ms=hold_ms, note=note)
+        return PointRow(machine_id, lsn, epoch, time_ns, marker, protected)
+
+    patch.setattr(catalog, "point_of", believed)
 
 
 def disk_rows_believed(patch: pytest.MonkeyPatch) -> None:
@@ -167,14 +173,13 @@ def record_of_any_kind(patch: pytest.MonkeyPatch) -> None:
 
 def payload_not_checked(patch: pytest.MonkeyPatch) -> None:
     """The reader hands on what it read, whatever its checksum."""
-    sound = segments.scan
-    from asrfs.journal import reader, recovery
+    from asrfs.journal import columns, reader, recovery
 
-    def scan(*arguments: Any, **options: Any) -> segments.Scan:
-        return sound(*arguments, **{**options, "check_payloads": False})
+    def unchecked(sound: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **options: sound(*arguments, **{**options, "check_payloads": False})
 
-    patch.setattr(reader, "scan", scan)
-    patch.setattr(recovery, "scan", scan)
+    patch.setattr(reader, "scan_columns", unchecked(columns.scan_columns))
+    patch.setattr(recovery, "scan", unchecked(segments.scan))
 
 
 def deep_document_unexpected(patch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from asrfs.format.log_object import Index
 from replica_store.points import builder
-from replica_store.points.extent_map import MapBuilder
+from replica_store.points.painting import MapPainter
 from tests.planted import Plant
 from tests.proof.kernel import plants
 
@@ -45,7 +45,7 @@ def points_lack_their_last_record(monkeypatch: pytest.MonkeyPatch) -> None:
     """A recovery point ends one record before its LSN."""
     add = builder._add_object
 
-    def add_all_but_one(to: MapBuilder, index: Index, records: slice, slot: int, number: int) -> None:
+    def add_all_but_one(to: MapPainter, index: Index, records: slice, slot: int, number: int) -> None:
         add(to, index, slice(records.start, records.stop - 1), slot, number)
 
     monkeypatch.setattr(builder, "_add_object", add_all_but_one)
@@ -64,7 +64,7 @@ PLANTS: tuple[Plant, ...] = (
         "syscalls-answers-before-append",
         "the disk server answers writes that it holds in memory",
         "syscalls",
-        34,
+        170,
         answers_before_append,
         shows="I[29]:",
     ),
@@ -90,7 +90,7 @@ PLANTS: tuple[Plant, ...] = (
         "power-next-segment-has-no-durable-name",
         "the next segment is made ahead and its name not made durable",
         "power",
-        5,
+        15,
         name_of_next_segment_never_syncs,
         shows="I2",
         only=("pair ext4",),

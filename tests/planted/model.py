@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 from asrfs.disk.interface import check_extent
+from asrfs.format import map_checkpoint
 from asrfs.format.log_object import decode_object_header
+from asrfs.format.map_checkpoint import MapHeader, SealedMap
+from asrfs.format.record import WriteFrame
+from asrfs.journal.block_map import BlockMap
 from asrfs.journal.disk import JournaledDisk
 from asrfs.journal.writer import Journal
 from asrfs.model.extents import BLOCK_BYTES, widen_to_blocks
 from asrfs.protocol.session import ObjectReceived
 from asrfs.storage.interface import Bytes
 from replica_store.ingest.ingester import Ingester, Position
+from replica_store.points import kept_maps, map_maker
+from replica_store.points.extent_map import without_zeros
+from replica_store.points.history import History
+from replica_store.points.run import Run
+from replica_store.vault.map_files import MapName
 from replica_store.vault.rows import Entry
-from tests.fakes import journal_race
 from tests.planted import Plant
 from tests.planted.crash import promises_what_came_meanwhile
 
@@ -26,7 +38,7 @@ def edges_read_without_the_lock(patch: pytest.MonkeyPatch) -> None:
     def write_slowly(self: JournaledDisk, offset: int, payload: Bytes) -> None:
         check_extent(offset, len(payload), self.size_bytes)
         start, length = widen_to_blocks(offset, len(payload), self.size_bytes)
-        content = bytearray(b"".join(bytes(piece) for piece in self.read(start, length)))
+        content = self.read(start, length)
         content[offset - start : offset - start + len(payload)] = payload
         with self._lock:
             self._write_locked(start, content)
@@ -37,10 +49,12 @@ def edges_read_without_the_lock(patch: pytest.MonkeyPatch) -> None:
 def maps_dropped_too_early(patch: pytest.MonkeyPatch) -> None:
     """A segment more than is applied leaves the maps: its blocks are read from the image."""
 
-    def drop_applied(journal: Journal, disks: Iterable[JournaledDisk], segment: int) -> None:
-        journal.drop_through(segment + 1, [disk.map for disk in disks])
+    sound = Journal.drop_through
 
-    patch.setattr(journal_race, "drop_applied", drop_applied)
+    def drop_through(self: Journal, segment: int, maps: Iterable[BlockMap]) -> None:
+        sound(self, segment + 1, maps)
+
+    patch.setattr(Journal, "drop_through", drop_through)
 
 
 def discard_leaves_its_edges(patch: pytest.MonkeyPatch) -> None:
@@ -84,14 +98,75 @@ def acknowledges_without_a_row(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Ingester, "_catalogue", catalogue)
 
 
+def writes_together_noted_in_another_order(patch: pytest.MonkeyPatch) -> None:
+    """A turn of writes is journaled in another order than its blocks are noted."""
+    sound = Journal.append_framed_locked
+
+    def append(self: Journal, writes: Sequence[tuple[int, int, WriteFrame]]) -> int | None:
+        return sound(self, writes[::-1])
+
+    patch.setattr(Journal, "append_framed_locked", append)
+
+
+def checkpoint_of_another_history(patch: pytest.MonkeyPatch) -> None:
+    """A map checkpoint is believed whatever history it was made of."""
+    for room in (kept_maps, map_maker):
+        patch.setattr(room, "is_of_history", lambda history, machine_id, lsn, digest: True)
+
+
+def checkpoint_with_a_broken_seal(patch: pytest.MonkeyPatch) -> None:
+    """What a map checkpoint's seals hold is believed although they are broken."""
+
+    def make(self: SealedMap, header: MapHeader, head: bytes, key: bytes, where: str) -> None:
+        sound(self, header, head, key, where)
+        keys[self] = key
+
+    def open_part(self: SealedMap, i: int, sealed: bytes) -> bytes:
+        counter = map_checkpoint._nonce(i) + (2).to_bytes(4, "big")  # as GCM counts, without its tag
+        return Cipher(AES(keys[self]), CTR(counter)).decryptor().update(sealed[:-16])
+
+    keys: dict[SealedMap, bytes] = {}
+    sound = SealedMap.__init__
+    patch.setattr(SealedMap, "__init__", make)
+    patch.setattr(SealedMap, "_open", open_part)
+
+
+def checkpoints_need_not_follow(patch: pytest.MonkeyPatch) -> None:
+    """A disk is read through checkpoints between which records are missing."""
+
+    def following(names: Iterable[MapName], lsn: int) -> list[MapName]:
+        return sorted((name for name in names if lsn <= name.after_lsn), key=lambda name: -name.lsn)
+
+    patch.setattr(kept_maps, "following", following)
+
+
+def checkpoint_forgets_discards(patch: pytest.MonkeyPatch) -> None:
+    """A run over older ones is kept without its zeros."""
+    sound = kept_maps.keep_run
+
+    def keep(history: History, machine_id: str, slot: int, run: Run) -> MapName:
+        return sound(history, machine_id, slot, replace(run, extents=without_zeros(run.extents)))
+
+    patch.setattr(map_maker, "keep_run", keep)
+
+
 def _plant(apply: Callable[[pytest.MonkeyPatch], None], part: str, cases: int, shows: str) -> Plant:
     text = (apply.__doc__ or "").strip()
     return Plant(f"model-{apply.__name__.replace('_', '-')}", text, "model", cases, apply, shows=shows, only=(part,))
 
 
+_NOT_EXACT = "I9: slot|does not have the log object"
+
 PLANTS = (
+    _plant(checkpoint_of_another_history, "maps", 20, _NOT_EXACT),
+    _plant(checkpoint_with_a_broken_seal, "maps", 40, _NOT_EXACT),
+    _plant(checkpoints_need_not_follow, "maps", 20, _NOT_EXACT),
+    _plant(checkpoint_forgets_discards, "maps", 20, _NOT_EXACT),
     _plant(edges_read_without_the_lock, "threads", 40, "is not what was asked for|was read as it was at no LSN"),
     _plant(maps_dropped_too_early, "threads", 10, "is not what was asked for|was read as it was at no LSN"),
+    _plant(
+        writes_together_noted_in_another_order, "threads", 10, "was read as it was at no LSN|is not what was asked for"
+    ),
     _plant(discard_leaves_its_edges, "threads", 10, "were journaled"),
     _plant(promises_what_came_meanwhile, "threads", 30, "was durable|was promised|is missing or damaged"),
     _plant(session_of_an_object_not_compared, "pair", 60, "an old object was acknowledged"),

@@ -12,7 +12,7 @@ import trio
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from asrfs.errors import AuthenticationError
-from asrfs.format import log_object
+from asrfs.format import log_object, object_encoder
 from asrfs.format.log_object import DIGEST_BYTES, decode_object_header
 from asrfs.protocol.messages import Acknowledge
 from asrfs.protocol.session import ObjectReceived
@@ -141,8 +141,9 @@ def identity_not_compared(patch: pytest.MonkeyPatch) -> None:
 
 def nonce_used_again(patch: pytest.MonkeyPatch) -> None:
     """Each object of a session counts its frames from the same nonce on."""
-    sound = log_object._nonce
-    patch.setattr(log_object, "_nonce", lambda header, frame: sound(header._replace(first_lsn=1), frame))
+    sound = log_object.nonce_of
+    for module in (log_object, object_encoder):
+        patch.setattr(module, "nonce_of", lambda header, frame: sound(header._replace(first_lsn=1), frame))
 
 
 def salt_not_in_the_keys(patch: pytest.MonkeyPatch) -> None:
@@ -164,13 +165,14 @@ def header_not_under_the_seal(patch: pytest.MonkeyPatch) -> None:
         def __init__(self, key: bytes) -> None:
             self._cipher = AESGCM(key)
 
-        def encrypt(self, nonce: bytes, content: bytes, clear: bytes) -> bytes:
-            return self._cipher.encrypt(nonce, content, None)
+        def encrypt_into(self, nonce: bytes, content: bytes, clear: bytes, into: memoryview) -> int:
+            return self._cipher.encrypt_into(nonce, content, None, into)
 
         def decrypt(self, nonce: bytes, content: bytes, clear: bytes) -> bytes:
             return self._cipher.decrypt(nonce, content, None)
 
-    patch.setattr(log_object, "AESGCM", Loose)
+    for module in (log_object, object_encoder):
+        patch.setattr(module, "AESGCM", Loose)
 
 
 _CUT = f"{_INGEST}a_certificate_that_is_good_no_more_is_cut_within_ten_seconds"

@@ -34,6 +34,7 @@ from replica_store.ingest import ingester as ingester_room
 from replica_store.ingest.ingester import Ingester, Position
 from replica_store.ingest.listener import Listener
 from replica_store.ingest.session import StoreSession
+from replica_store.vault import listing as listing_room
 from replica_store.vault import vault as vault_room
 from replica_store.vault.directory_objects import DirectoryObjects
 from replica_store.vault.objects import Bytes
@@ -244,7 +245,8 @@ def lists_before_the_object(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lists_points_inside_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk whose first content is not here yet does not keep points from being listed."""
-    monkeypatch.setattr(vault_room, "gap_at", lambda gaps, lsn: None)
+    for room in (vault_room, listing_room):
+        monkeypatch.setattr(room, "gap_at", lambda gaps, lsn: None)
 
 
 def resumes_at_the_wrong_lsn(monkeypatch: pytest.MonkeyPatch) -> None:

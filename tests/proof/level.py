@@ -61,6 +61,7 @@ class Level:
 
     `minutes`, where given, bounds a level that has no natural number of cases; `cases` may then yield for ever.
     `is_divisible`: its cases need nothing of each other and of the machine, so that several processes can share them.
+    `round`: a run of that size plays so many cases at the least, however soon they are enough units.
     """
 
     name: str
@@ -72,3 +73,4 @@ class Level:
     submission_minutes: float | None = None
     release_minutes: float | None = None
     is_divisible: bool = False
+    round: int = 0

@@ -90,7 +90,8 @@ def run_level(
     """Run `wanted` cases, or as many as fit in the time, or the case labelled `only`."""
     found = Found()
     started = time.monotonic()
-    for case in islice(level.cases(context), part.number, None, part.parts):
+    round_end = level.round if wanted is not None and wanted * part.parts >= level.submission else 0
+    for number, case in islice(enumerate(level.cases(context)), part.number, None, part.parts):
         if only is not None and case.label != only:
             continue
         _run_case(case, found)
@@ -98,7 +99,7 @@ def run_level(
         progress(found)
         if only is not None or len(found.violations) >= violations_max:
             break
-        if wanted is not None and found.notes.cases >= wanted:
+        if wanted is not None and found.notes.cases >= wanted and number + part.parts >= round_end:
             break
         if seconds_max is not None and found.seconds >= seconds_max:
             break

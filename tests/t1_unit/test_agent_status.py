@@ -9,6 +9,7 @@ import pytest
 
 from asrfs.daemon.agent_status import NS_PER_S, Facts, status
 from asrfs.model.machine import DiskConfig, MachineConfig
+from asrfs.model.policy import Policy
 from asrfs.model.positions import Cursor, FillProgress, Positions
 from asrfs.replication.alarms import Alarm
 
@@ -53,6 +54,7 @@ def test_the_whole_document() -> None:
         "link_reason": "",
         "processes": {"agent": 7},
         "disks": [{"name": "root", "size_bytes": 1 << 30, "image": "root.img", "dirty_bytes": 0}],
+        "groups": [],
         "alarms": [{"id": "link", "severity": "warning", "text": "gone"}],
     }
     msgspec.msgpack.encode(document)
@@ -104,3 +106,10 @@ def test_states(changes: dict[str, Any], state: str, dirty_bytes: int) -> None:
     assert document["state"] == state
     assert bool(document["reason"]) == (state != "protected")
     assert document["disks"][0]["dirty_bytes"] == dirty_bytes
+
+
+def test_an_rpo_beyond_the_policy_is_an_alarm_of_an_enrolled_machine() -> None:
+    policy = Policy(rpo_warning_s=5.0, rpo_critical_s=9.0)
+    (alarm,) = status(facts(policy=policy))["alarms"]
+    assert (alarm["id"], alarm["severity"]) == ("rpo", "warning")
+    assert status(facts(policy=policy, is_enrolled=False))["alarms"] == []

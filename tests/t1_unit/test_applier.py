@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from asrfs.errors import IntegrityError
-from asrfs.format.record import Kind, RecordHeader
+from asrfs.format.record import READS_AS_ZEROS, Kind, RecordHeader, encode_record_header, payload_crc
+from asrfs.journal.columns import scan_columns
 from asrfs.journal.reader import JournalReader
 from asrfs.model.positions import Positions
 from asrfs.replication.applier import Applier, Image
@@ -23,7 +25,10 @@ BLOCK = 4096
 def note(round: DiskRound, kind: Kind, offset: int, content: bytes | int) -> None:
     length = content if isinstance(content, int) else len(content)
     payload = b"" if isinstance(content, int) else content
-    round.note(RecordHeader(1, 0, 0, offset, length, len(payload), 0, kind, 0), memoryview(payload))
+    header = RecordHeader(1, 0, 0, offset, length, len(payload), payload_crc(payload), kind, 0)
+    found = scan_columns(memoryview(encode_record_header(header, 0) + payload), 0, 0, 1)
+    assert len(found.columns) == 1
+    round.note(found.columns, np.ones(1, np.bool_))
 
 
 def written(round: DiskRound) -> list[tuple[int, bytes]]:
@@ -76,6 +81,47 @@ def test_zeros_are_merged() -> None:
     for offset, length in ((8, 4), (0, 4), (4, 4), (20, 2), (9, 1)):
         note(round, Kind.ZERO, offset * BLOCK, length * BLOCK)
     assert list(round.punches()) == [(0, 12 * BLOCK), (20 * BLOCK, 2 * BLOCK)]
+
+
+def test_a_round_leaves_what_its_records_leave_one_by_one(rng: random.Random) -> None:
+    """Against an image that takes each record as it comes: any extents, any order, several slabs (I9)."""
+    blocks = 40
+    size = blocks * BLOCK - 512 * 3
+    for _ in range(150):
+        image, expected = bytearray(rng.randbytes(size)), bytearray()
+        expected[:] = image
+        round = DiskRound()
+        for _ in range(rng.randint(1, 12)):
+            raw = b""
+            count = rng.randint(1, 6)
+            for lsn in range(1, count + 1):
+                first = rng.randrange(blocks)
+                length = min((first + rng.randint(1, 9)) * BLOCK, size) - first * BLOCK
+                kind = rng.choice((Kind.WRITE, Kind.WRITE, Kind.FILL, Kind.ZERO, Kind.DISCARD))
+                zeros = kind in READS_AS_ZEROS
+                payload = b"" if zeros else rng.randbytes(length)
+                crc = payload_crc(payload)
+                raw += encode_record_header(
+                    RecordHeader(lsn, 0, 0, first * BLOCK, length, len(payload), crc, kind, rng.choice((0, 0, 1))), 0
+                )
+                raw += payload
+            columns = scan_columns(memoryview(raw), 0, 0, 1).columns
+            assert len(columns) == count
+            for i in range(count):
+                header = columns.header(i)
+                if header.slot == 0:
+                    content = bytes(columns.payload(i)) or bytes(header.length)
+                    expected[header.offset : header.offset + header.length] = content
+            round.note(columns, columns.headers["slot"] == 0)
+        for offset, length in round.punches():
+            image[offset : offset + length] = bytes(length)
+        seen = -1
+        for offset, content in written(round):
+            assert offset > seen, "in block order, and what is adjacent is one write"
+            image[offset : offset + len(content)] = content
+            seen = offset + len(content)
+        assert len(image) == size and image == expected
+        assert round.end <= size
 
 
 class SomeImages:

@@ -9,13 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from asrfs.errors import AsrfsError, IntegrityError, NotFoundError, RefusedError
 from asrfs.format.log_object import NO_DIGEST
-from asrfs.model.machine import DiskRecord, MarkerRecord
+from asrfs.model.machine import DiskRecord
+from asrfs.model.marker import HookResult, MarkerRecord
+from replica_store.vault import schema
 from replica_store.vault.catalog import Catalog
 from replica_store.vault.chain import Found, best_chain
 from replica_store.vault.gaps import gap_at, gaps_of
@@ -59,7 +62,7 @@ def disk(lsn: int, slot: int = 0, *, gap: bool = False, removed: bool = False) -
 
 
 def point(lsn: int, name: str | None = None) -> PointRow:
-    return PointRow.of(ID, lsn, 1, lsn * 10, MarkerRecord(id=f"{lsn:032x}", name=name))
+    return PointRow(ID, lsn, 1, lsn * 10, MarkerRecord(id=f"{lsn:032x}", name=name))
 
 
 def append(catalog: Catalog, *entries: Entry) -> None:
@@ -142,9 +145,42 @@ def test_disks_are_kept_where_they_change(catalog: Catalog) -> None:
 
 
 def test_points_keep_everything(catalog: Catalog) -> None:
-    full = replace(point(3, "noon"), group="shop", hold_ms=1.5, note="fell back", consistency="application")
+    hook = HookResult(name="db", phase="pre", exit_code=1, seconds=0.5, output="no")
+    said = MarkerRecord(
+        id="c" * 32,
+        name="noon",
+        group="shop",
+        hold_ms=1.5,
+        note="a person's",
+        consistency="crash",
+        wanted="application",
+        failed="hook db: exit code 1",
+        freeze_ms=2.5,
+        hooks=(hook,),
+        group_point="d" * 32,
+        members=(ID,),
+        ready=1,
+    )
+    full = replace(point(3), marker=said)
     append(catalog, entry(1, 9, points=(full, point(7))))
     assert catalog.points(ID) == [full, point(7)]
+
+
+def test_i5_a_last_word_completes_its_point_once_and_makes_none(catalog: Catalog) -> None:
+    def word(lsn: int, point_id: str, completes: int, hold_ms: float) -> PointRow:
+        said = MarkerRecord(id=point_id, consistency="crash", completes=completes, hold_ms=hold_ms, failed="thawed")
+        return PointRow(ID, lsn, 1, lsn * 10, said)
+
+    unfinished = MarkerRecord(id="c" * 32, consistency="filesystem", name="noon", unfinished=True)
+    points = (PointRow(ID, 3, 1, 30, unfinished), point(4, "other"))
+    strangers = (word(5, f"{4:032x}", 4, 9.0), word(6, "d" * 32, 3, 9.0), word(7, "c" * 32, 4, 9.0))
+    append(catalog, replace(entry(1, 9, points=points), completions=strangers))
+    assert catalog.points(ID) == list(points), (
+        "neither a point that is finished, nor one by another's id, nor elsewhere"
+    )
+    append(catalog, replace(entry(10, 19), completions=(word(11, "c" * 32, 3, 2.5), word(12, "c" * 32, 3, 9.0))))
+    whole = msgspec.structs.replace(unfinished, consistency="crash", unfinished=False, hold_ms=2.5, failed="thawed")
+    assert catalog.points(ID) == [PointRow(ID, 3, 1, 30, whole), points[1]]
 
 
 def test_unknown_machines_are_not_found(catalog: Catalog) -> None:
@@ -278,3 +314,51 @@ def test_achieved_rpo(durable_lsn: int, heard_ago_s: float, connected: bool, exp
     host_now = now - 365 * 86400 * NS
     link = LinkRow(ID, now - int(heard_ago_s * NS), connected, durable_lsn, durable_lsn, host_now)
     assert achieved_rpo_s(10, host_now - 7 * NS, link, now) == expected_s
+
+
+TABLES_1 = (
+    "CREATE TABLE machines (id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, epoch INTEGER NOT NULL, "
+    "serial TEXT NOT NULL, revoked INTEGER NOT NULL, enrolled_ns INTEGER NOT NULL, generation INTEGER NOT NULL, "
+    "sealed_keys BLOB NOT NULL) STRICT, WITHOUT ROWID",
+    "CREATE TABLE points (machine_id TEXT NOT NULL REFERENCES machines (id), lsn INTEGER NOT NULL, id TEXT NOT NULL, "
+    "epoch INTEGER NOT NULL, time_ns INTEGER NOT NULL, consistency TEXT NOT NULL, group_name TEXT, name TEXT, "
+    "hold_ms REAL, note TEXT, protected INTEGER NOT NULL, PRIMARY KEY (machine_id, lsn)) STRICT, WITHOUT ROWID",
+)
+"""Of the first version, those that later ones changed or refer to."""
+
+
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_catalog_of_the_first_version_is_brought_to_this_one(scratch: Path, writable: bool) -> None:
+    path = str(scratch / "catalog.sqlite3")
+    old = sqlite3.connect(path)
+    for statement in TABLES_1:
+        old.execute(statement)
+    old.execute("INSERT INTO machines VALUES (?, 'web1', 1, 'abc', 0, 5, 1, x'00')", (ID,))
+    old.execute("INSERT INTO points VALUES (?, 3, ?, 1, 30, 'crash', NULL, 'noon', 0.5, NULL, 0)", (ID, f"{3:032x}"))
+    old.execute("PRAGMA user_version = 1")
+    old.commit()
+    old.close()
+    new = Catalog.create(str(scratch / "new.sqlite3"))
+    statement = (
+        "SELECT m.name, c.name, c.type, c.pk FROM sqlite_schema m, pragma_table_info(m.name) c "
+        "WHERE m.type = 'table' AND m.name IN ('machines', 'points', 'policies', 'assignments', 'generations') "
+        "ORDER BY 1, 2"
+    )
+    for _ in range(2):
+        catalog = Catalog(path, writable=writable)
+        said = MarkerRecord(id=f"{3:032x}", name="noon", hold_ms=0.5)
+        assert catalog.points(ID) == [PointRow(ID, 3, 1, 30, said)]
+        assert catalog.configuration_generation() == 0
+        assert catalog.select(statement) == new.select(statement)
+        assert catalog.select("PRAGMA user_version") == [(schema.VERSION,)]
+        catalog.close()
+    new.close()
+
+
+def test_the_generation_of_what_hosts_are_told_only_rises(catalog: Catalog) -> None:
+    with catalog.transaction():
+        assert catalog.raise_configuration_generation() == 1
+        assert catalog.raise_configuration_generation(least=7) == 8
+    with catalog.transaction():
+        assert catalog.raise_configuration_generation(least=2) == 9
+    assert catalog.configuration_generation() == 9

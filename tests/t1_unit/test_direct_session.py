@@ -7,13 +7,26 @@ import os
 import signal
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from asrfs.errors import IntegrityError
 from asrfs.fuse import abi
-from asrfs.fuse.direct import SyncCallback, Volume
+from asrfs.fuse import channel as channel_room
+from asrfs.fuse.channel import (
+    HEAD_OFFSET,
+    SLOTS,
+    Channel,
+    MountGoneError,
+    PlainChannel,
+    RingChannel,
+    Slot,
+    _make_slots,
+    open_channel,
+)
+from asrfs.fuse.direct import DirectSession, SyncCallback, Volume
+from asrfs.fuse.ring import Ring
 from tests.fakes.fuse_kernel import FuseKernel
 from tests.fakes.memory_disk import MemoryDisk
 
@@ -50,9 +63,16 @@ def volume(disk: MemoryDisk, syncs: Syncs) -> Volume:
     return volume
 
 
+@pytest.fixture(params=[PlainChannel, RingChannel])
+def channel(request: pytest.FixtureRequest) -> Callable[[int], Channel]:
+    """Whatever holds for one way to the kernel holds for the other."""
+    chosen: Callable[[int], Channel] = request.param
+    return chosen
+
+
 @pytest.fixture
-def kernel(volume: Volume) -> Iterator[FuseKernel]:
-    with FuseKernel(volume) as kernel:
+def kernel(volume: Volume, channel: Callable[[int], Channel]) -> Iterator[FuseKernel]:
+    with FuseKernel(volume, channel) as kernel:
         yield kernel
 
 
@@ -89,14 +109,50 @@ def test_what_is_written_is_read(kernel: FuseKernel, disk: MemoryDisk) -> None:
     assert kernel.read(NODE, 4000, 1000).body == bytes(disk.content[4000:5000])
 
 
-def test_largest_write_arrives_whole() -> None:
+def test_the_largest_requests_arrive_whole(channel: Callable[[int], Channel]) -> None:
     disk = MemoryDisk(2 << 20)
     volume = Volume(Syncs().request)
     volume.add("root", SLOT, disk)
     payload = os.urandom(1 << 20)
-    with FuseKernel(volume) as kernel:
+    with FuseKernel(volume, channel) as kernel:
         assert struct.unpack("<II", kernel.write(NODE, 1 << 20, payload).body)[0] == 1 << 20
+        assert kernel.read(NODE, 1 << 20, 1 << 20).body == payload
     assert disk.content[1 << 20 :] == payload
+
+
+def test_many_requests_at_once_are_all_answered(kernel: FuseKernel, disk: MemoryDisk) -> None:
+    """More than there are slots, of every sort, before the first reply is taken."""
+    wanted: dict[int, bytes] = {}
+    for turn in range(3 * SLOTS):
+        content = bytes([turn]) * 512
+        head = struct.pack("<QQIIQII", 0, turn % 8 * 512, 512, 0, 0, 0, 0)
+        wanted[kernel.send(abi.WRITE, NODE, head + content)] = struct.pack("<II", 512, 0)
+        wanted[kernel.send(abi.STATFS, ROOT)] = b""
+        head = struct.pack("<QQIIQII", 0, SIZE - 512, 512, 0, 0, 0, 0)
+        wanted[kernel.send(abi.READ, NODE, head)] = bytes(512)
+    for _ in list(wanted):
+        reply = kernel.receive()
+        assert reply.error == 0
+        expected = wanted.pop(reply.unique)
+        assert not expected or reply.body == expected
+    assert not wanted
+
+
+def test_io_uring_is_used_where_it_may_be_and_not_missed(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+    channels: list[Channel] = []
+
+    def opened(fd: int) -> Channel:
+        channels.append(open_channel(fd))
+        return channels[-1]
+
+    def forbidden(entries: int) -> Ring:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    for kind in (RingChannel, PlainChannel):
+        with FuseKernel(volume, opened) as kernel:
+            assert kernel.write(NODE, 0, b"x" * 512).error == 0
+        assert type(channels[-1]) is kind
+        monkeypatch.setattr(channel_room, "Ring", forbidden)
 
 
 def test_end_of_the_disk_is_that_of_a_block_device(kernel: FuseKernel, disk: MemoryDisk) -> None:
@@ -227,16 +283,78 @@ def test_removed_disk_answers_eio(kernel: FuseKernel, volume: Volume) -> None:
     assert kernel.ask(abi.LOOKUP, ROOT, b"root.img\0").error == -errno.ENOENT
 
 
-def test_request_that_breaks_the_session_is_left_to_the_next_one(volume: Volume, disk: MemoryDisk) -> None:
+def test_request_that_breaks_the_session_is_left_to_the_next_one(
+    volume: Volume, disk: MemoryDisk, channel: Callable[[int], Channel]
+) -> None:
     disk.fail_with = ZeroDivisionError()
-    with FuseKernel(volume) as kernel:
+    with FuseKernel(volume, channel) as kernel:
         kernel.send(abi.WRITE, NODE, struct.pack("<QQIIQII", 0, 0, 512, 0, 0, 0, 0) + bytes(512))
         assert isinstance(kernel.wait_for_death(), ZeroDivisionError)
     again = abi.RESEND_BIT | 77
-    with FuseKernel(volume) as kernel:
+    with FuseKernel(volume, channel) as kernel:
         assert kernel.write(NODE, 0, b"x" * 512, again) == (-errno.EIO, again, b"")
         disk.fail_with = None
         assert kernel.write(NODE, 0, b"x" * 512, again).error == 0
+
+
+class BreaksTogether:
+    """Writes of a turn that nobody can do at once."""
+
+    room = 64
+
+    def __init__(self) -> None:
+        self.tried = 0
+        self.framed: list[int] = []
+
+    def frame(self, whole: memoryview) -> object:
+        self.framed.append(len(whole) - self.room)
+        return None
+
+    def __call__(self, writes: object) -> bool:
+        self.tried += 1
+        raise ZeroDivisionError
+
+
+def turn_of(volume: Volume, requests: list[tuple[int, int, int]]) -> list[bytes]:
+    """The replies to writes `(unique, offset, size)` that one turn brings; what breaks it leaves."""
+    slots = _make_slots(len(requests))[0]
+    replies: list[bytes] = []
+
+    class OneTurn:
+        def wait(self) -> list[Slot]:
+            raise MountGoneError
+
+        def reply(self, slot: Slot, length: int) -> None:
+            replies.append(bytes(slot.reply[:length]))
+
+        def flush(self) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
+
+    for slot, (unique, offset, size) in zip(slots, requests, strict=True):
+        head = (abi.WRITE_HEADER_BYTES + size, abi.WRITE, unique, NODE, 0, offset, size)
+        abi.REQUEST.pack_into(slot.request, HEAD_OFFSET, *head)
+        slot.length = abi.WRITE_HEADER_BYTES + size
+    DirectSession(0, volume, time_s=0)._answer(OneTurn(), slots)
+    return replies
+
+
+def test_writes_that_break_the_session_together_are_tried_one_by_one_when_they_come_again(volume: Volume) -> None:
+    volume.write_together = together = BreaksTogether()
+    with pytest.raises(ZeroDivisionError):
+        turn_of(volume, [(1, 0, 4096), (2, 4096, 4096)])
+    replies = turn_of(volume, [(1 | abi.RESEND_BIT, 0, 4096), (2 | abi.RESEND_BIT, 4096, 4096)])
+    assert together.tried == 2
+    assert [struct.unpack_from("<IiQ", reply)[1] for reply in replies] == [0, 0]
+
+
+def test_only_writes_of_whole_pages_are_framed(volume: Volume) -> None:
+    """What is made of a slot for a size is kept for good: there are as many as there are sizes."""
+    volume.write_together = together = BreaksTogether()
+    replies = turn_of(volume, [(unique, 0, 512 * unique) for unique in range(1, 8)])
+    assert len(replies) == 7 and not together.framed
 
 
 def test_resume_asks_for_unanswered_requests(kernel: FuseKernel) -> None:
@@ -244,8 +362,8 @@ def test_resume_asks_for_unanswered_requests(kernel: FuseKernel) -> None:
     assert kernel.receive() == (7, 0, b"")
 
 
-def test_stop_ends_a_session_that_waits(volume: Volume) -> None:
-    kernel = FuseKernel(volume)
+def test_stop_ends_a_session_that_waits(volume: Volume, channel: Callable[[int], Channel]) -> None:
+    kernel = FuseKernel(volume, channel)
     session = kernel.session
     main = threading.main_thread().ident
     assert main is not None

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from replica_store.points import extent_map
-from replica_store.points.extent_map import ZEROS, ExtentMap, MapBuilder, make_refs, objects_of, positions_of
+from replica_store.points import extent_map, layers
+from replica_store.points.extent_map import (
+    EXTENT_END_MAX,
+    ZEROS,
+    ExtentMap,
+    make_refs,
+    merge,
+    objects_of,
+    positions_of,
+    subtract,
+)
+from replica_store.points.layers import Layer, Layers
+from replica_store.points.painting import MapPainter, paint
 
 SECTOR = 512
+COLUMNS = ("start", "end", "ref")
 Extent = tuple[int, int, int]
 """Start and end in sectors, and the reference to the first sector."""
 
@@ -59,36 +72,99 @@ def random_extents(rng: random.Random, count: int, size: int) -> list[Extent]:
     return extents
 
 
+def painted(extents: list[Extent], rng: random.Random) -> ExtentMap:
+    painter = MapPainter()
+    done = 0
+    while done < len(extents):
+        count = rng.randint(1, 20)
+        part = as_map(extents[done : done + count])
+        painter.add(part.start, part.end, part.ref)
+        done += count
+    return painter.finish()
+
+
+def joined(parts: list[ExtentMap]) -> ExtentMap:
+    """Disjoint maps as one, sorted."""
+    extents = sorted(
+        extent for part in parts for extent in zip(*(getattr(part, c).tolist() for c in COLUMNS), strict=True)
+    )
+    start, end, ref = zip(*extents, strict=True) if extents else ((), (), ())
+    return ExtentMap(np.array(start, np.int64), np.array(end, np.int64), np.array(ref, np.uint64))
+
+
 @pytest.mark.parametrize("batch", [1, 2, 7, 64, 100_000])
 def test_i9_newest_wins(batch: int, rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of the extents are painted at once, and whether the layers are merged or read through."""
     for _ in range(60):
         monkeypatch.setattr(extent_map, "_MERGE_EXTENTS", rng.choice((1, 3, 1000)))
+        monkeypatch.setattr(layers, "GROUP_EXTENTS_FIRST", rng.choice((1, 3, 1000)))
         size = rng.choice((1, 2, 9, 64, 400))
         extents = random_extents(rng, rng.randint(0, 120), size)
-        builder = MapBuilder(batch_records=batch)
-        done = 0
-        while done < len(extents):
-            count = rng.randint(1, 20)
-            part = as_map(extents[done : done + count])
-            builder.add(part.start, part.end, part.ref)
-            done += count
+        maps = [painted(extents[at : at + batch], rng) for at in range(0, len(extents), batch)]
         cut = rng.randint(1, size)  # the disk may have become smaller
-        whole = builder.finish(cut * SECTOR)
-        check_order(whole)
-        assert sectors(whole, cut) == paint_slowly(extents, size)[:cut]
-        assert not np.any(whole.ref == ZEROS), "zeros need no extent in the end"
+        expected = paint_slowly(extents, size)[:cut]
+        disk = Layers([Layer(each, 0) for each in maps], cut * SECTOR)
+        low, high = sorted(rng.sample(range(cut + 1), 2))
+        for whole in (disk.between(0, size * SECTOR), joined(list(disk.groups()))):
+            check_order(whole)
+            assert sectors(whole, cut) == expected
+            assert not np.any(whole.ref == ZEROS), "zeros need no extent in the end"
+            assert whole.mapped_bytes <= disk.bytes_max
+        part = disk.between(low * SECTOR, high * SECTOR)
+        assert sectors(part, cut) == [ZEROS] * low + expected[low:high] + [ZEROS] * (cut - high)
+        merged = extent_map.empty_map()
+        for number, each in enumerate(maps):
+            merged = merge(merged, each, keep_zeros=number % 2 > 0)
+        check_order(merged)
+        assert sectors(merged, size)[:cut] == expected
 
 
-def test_a_map_is_continued(rng: random.Random) -> None:
+def test_layers_count_their_objects_through(rng: random.Random) -> None:
+    """Each layer's references count its own objects from 0; groups share no object and come in the order of objects."""
     for _ in range(60):
-        extents = random_extents(rng, 80, 100)
-        split = rng.randint(0, 80)
-        first, second = as_map(extents[:split]), as_map(extents[split:])
-        base = MapBuilder()
-        base.add(first.start, first.end, first.ref)
-        later = MapBuilder(base.finish(100 * SECTOR), batch_records=rng.choice((5, 1000)))
-        later.add(second.start, second.end, second.ref)
-        assert sectors(later.finish(100 * SECTOR), 100) == paint_slowly(extents, 100)
+        size, counts, maps, whole = 100, [], [], [ZEROS] * 100
+        for _ in range(rng.randint(1, 5)):
+            counts.append(rng.randint(1, 4))
+            extents = [
+                (start, end, int(make_refs(rng.randrange(counts[-1]), np.array([start * SECTOR], np.uint64))[0]))
+                for start in rng.sample(range(size - 1), rng.randint(1, 30))
+                for end in [rng.randint(start + 1, size)]
+            ]
+            maps.append(painted(extents, rng))
+            base = sum(counts[:-1])
+            for start, end, ref in extents:
+                number = int(objects_of(np.array([ref], np.uint64))[0])
+                moved = int(make_refs(base + number, np.array([start * SECTOR], np.uint64))[0])
+                whole[start:end] = range(moved, moved + end - start)
+        disk = Layers([Layer(*each) for each in zip(maps, counts, strict=True)], size * SECTOR)
+        groups = list(disk.groups())
+        assert sectors(disk.between(0, size * SECTOR), size) == sectors(joined(groups), size) == whole
+        numbers = [objects_of(group.ref) for group in groups]
+        assert all(before.max() < after.min() for before, after in pairwise(numbers))
+
+
+def test_what_is_subtracted_leaves_no_more_than_what_shows(rng: random.Random) -> None:
+    for _ in range(200):
+        size = rng.choice((5, 50, 200))
+        old, new = (random_extents(rng, rng.randint(0, 30), size) for _ in range(2))
+        left = subtract(painted(old, rng), painted(new, rng))
+        check_order(left)
+        under = [ZEROS] * size
+        for start, end, _ in new:
+            under[start:end] = [1] * (end - start)
+        expected = [ZEROS if over else ref for ref, over in zip(paint_slowly(old, size), under, strict=True)]
+        assert sectors(left, size) == expected
+
+
+@pytest.mark.parametrize("far", [0, 1 << 40, EXTENT_END_MAX - 500 * SECTOR])
+def test_i9_many_extents_far_out_are_painted(far: int, rng: random.Random) -> None:
+    """So far out and so many that a place and a number do not fit into one word."""
+    for count in (1, 100, 3000):
+        extents = random_extents(rng, count, 500)
+        part = as_map(extents)
+        whole = paint(part.start + far, part.end + far, part.ref)
+        check_order(whole)
+        assert sectors(ExtentMap(whole.start - far, whole.end - far, whole.ref), 500) == paint_slowly(extents, 500)
 
 
 def test_merge_puts_newer_above_older(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,9 +173,7 @@ def test_merge_puts_newer_above_older(rng: random.Random, monkeypatch: pytest.Mo
         size = rng.choice((5, 50, 200))
         old, new = (random_extents(rng, rng.randint(0, 30), size) for _ in range(2))
         older, newer = (
-            extent_map.paint(*(getattr(as_map(part), column) for column in ("start", "end", "ref")))
-            if part
-            else extent_map.empty_map()
+            paint(*(getattr(as_map(part), column) for column in COLUMNS)) if part else extent_map.empty_map()
             for part in (old, new)
         )
         for keep_zeros in (True, False):
@@ -110,12 +184,12 @@ def test_merge_puts_newer_above_older(rng: random.Random, monkeypatch: pytest.Mo
 
 
 def test_what_follows_in_the_payload_is_one_extent() -> None:
-    builder = MapBuilder()
+    painter = MapPainter()
     count = 1000
     start = np.arange(count, dtype=np.int64) * 4096
     refs = make_refs(3, np.arange(count, dtype=np.uint64) * np.uint64(4096))
-    builder.add(start, start + 4096, refs)
-    whole = builder.finish(count * 4096)
+    painter.add(start, start + 4096, refs)
+    whole = painter.finish()
     assert len(whole) == 1
     assert (whole.start[0], whole.end[0]) == (0, count * 4096)
 
@@ -123,11 +197,11 @@ def test_what_follows_in_the_payload_is_one_extent() -> None:
 def test_neighbours_of_different_objects_stay_apart() -> None:
     end_of_one = make_refs(0, np.array([8 * SECTOR], np.uint64))
     start_of_next = make_refs(1, np.array([0], np.uint64))
-    builder = MapBuilder()
-    builder.add(
+    painter = MapPainter()
+    painter.add(
         np.array([0, 4096], np.int64), np.array([4096, 8192], np.int64), np.concatenate((end_of_one, start_of_next))
     )
-    assert len(builder.finish(8192)) == 2
+    assert len(painter.finish()) == 2
 
 
 def test_references_keep_object_and_position() -> None:
@@ -142,16 +216,19 @@ def test_references_keep_object_and_position() -> None:
 def test_a_large_discard_costs_as_much_as_a_small_one() -> None:
     """20,000 discards of 1 TiB over 40,000 writes: per block that would be 5 · 10^12 steps."""
     rng = np.random.default_rng(1)
-    builder = MapBuilder(batch_records=15_000)
+    painter = MapPainter()
+    whole = extent_map.empty_map()
     tib = 1 << 40
     for number in range(20):
         writes = rng.integers(0, tib // 4096, 2000) * 4096
-        builder.add(writes, writes + 4096, make_refs(number, np.arange(2000, dtype=np.uint64) * np.uint64(4096)))
+        painter.add(writes, writes + 4096, make_refs(number, np.arange(2000, dtype=np.uint64) * np.uint64(4096)))
         discards = rng.integers(0, 1000, 1000) * 4096
-        builder.add(discards, discards + tib, np.zeros(1000, np.uint64))
+        painter.add(discards, discards + tib, np.zeros(1000, np.uint64))
+        if number % 5 == 4:
+            whole = merge(whole, painter.finish(), keep_zeros=False)
     last = np.array([8192], np.int64)
-    builder.add(last, last + 4096, make_refs(20, np.array([0], np.uint64)))
-    whole = builder.finish(2 * tib)
+    painter.add(last, last + 4096, make_refs(20, np.array([0], np.uint64)))
+    whole = merge(whole, painter.finish(), keep_zeros=False)
     assert len(whole) < 20, "nearly every write lies under a later discard"
     assert 8192 in whole.start.tolist()
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import asrfs.format
-from asrfs.format import log_object, log_writes, record, segment
+from asrfs.format import log_object, log_writes, map_checkpoint, record, segment, segment_index
+from asrfs.model import marker
+from asrfs.model.marker import MarkerRecord
 from asrfs.protocol import frames
 
 TEXT = (Path(asrfs.format.__file__).parent / "FORMAT.md").read_text()
@@ -52,11 +54,18 @@ LAYOUTS = {
     ],
     "Record header": fields_of(record._PREFIX, ["magic", "crc"])
     + fields_of(record._BODY, [*record.RecordHeader._fields, "reserved"], record._PREFIX.size),
+    "Segment index header": fields_of(segment_index._PREFIX, ["magic", "version", "crc"])
+    + fields_of(
+        segment_index._FIELDS, [*segment_index.SealedSegment._fields, "disk_count"], segment_index._PREFIX.size
+    ),
+    "Segment index disk": fields_of(segment_index._DISK, ["slot", "zero", "block_count", "zero_count", "reserved"]),
     "Write log super block": fields_of(log_writes._SUPER, ["magic", "version", "nr_entries", "sectorsize"]),
     "Write log entry": fields_of(log_writes._ENTRY, ["sector", "nr_sectors", "flags", "data_len"]),
     "Log object header": fields_of(log_object._PREFIX, ["magic", "crc"])
     + fields_of(log_object._HEADER, list(log_object.ObjectHeader._fields), log_object._PREFIX.size),
-    "Frame table entry": fields_of(log_object._FRAME, ["stored_length", "flags"]),
+    "Frame table entry": fields_of(log_object.FRAME, ["stored_length", "flags"]),
+    "Map checkpoint header": fields_of(map_checkpoint._PREFIX, ["magic", "crc"])
+    + fields_of(map_checkpoint._HEADER, list(map_checkpoint.MapHeader._fields), map_checkpoint._PREFIX.size),
     "Frame header": fields_of(frames._HEADER, ["magic", "type", "zero", "length", "sequence"])
     + fields_of(frames._CRC, ["crc"], frames._HEADER.size),
 }
@@ -78,6 +87,14 @@ def test_record_kinds() -> None:
     assert documented == {kind.value: kind.name for kind in record.Kind}
 
 
+def test_keys_of_a_marker() -> None:
+    assert [row[0].strip("`") for row in table("Marker")] == ["id", *list(MarkerRecord.__struct_fields__)[1:]]
+    text = TEXT.split("### Marker")[1].split("\n## ")[0]
+    for limit in (marker.NOTE_CHARACTERS_MAX, marker.FAILED_CHARACTERS_MAX, marker.HOOKS_MAX, marker.MEMBERS_MAX):
+        assert re.search(rf"at most {limit:,} ", text), f"a limit of {limit}"
+    assert all(f"`{name}`" in text for name in marker.HookResult.__struct_fields__)
+
+
 def test_frame_types() -> None:
     documented = {int(row[0]): row[1] for row in table("Frame header", 1)}
     assert documented == {kind.value: kind.name for kind in frames.FrameType}
@@ -93,5 +110,7 @@ def test_sizes_named_in_the_text() -> None:
     assert segment.SEGMENT_HEADER_BYTES == 8192
     assert segment.SEGMENT_BYTES == 64 << 20
     assert log_object.OBJECT_HEADER_BYTES == 256
+    assert map_checkpoint.MAP_HEADER_BYTES == 256
+    assert map_checkpoint.PART_EXTENTS == 32_768
     assert frames.FRAME_PAYLOAD_BYTES_MAX == 4 << 20
     assert record.PAYLOAD_BYTES_MAX == 1 << 20

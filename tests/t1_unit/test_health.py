@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from asrfs.daemon.health import process_alarms, quota_alarms, space_alarms
+from asrfs.daemon.health import process_alarms, quota_alarms, rpo_alarms, space_alarms
+from asrfs.model.policy import parse_policy
 from asrfs.replication.alarms import Alarm, in_order
 
 ALL = {"supervisor": 1, "disk_server": 2, "agent": 3}
@@ -48,3 +49,14 @@ def test_the_worst_comes_first_and_what_was_said_first_stays() -> None:
         Alarm("c", "critical", ""),
     ]
     assert [(alarm.id, alarm.text) for alarm in in_order(alarms)] == [("c", "own"), ("a", ""), ("b", "")]
+
+
+@pytest.mark.parametrize(
+    ("rpo_s", "severity"),
+    [(None, None), (0.0, None), (59.9, None), (60.0, "warning"), (599.0, "warning"), (600.0, "critical")],
+)
+def test_an_rpo_that_is_not_kept_is_told(rpo_s: float | None, severity: str | None) -> None:
+    policy = parse_policy({"rpo_warning": "60s", "rpo_critical": "10m"})
+    alarms = rpo_alarms(rpo_s, policy)
+    assert [alarm.severity for alarm in alarms] == ([severity] if severity else [])
+    assert all(alarm.id == "rpo" for alarm in alarms)

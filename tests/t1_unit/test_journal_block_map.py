@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asrfs.format.segment import POSITION_MASK, POSITION_SHIFT
+from asrfs.format.segment import POSITION_MASK, POSITION_SHIFT, SEGMENT_HEADER_BYTES
+from asrfs.format.segment_index import SealedSegment
+from asrfs.journal import map_keeper, map_table
 from asrfs.journal.block_map import ZEROS_EXPANDED_MAX, BlockMap
+from asrfs.journal.map_keeper import MapKeeper
+from asrfs.journal.recovery import Recovered
+from asrfs.journal.zero_extents import ZeroExtents
+from asrfs.model.positions import Positions
+from tests.fakes.crash_storage import CrashStorage
 
 BLOCK = 4096
 BLOCKS = 400
@@ -32,16 +44,114 @@ STEPS = st.lists(
 @settings(max_examples=300)
 @given(STEPS)
 def test_equals_a_dictionary(steps: list[tuple[str, int, int, bool]]) -> None:
-    block_map = BlockMap()
+    play(steps, BlockMap(), lambda segment: None)
+
+
+@settings(max_examples=300)
+@given(STEPS, st.integers(0, 2), st.integers(2, 4), st.sampled_from((2, 3, 16)))
+def test_equals_a_dictionary_when_most_of_it_is_tables(
+    steps: list[tuple[str, int, int, bool]], layers_kept: int, at_once: int, page: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(map_table, "PAGE_BLOCKS", page)
+        patch.setattr(map_table, "_STEP_BLOCKS", 2 * page)
+        patch.setattr(map_keeper, "MERGED_AT_ONCE", at_once)
+        block_map, storage = BlockMap(), CrashStorage()
+        seal = keep({7: block_map}, storage, layers_kept)
+        play(steps, block_map, seal)
+        assert not [name for name in storage.names("") if not name.endswith(".index")], "a merge left its file"
+
+
+def keep(maps: dict[int, BlockMap], storage: CrashStorage, layers_kept: int) -> Callable[[int], None]:
+    """What a keeper of these maps does when a segment is sealed, done at once."""
+    journal: Any = SimpleNamespace(lock=threading.Lock())
+    MapKeeper(journal, storage, maps, Recovered(Positions()), ahead=False, layers_kept=layers_kept)
+    return lambda segment: journal.when_sealed([SealedSegment(segment, 1, 1, 1, 1, SEGMENT_HEADER_BYTES)])
+
+
+def sealed_segments(storage: CrashStorage, count: int, ahead: bool) -> tuple[BlockMap, MapKeeper, Callable[[], None]]:
+    """A map of segments 1 to `count`, its keeper, and what tells the keeper that all of them are sealed."""
+    block_map, journal = BlockMap(), SimpleNamespace(lock=threading.Lock(), when_sealed=None)
+    given: Any = journal
+    keeper = MapKeeper(given, storage, {0: block_map}, Recovered(Positions()), ahead=ahead, layers_kept=0)
+    for segment in range(1, count + 1):
+        block_map.note(segment, 1, place(segment, BLOCK))
+    take: Any = journal.when_sealed
+    return block_map, keeper, lambda: take([SealedSegment(n, 1, 1, 1, 1, BLOCK) for n in range(1, count + 1)])
+
+
+def test_who_closes_does_not_wait_for_the_work_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keeper rests after its first step for longer than anybody would wait."""
+    begun = threading.Event()
+
+    def rest(self: MapKeeper) -> None:
+        self._worked_since -= 1.0
+        begun.set()
+        sound(self)
+
+    sound = MapKeeper._rest
+    monkeypatch.setattr(MapKeeper, "_rest", rest)
+    monkeypatch.setattr(map_keeper, "REST", 10_000)
+    monkeypatch.setattr(map_keeper, "HURRIED_REST", 10_000)
+    storage = CrashStorage()
+    block_map, keeper, seal = sealed_segments(storage, 9, ahead=True)
+    seal()
+    assert begun.wait(10)
+    keeper.close()
+    assert keeper._thread is not None and not keeper._thread.is_alive()
+    assert not block_map.tables()[0], "it went on"
+    assert [block_map.get(n) for n in range(1, 10)] == [place(n, BLOCK) for n in range(1, 10)]
+
+
+def test_a_map_that_is_given_up_closes_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    block_map, _, seal = sealed_segments(CrashStorage(), 3, ahead=False)
+    seal()
+    tables = block_map.tables()[0]
+    assert len(tables) == 3
+    tables[0].pin()  # it is being merged
+    files = [table._file for table in tables]
+    closed: list[object] = []
+    for file in files:
+        monkeypatch.setattr(file, "close", lambda file=file: closed.append(file))
+    block_map.close()
+    assert set(map(id, closed)) == set(map(id, files[1:]))
+    tables[0].unpin()
+    assert set(map(id, closed)) == set(map(id, files))
+    assert block_map.get(1) is None and len(block_map) == 0
+
+
+EXTENTS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12)), max_size=12)
+
+
+@given(EXTENTS, EXTENTS)
+def test_extents_laid_over_others_are_what_covering_one_by_one_gives(
+    older: list[tuple[int, int]], newer: list[tuple[int, int]]
+) -> None:
+    below, above, both = ZeroExtents(), ZeroExtents(), ZeroExtents()
+    for number, (first, count) in enumerate(older):
+        for extents in (below, both):
+            extents.cover(first, first + count, 1 + number % 2)
+    for first, count in newer:
+        for extents in (above, both):
+            extents.cover(first, first + count, 3)
+    made = above.laid_over(below)
+    assert (made.starts, made.ends, made.segments) == (both.starts, both.ends, both.segments)
+
+
+def play(steps: list[tuple[str, int, int, bool]], block_map: BlockMap, seal: Callable[[int], None]) -> None:
+    """Do the same to the map and to a dictionary, and compare them after each step."""
     model: dict[int, int] = {}
     segment, offset = 5, BLOCK
     for step, first, count, rolls in steps:
         if rolls:
+            seal(segment)
             segment, offset = segment + 1, BLOCK
         if step == "drop":
             through = segment - first
             block_map.drop_through(through)
             model = {block: at for block, at in model.items() if at >> POSITION_SHIFT > through}
+            if through == segment:  # a journal never drops the segment it writes to
+                segment, offset = segment + 1, BLOCK
         elif step == "note":
             offset += 64
             block_map.note(first, count, place(segment, offset))
@@ -107,7 +217,7 @@ def test_zeros_of_a_huge_disk_are_one_entry() -> None:
     block_map.note_zeros(0, 1 << 51, 1)
     assert len(block_map) == 1
     block_map.note_zeros(1 << 30, 1 << 20, 2)
-    assert len(block_map) == 3
+    assert len(block_map) == 2
     block_map.note((1 << 30) + 7, 1, place(2, 4160))
     assert block_map.get((1 << 30) + 7) == place(2, 4160)
     assert block_map.runs(((1 << 30) + 6) * BLOCK, 3 * BLOCK) == [
@@ -118,6 +228,7 @@ def test_zeros_of_a_huge_disk_are_one_entry() -> None:
     block_map.drop_through(1)
     assert block_map.get(0) is None
     assert block_map.get(1 << 30) == place(2, 0)
+    assert block_map.get((1 << 30) - 1) is None
     assert len(block_map) == 2
 
 
@@ -142,25 +253,17 @@ def test_dropping_keeps_what_was_written_again_later() -> None:
     assert block_map.get(10) == place(2, 4160)
 
 
-def test_between_shares_of_a_drop_every_block_is_in_its_image_or_as_it_was() -> None:
+def test_a_drop_is_one_step_and_takes_all_that_is_in_the_image() -> None:
     block_map = BlockMap()
     block_map.note_zeros(0, 1000, 1)
     for block in range(0, 200, 2):
         block_map.note(block, 1, place(1, 8192 + block * 5000))
     block_map.note(50, 1, place(2, 4160))
-    before = [block_map.get(block) for block in range(1000)]
-    shares = 0
-    done = False
-    while not done:
-        done = block_map.drop_some(1, 7)
-        shares += 1
-        for block in range(1000):
-            assert block_map.get(block) in (None, before[block])
-        if shares == 3:
-            block_map.note(51, 1, place(2, 9000))
-            before[51] = place(2, 9000)
-    assert shares == 15
+    block_map.drop_through(1)
+    assert [block for block in range(1000) if block_map.get(block) is not None] == [50]
+    block_map.note(51, 1, place(2, 9000))
     assert [block for block in range(1000) if block_map.get(block) is not None] == [50, 51]
+    assert block_map.has_dropped(1) and not block_map.has_dropped(2)
 
 
 def test_nothing_is_no_run() -> None:

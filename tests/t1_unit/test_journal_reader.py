@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import random
+import tracemalloc
+from collections import Counter
+from typing import Any
+
 import pytest
 
 from asrfs.errors import IntegrityError
 from asrfs.format.record import (
+    CARRIES_EXTENT_BYTES,
     Kind,
     RecordHeader,
     decode_record_header,
@@ -14,9 +20,10 @@ from asrfs.format.record import (
     segment_seed,
 )
 from asrfs.format.segment import SEGMENT_BYTES, SEGMENT_HEADER_BYTES
-from asrfs.journal.reader import JournalReader
+from asrfs.journal.columns import ColumnScan, scan_columns
+from asrfs.journal.reader import JournalReader, Slabs
 from asrfs.journal.recovery import recover
-from asrfs.journal.segments import Stop, list_journal, scan, segment_name
+from asrfs.journal.segments import Scan, Stop, list_journal, scan, segment_name
 from asrfs.journal.spares import prepare_spare, trim
 from asrfs.journal.writer import Journal
 from asrfs.model.positions import Cursor, Positions
@@ -269,6 +276,111 @@ def test_a_scan_of_every_prefix_of_two_records() -> None:
         assert (len(found.records), found.stop) == (length // 576, Stop.MORE)
         assert found.end == length // 576 * 576
         assert found.payload_bytes == length // 576 * 512
+
+
+def as_scan(found: ColumnScan) -> Scan:
+    columns = found.columns
+    records = [(columns.header(i), columns.payload(i)) for i in range(len(columns))]
+    return Scan(records, found.payload_bytes, found.end, found.stop)
+
+
+def assert_same(view: memoryview, seed: int, first: int, **limits: Any) -> Scan:
+    """Both ways to scan find the same; what they find."""
+    found = scan(view, 0, seed, first, **limits)
+    assert as_scan(scan_columns(view, 0, seed, first, **limits)) == found
+    return found
+
+
+def some_records(rng: random.Random, seed: int, first: int) -> bytes:
+    """Records of every kind, most of them sound; the others are what a checksum alone would not refuse."""
+    raw = b""
+    for lsn in range(first, first + rng.randint(0, 12)):
+        kind = rng.choice((*Kind, Kind.WRITE, Kind.WRITE))
+        length = rng.choice((512, 4096)) if kind in CARRIES_EXTENT_BYTES else rng.choice((512, 1 << 40))
+        payload = rng.randbytes(length) if kind in CARRIES_EXTENT_BYTES else b""
+        if kind in (Kind.MARKER, Kind.DISK):
+            length, payload = 0, rng.randbytes(rng.randrange(80))
+        header = RecordHeader(lsn, 7, 0, rng.randrange(99) * BLOCK, length, len(payload), payload_crc(payload), kind, 1)
+        if rng.random() < 0.05:
+            wrong: dict[str, int] = rng.choice(
+                (
+                    {"lsn": lsn + 1},
+                    {"kind": 0},
+                    {"kind": 300},
+                    {"length": 0},
+                    {"length": length + 1},
+                    {"offset": (1 << 64) - 1},
+                    {"payload_crc": 1},
+                )
+            )
+            header = header._replace(**wrong)
+        raw += encode_record_header(header, seed if rng.random() < 0.98 else seed + 1) + payload
+    return raw
+
+
+def test_records_as_columns_are_the_records_one_by_one(rng: random.Random) -> None:
+    """Whole or damaged anywhere, cut anywhere, with every limit: the reader takes what recovery would take."""
+    stops = Counter[Stop]()
+    for _ in range(600):
+        seed, first = segment_seed(rng.randrange(9), 3), rng.choice((1, 1 << 40))
+        raw = bytearray(some_records(rng, seed, first) + rng.choice((b"", bytes(200), rng.randbytes(100))))
+        if raw and rng.random() < 0.5:
+            raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        view = memoryview(raw)[: rng.choice((len(raw), rng.randrange(len(raw) + 1)))]
+        limits = rng.choice(({}, {"lsn_max": first + rng.randrange(-1, 9)}, {"payload_bytes_max": rng.randrange(9999)}))
+        stops[assert_same(view, seed, first, check_payloads=rng.random() < 0.8, **limits).stop] += 1
+    assert min(stops[stop] for stop in Stop) > 30, stops
+
+
+def test_every_flipped_bit_of_a_record_is_seen_both_ways() -> None:
+    seed = segment_seed(1, 0)
+    payload = b"p" * 64
+    header = RecordHeader(5, 1, 0, 0, 64, 64, payload_crc(payload), Kind.WRITE, 0)
+    raw = bytearray(encode_record_header(header, seed) + payload)
+    for bit in range(len(raw) * 8):
+        raw[bit // 8] ^= 1 << bit % 8
+        assert not assert_same(memoryview(raw), seed, 5, lsn_max=5).records
+        raw[bit // 8] ^= 1 << bit % 8
+
+
+def test_slabs_are_used_again_and_the_batch_is_right(rng: random.Random) -> None:
+    """Payloads of all sizes, so that records end anywhere in a slab and go on in the next one."""
+    storage = CrashStorage()
+    journal = begin(storage, segment_bytes=32 * MiB)
+    sizes = [rng.choice((BLOCK, 64 * 1024, MiB, 300 * BLOCK // 2 * 2 % MiB + BLOCK)) for _ in range(24)]
+    for lsn, size in enumerate(sizes, 1):
+        journal.append(Kind.WRITE, 1, 0, size, bytes([lsn]) * size)
+    journal.sync()
+    reader, slabs, cursor = JournalReader(storage, MACHINE_ID), Slabs(), Cursor()
+    found: list[tuple[int, bytes]] = []
+    while cursor.lsn < len(sizes):
+        batch = reader.read(cursor, len(sizes), rng.choice((1, MiB, 9 * MiB)), slabs)
+        found += [(len(payload), bytes(payload[:1])) for _, payload in batch.records]
+        cursor = batch.cursor
+    assert found == [(size, bytes([lsn])) for lsn, size in enumerate(sizes, 1)]
+    reader.close()
+    journal.close()
+
+
+def test_parts_of_short_segments_share_memory_and_keep_their_bytes() -> None:
+    """One batch over 300 segments of a record or two: memory follows the bytes, not the number of segments."""
+    storage = CrashStorage()
+    journal = begin(storage, segment_bytes=SEGMENT_HEADER_BYTES + 2 * BLOCK)
+    for lsn in range(1, 301):
+        journal.append(Kind.WRITE, 1, 0, BLOCK, lsn.to_bytes(4, "little") * (BLOCK // 4))
+    journal.sync()
+    reader = JournalReader(storage, MACHINE_ID)
+    tracemalloc.start()
+    batch = reader.read(Cursor(), 300, 300 * BLOCK)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(batch.parts) > 200
+    assert peak < 16 * MiB
+    assert [bytes(payload) for _, payload in batch.records] == [
+        lsn.to_bytes(4, "little") * (BLOCK // 4) for lsn in range(1, 301)
+    ]
+    reader.close()
+    journal.close()
 
 
 # ---- spares ----

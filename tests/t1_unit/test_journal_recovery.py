@@ -118,7 +118,7 @@ def test_maps_are_rebuilt_from_what_was_found() -> None:
     journal.append(Kind.DISCARD, 9, 0, BLOCK)
     journal.close()
     maps = {0: BlockMap(), 1: BlockMap()}
-    rebuild_maps(look(storage), maps)
+    rebuild_maps(look(storage), maps, storage)
     assert maps[0].get(1 << 20) == 1 << POSITION_SHIFT
     assert maps[1].get(1) == 1 << POSITION_SHIFT | SEGMENT_HEADER_BYTES + 64
     assert maps[1].get(2) is not None

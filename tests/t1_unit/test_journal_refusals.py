@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from asrfs.format.record import Kind
+from asrfs.format.record import RECORD_HEADER_BYTES, Kind, WriteFrame, frame_write
 from asrfs.format.segment import SEGMENT_HEADER_BYTES
 from asrfs.journal.reader import JournalReader
 from asrfs.journal.recovery import Recovered, recover
@@ -42,6 +42,11 @@ def refuse(storage: CrashStorage, journal: Journal, content: bytes, partial: flo
         write(journal, content)
     assert caught.value.errno == errno.ENOSPC
     storage.assert_fired()
+
+
+def frame(content: bytes) -> tuple[int, int, WriteFrame]:
+    """A write of slot 0 at 0 with room for its header."""
+    return 0, 0, frame_write(memoryview(bytearray(RECORD_HEADER_BYTES) + content))
 
 
 def check_found(storage: CrashStorage, expected: list[bytes]) -> None:
@@ -117,4 +122,47 @@ def test_a_refused_write_that_cannot_be_taken_back(kind: str, error: int) -> Non
     assert journal.failed is not None
     with pytest.raises(OSError, match="failed"):
         journal.sync()
+    journal.close()
+
+
+@pytest.mark.parametrize("partial", [0.0, 0.4, 0.7, 0.99])
+def test_i9_of_writes_refused_together_none_comes_back_behind_a_later_one(partial: float) -> None:
+    """All but the last of them may lie there whole, each with the number that a later write gets."""
+    storage = CrashStorage()
+    journal = begin(storage)
+    write(journal, b"1" * BLOCK)
+    storage.inject(Fault(0, errno.ENOSPC, kinds=frozenset(("write",)), partial=partial))
+    with journal.lock:
+        assert journal.append_framed_locked([frame(b"a" * BLOCK), frame(b"b" * BLOCK), frame(b"c" * BLOCK)]) is None
+    storage.assert_fired()
+    assert journal.appended_lsn == 1
+    with journal.lock:
+        assert journal.append_framed_locked([frame(b"d" * BLOCK)]) is None, "only one by itself finds out"
+    write(journal, b"2" * BLOCK)
+    for seed in range(30):
+        for fate in Fate:
+            after = storage.crash(fate, random.Random(seed))
+            assert look(after).last_lsn <= 2
+    journal.sync()
+    journal.close()
+    check_found(storage, [b"1" * BLOCK, b"2" * BLOCK])
+
+
+def test_writes_together_are_records_like_others_and_fail_like_others() -> None:
+    storage = CrashStorage()
+    journal = begin(storage)
+    with journal.lock:
+        first = journal.append_framed_locked([frame(b"1" * BLOCK), frame(b"2" * 2 * BLOCK)])
+        assert first is not None
+        assert journal.read_locked(first, BLOCK) == b"1" * BLOCK
+        assert journal.read_locked(first + BLOCK + RECORD_HEADER_BYTES, 2 * BLOCK) == b"2" * 2 * BLOCK
+        assert journal.append_framed_locked([frame(b"x" * BLOCK), frame(b"y" * BLOCK)]) is None, "no room left"
+    journal.sync()
+    check_found(storage, [b"1" * BLOCK, b"2" * 2 * BLOCK])
+    storage.inject(Fault(0, errno.EIO, kinds=frozenset(("write",))))
+    with journal.lock:
+        assert journal.append_framed_locked([frame(b"3" * BLOCK)]) is None
+    with pytest.raises(OSError) as caught:
+        write(journal, b"3" * BLOCK)
+    assert caught.value.errno == errno.EIO
     journal.close()

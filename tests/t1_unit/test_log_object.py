@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from asrfs.errors import FormatError
 from asrfs.format import log_object as lo
+from asrfs.format import object_encoder
+from asrfs.format.object_encoder import ZSTD_LEVEL, ObjectEncoder
 from asrfs.format.record import Kind
 
 MACHINE = bytes(range(16))
@@ -45,7 +48,7 @@ def make_index(rows: Sequence[tuple[int, int, int, int, bytes]], first_lsn: int 
 
 
 def make_object(index: lo.Index, payloads: Sequence[bytes], *, compress: bool = True) -> bytes:
-    _, pieces = lo.encode_object(
+    _, content = ObjectEncoder().encode(
         machine_id=MACHINE,
         epoch=1,
         session_salt=SALT,
@@ -53,9 +56,9 @@ def make_object(index: lo.Index, payloads: Sequence[bytes], *, compress: bool = 
         index=index,
         payloads=payloads,
         keys=KEYS,
-        compress=compress,
+        level=ZSTD_LEVEL if compress else None,
     )
-    return b"".join(pieces)
+    return bytes(content)
 
 
 def raw_payload(content: bytes, keys: lo.ObjectKeys = KEYS) -> bytes:
@@ -194,7 +197,40 @@ def test_a_header_with_a_right_checksum_and_wild_fields_is_refused_or_sound(data
 
 
 def test_frames_are_cut_evenly() -> None:
-    pieces = list(lo._cut([b"a" * 10, b"b" * 25, b"", b"c" * 5], 8))
+    with mock.patch.object(object_encoder, "FRAME_RAW_BYTES", 8):
+        pieces = list(map(bytes, ObjectEncoder()._frames([b"a" * 10, b"b" * 25, b"", b"c" * 5])))
     assert [len(piece) for piece in pieces] == [8, 8, 8, 8, 8]
     assert b"".join(pieces) == b"a" * 10 + b"b" * 25 + b"c" * 5
     assert all(len(first) == 8 for first, _ in pairwise(pieces))
+
+
+@given(sizes=st.lists(st.integers(0, 40), max_size=30), frame=st.integers(1, 24))
+def test_frames_are_the_payloads_end_to_end(sizes: list[int], frame: int) -> None:
+    payloads = [bytes([i]) * size for i, size in enumerate(sizes)]
+    with mock.patch.object(object_encoder, "FRAME_RAW_BYTES", frame):
+        frames = list(ObjectEncoder()._frames(payloads))
+    assert b"".join(frames) == b"".join(payloads)
+    assert all(len(each) == frame for each in frames[:-1])
+    assert not frames or 0 < len(frames[-1]) <= frame
+
+
+def test_memory_that_is_used_again_leaves_nothing_of_what_it_held() -> None:
+    encoder, digests = ObjectEncoder(), []
+    for _ in range(2):
+        for payload in (b"x" * 300_000, random.Random(1).randbytes(200_000), b"y"):
+            index = make_index([(Kind.WRITE, 0, 0, len(payload), b"")], 7)
+            digest, content = encoder.encode(
+                machine_id=MACHINE,
+                epoch=1,
+                session_salt=SALT,
+                previous_digest=lo.NO_DIGEST,
+                index=index,
+                payloads=[payload],
+                keys=KEYS,
+            )
+            assert lo.check_digest(content, "x") == digest
+            assert raw_payload(bytes(content)) == payload
+            assert bytes(content) == make_object(index, [payload]), "an object says the same wherever it was made"
+            encoder.give_back(content)
+            digests.append(digest)
+    assert digests[:3] == digests[3:]

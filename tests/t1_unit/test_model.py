@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from asrfs.errors import BadInputError, FormatError, NotFoundError
 from asrfs.model import machine as m
 from asrfs.model.extents import BLOCK_BYTES, block_range, is_block_aligned, widen_to_blocks
+from asrfs.model.marker import decode_marker
 from asrfs.model.names import check_name, id_bytes, is_id
 from asrfs.model.quantities import (
     check_disk_size,
@@ -140,11 +141,9 @@ def test_removed_disks_keep_their_slot_but_not_their_name() -> None:
         config.disk("data")
 
 
-def test_disk_and_marker_records_come_back() -> None:
+def test_disk_records_come_back() -> None:
     record = m.DiskRecord.of(disk(gap=True))
     assert m.decode_disk(m.encode_disk(record)) == record
-    marker = m.MarkerRecord(id=DISK_ID, name="before-upgrade")
-    assert m.decode_marker(m.encode_marker(marker)) == marker
 
 
 @pytest.mark.parametrize(
@@ -165,16 +164,9 @@ def test_hostile_disk_records_are_refused(changes: dict[str, object]) -> None:
         m.decode_disk(m.encode_disk(m.DiskRecord(**fields)))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("changes", [{"id": ""}, {"name": "a/b"}, {"group": "x" * 64}, {"note": "n" * 1001}])
-def test_hostile_marker_records_are_refused(changes: dict[str, object]) -> None:
-    fields = {"id": DISK_ID} | changes
-    with pytest.raises(FormatError):
-        m.decode_marker(m.encode_marker(m.MarkerRecord(**fields)))  # type: ignore[arg-type]
-
-
 @given(st.binary(max_size=200))
 def test_any_bytes_as_notes_raise_only_format_errors(payload: bytes) -> None:
-    for decode in (m.decode_disk, m.decode_marker):
+    for decode in (m.decode_disk, decode_marker):
         try:
             decode(payload)
         except FormatError:

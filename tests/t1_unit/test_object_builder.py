@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from asrfs.errors import IntegrityError
-from asrfs.format import log_object
+from asrfs.format import object_encoder
 from asrfs.format.log_object import (
     NO_DIGEST,
     FrameTable,
@@ -22,6 +22,7 @@ from asrfs.format.log_object import (
     decode_index,
     decode_object_header,
 )
+from asrfs.format.object_encoder import ZSTD_LEVEL, ZSTD_LEVEL_FAST
 from asrfs.format.record import RECORD_HEADER_BYTES, Kind
 from asrfs.format.segment import SEGMENT_HEADER_BYTES
 from asrfs.journal.reader import JournalReader
@@ -56,7 +57,7 @@ def build(
             session_salt=SALT,
             previous_digest=previous,
             bytes_max=bytes_max,
-            compress=compress,
+            level=ZSTD_LEVEL if compress else None,
         )
     finally:
         reader.close()
@@ -186,34 +187,37 @@ class Seals:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pairs: Counter[tuple[bytes, bytes]] = Counter()
-        monkeypatch.setattr(log_object, "AESGCM", partial(_Seal, self.pairs))
+        monkeypatch.setattr(object_encoder, "AESGCM", partial(_Seal, self.pairs))
 
 
 class _Seal:
     def __init__(self, pairs: Counter[tuple[bytes, bytes]], key: bytes) -> None:
         self._pairs, self._key = pairs, key
 
-    def encrypt(self, nonce: bytes, content: bytes, clear: bytes) -> bytes:
+    def encrypt_into(self, nonce: bytes, content: bytes, clear: bytes, into: memoryview) -> int:
         self._pairs[self._key, nonce] += 1
-        return AESGCM(self._key).encrypt(nonce, content, clear)
+        return AESGCM(self._key).encrypt_into(nonce, content, clear, into)
 
 
 def ship(world: JournalWorld, cursor: Cursor, keys: MachineKeys, salt: bytes, rng: random.Random) -> list[Cursor]:
     """One session: objects of any size from a place on; where each begins and ends."""
     ends, previous = [cursor], NO_DIGEST
     reader = JournalReader(world.journal_storage, MACHINE_ID)
+    builder = ObjectBuilder(reader)
     try:
-        while built := ObjectBuilder(reader).build(
+        while built := builder.build(
             ends[-1],
             world.journal.durable_lsn,
             keys=keys,
             session_salt=salt,
             previous_digest=previous,
             bytes_max=rng.randint(1, 40) * 2 * BLOCK,
-            compress=rng.random() < 0.5,
+            level=rng.choice((None, ZSTD_LEVEL, ZSTD_LEVEL_FAST)),
         ):
             ends.append(built.cursor)
             previous = built.digest
+            if rng.random() < 0.5:
+                builder.give_back(built)
     finally:
         reader.close()
     return ends

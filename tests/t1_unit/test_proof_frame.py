@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -133,3 +134,24 @@ def test_it_stops_when_too_much_is_broken(scratch: Path) -> None:
 
     found = run_level(level(breaks), Context(7, scratch), wanted=CASES, seconds_max=None, violations_max=2)
     assert [each.label for each in found.violations] == ["case 0", "case 1"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "parts", "played"),
+    [(CASES, 1, CASES), (CASES - 1, 1, 3), (CASES, 2, CASES), (CASES + 5, 1, CASES)],
+    ids=["a round, though enough sooner", "a shorter run", "in two parts", "more than there are"],
+)
+def test_a_round_is_played_to_its_end(wanted: int, parts: int, played: int, scratch: Path) -> None:
+    """Each case is worth three, so four are enough, but not to have come to each of them."""
+
+    def counts_three(number: int, notes: Notes) -> None:
+        notes.count(3)
+        notes.fired(f"case {number}")
+
+    whole = replace(level(counts_three), round=CASES)
+    context = Context(7, scratch)
+    found = [
+        run_level(whole, context, wanted=-(-wanted // parts), seconds_max=None, part=Part(number, parts))
+        for number in range(parts)
+    ]
+    assert sum(len(each.notes.faults) for each in found) == played

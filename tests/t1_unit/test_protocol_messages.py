@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asrfs.model.configuration import GroupOrder, HostConfiguration, Member
 from asrfs.protocol.frames import FrameType, ProtocolError
 from asrfs.protocol.messages import (
     TYPE_OF,
     Acknowledge,
+    Configure,
     Goodbye,
     Heartbeat,
     Hello,
@@ -32,6 +34,9 @@ MESSAGES: list[Message] = [
         durable_lsn=2,
         acknowledged_lsn=1,
         last_digest="",
+        takes_configuration=True,
+        group_port=20004,
+        group_address="10.0.0.7",
     ),
     Welcome(
         protocol=1,
@@ -47,6 +52,24 @@ MESSAGES: list[Message] = [
     Acknowledge(lsn=2, digest="c" * 64),
     Heartbeat(appended_lsn=1, durable_lsn=1, durable_time_ns=1),
     Goodbye(reason="done"),
+    Configure(
+        configuration=HostConfiguration(
+            generation=7,
+            policy="gold",
+            keys={"crash_interval": "60s"},
+            groups=(
+                GroupOrder(
+                    id="d" * 32,
+                    name="shop",
+                    coordinator="a" * 32,
+                    members=(Member(machine_id="a" * 32, name="web1", address="10.0.0.7", port=20004),),
+                    consistency="application",
+                    interval_s=60.0,
+                    partial=True,
+                ),
+            ),
+        )
+    ),
 ]
 
 
@@ -55,8 +78,8 @@ def test_what_is_encoded_is_decoded(message: Message) -> None:
     assert decode_message(TYPE_OF[type(message)], encode_message(message)) == message
 
 
-def test_every_type_but_object_bytes_has_a_message() -> None:
-    assert set(TYPE_OF.values()) == set(FrameType) - {FrameType.OBJECT_BYTES}
+def test_every_type_has_a_message_but_object_bytes_and_what_groups_say_to_each_other() -> None:
+    assert set(TYPE_OF.values()) == set(FrameType) - {FrameType.OBJECT_BYTES, FrameType.GROUP}
     assert {type(message) for message in MESSAGES} == set(TYPE_OF)
 
 
@@ -80,6 +103,24 @@ def test_fields_that_later_versions_add_are_passed_over() -> None:
 def test_what_is_no_message_is_a_protocol_error(payload: bytes) -> None:
     with pytest.raises(ProtocolError):
         decode_message(FrameType.ACKNOWLEDGE, payload)
+
+
+def test_peers_of_before_configure_go_on() -> None:
+    """A HELLO without the new fields is one of a host that is told nothing; one with them is read by an old store."""
+    hello = next(message for message in MESSAGES if isinstance(message, Hello))
+    old = {"protocol": 1, "machine_id": "a" * 32, "machine_name": "web1", "epoch": 1}
+    old |= {"appended_lsn": 3, "durable_lsn": 2, "acknowledged_lsn": 1, "last_digest": ""}
+    heard = decode_message(FrameType.HELLO, msgspec.msgpack.encode(old))
+    assert isinstance(heard, Hello)
+    assert (heard.takes_configuration, heard.group_port, heard.group_address) == (False, 0, "")
+    assert set(msgspec.msgpack.decode(encode_message(hello))) >= set(old)
+
+
+@pytest.mark.parametrize("change", [{"group_port": 65536}, {"group_port": -1}, {"group_address": "a" * 256}])
+def test_a_host_that_says_it_is_nowhere_is_not_believed(change: dict[str, object]) -> None:
+    hello = msgspec.msgpack.decode(encode_message(MESSAGES[0]))
+    with pytest.raises(ProtocolError):
+        decode_message(FrameType.HELLO, msgspec.msgpack.encode(hello | change))
 
 
 def test_a_refusal_has_a_code_we_know() -> None:

@@ -22,7 +22,7 @@ from asrfs.errors import AsrfsError, BadInputError, FormatError, IntegrityError,
 from asrfs.format.log_object import INDEX_RAW_BYTES_MAX, RECORDS_MAX
 from asrfs.format.record import Kind
 from asrfs.journal.recovery import recover
-from asrfs.model.machine import DiskRecord, MarkerRecord, decode_marker, encode_marker
+from asrfs.model.machine import DiskRecord
 from asrfs.model.positions import Cursor, Positions
 from asrfs.protocol.frames import FrameType, ProtocolError
 from asrfs.protocol.messages import Acknowledge, Heartbeat, decode_message, encode_message
@@ -34,8 +34,8 @@ from asrfs.transport.stream import parse_address
 from asrfs.transport.tls import make_authority, make_key_and_request, sign_request
 from replica_store.vault.catalog import Catalog
 from replica_store.vault.directory_objects import DirectoryObjects
-from replica_store.vault.row_checks import checked_disk, checked_machine, checked_object, checked_point
-from replica_store.vault.rows import MachineRow, ObjectRow, PointRow
+from replica_store.vault.row_checks import checked_disk, checked_machine, checked_object
+from replica_store.vault.rows import MachineRow, ObjectRow
 from replica_store.vault.vault import Vault, describe
 from tests.fakes.crash_storage import CrashStorage
 
@@ -75,13 +75,6 @@ def test_brackets_are_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -
     """Reasons, paths and addresses hold them: a tag that closes nothing ended `status`."""
     console().print(pairs({"reason": "the store refused: [/bold] :warning: [fe80::1]:9443"}))
     assert "[/bold] :warning: [fe80::1]:9443" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("hold_ms", [math.nan, math.inf, -1.0])
-def test_a_hold_time_that_is_no_time_is_refused(hold_ms: float) -> None:
-    """The catalog kept NaN as NULL, and every verify called the point damaged."""
-    with pytest.raises(FormatError):
-        decode_marker(encode_marker(MarkerRecord(id=ID, hold_ms=hold_ms)))
 
 
 def test_a_reply_to_enrolling_that_would_enrol_with_nothing_is_refused() -> None:
@@ -191,7 +184,6 @@ def test_files_of_others_among_the_objects_are_passed_over(scratch: Path) -> Non
 # ---- rows of the catalog -------------------------------------------------------------------------------------------
 
 OBJECT = ObjectRow(ID, 1, 1, 5, 10, 50, bytes(32), 500, "0badcafe")
-POINT = PointRow(ID, 5, ID, 1, 50, "crash", None, "noon", 0.5, None)
 MACHINE = MachineRow(ID, "web1", 1, "1", False, 0, 1, b"")
 
 
@@ -209,11 +201,8 @@ def test_rows_of_objects_that_cannot_be(changes: dict[str, object]) -> None:
         checked_object(replace(OBJECT, **changes))  # type: ignore[arg-type]
 
 
-def test_rows_of_points_machines_and_disks_that_cannot_be() -> None:
-    assert checked_point(POINT) == POINT and checked_machine(MACHINE) == MACHINE
-    for point in ({"name": "../x"}, {"id": "x"}, {"lsn": 0}, {"consistency": "so-so"}, {"hold_ms": math.inf}):
-        with pytest.raises(IntegrityError):
-            checked_point(replace(POINT, **point))  # type: ignore[arg-type]
+def test_rows_of_machines_and_disks_that_cannot_be() -> None:
+    assert checked_machine(MACHINE) == MACHINE
     for machine in ({"id": "x" * 32}, {"name": ".."}, {"epoch": 1 << 32}, {"generation": -1}):
         with pytest.raises(IntegrityError):
             checked_machine(replace(MACHINE, **machine))  # type: ignore[arg-type]

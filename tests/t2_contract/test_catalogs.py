@@ -12,6 +12,7 @@ import pytest
 
 from asrfs.errors import IntegrityError, NotFoundError
 from asrfs.model.machine import DiskRecord
+from asrfs.model.marker import MarkerRecord
 from replica_store.vault.catalog import Catalog
 from replica_store.vault.rows import DiskRow, Entry, LinkRow, MachineRow, ObjectRow, PointRow
 from tests.fakes.memory_catalog import MemoryCatalog
@@ -49,7 +50,7 @@ def kind(request: pytest.FixtureRequest, scratch: Path) -> Kind:
 def entry(first: int, last: int, *, machine_id: str = MACHINE) -> Entry:
     row = ObjectRow(machine_id, 1, first, last, 100 + first, 100 + last, bytes([first]) * 32, 1000, f"{first:08x}")
     disk = DiskRecord(slot=0, id="1" * 32, name="d0", size_bytes=4096 * first)
-    point = PointRow(machine_id, last, f"{last:032x}", 1, 100 + last, "crash", None, f"p{last}", None, None)
+    point = PointRow(machine_id, last, 1, 100 + last, MarkerRecord(id=f"{last:032x}", name=f"p{last}"))
     return Entry(row, (DiskRow(machine_id, first, disk),), (point,))
 
 

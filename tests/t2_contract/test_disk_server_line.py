@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any, cast
 import pytest
 import trio
 
-from asrfs.daemon.control import Fields
+from asrfs.daemon.control import ControlServer, Fields
 from asrfs.daemon.control_trio import serve_control
 from asrfs.daemon.disk_server_client import DiskServerClient
 from asrfs.errors import BadInputError, TemporaryError
-from asrfs.model.machine import DiskConfig, MachineConfig, MarkerRecord, encode_marker
+from asrfs.model.machine import DiskConfig, MachineConfig
+from asrfs.model.marker import MarkerRecord, encode_marker
 from asrfs.model.positions import Positions
 from asrfs.replication.disk_server import DiskServer, HostPositions
 from tests.fakes.crash_storage import CrashStorage, Fault
@@ -149,3 +151,36 @@ async def test_one_that_died_is_away(line: Any) -> None:
     for verb in (server.positions, server.sync, lambda: server.applied(1, 0)):
         with pytest.raises(TemporaryError):
             await verb()
+
+
+async def test_a_hold_that_takes_its_time_holds_up_no_other_task_for_long(scratch: Path) -> None:
+    """The agent stops for it, for a moment; then only the share that asked for it waits on."""
+    path, went_on, asked = str(scratch / "disk.sock"), threading.Event(), list[Fields]()
+
+    def arm(request: Fields) -> Fields:
+        asked.append(request)
+        return {}
+
+    def hold(request: Fields) -> Fields:
+        assert went_on.wait(20), "nobody else could do anything"
+        return {"lsn": 7, "time_ns": 8, "epoch": 1}
+
+    def release(request: Fields) -> Fields:
+        return {"holding": True, "hold_ms": 1.5}
+
+    async def go_on() -> None:
+        went_on.set()
+
+    server = ControlServer(path, {"arm": arm, "hold": hold, "release": release})
+    server.start()
+    client = DiskServerClient(path)
+    try:
+        await client.arm("1" * 32, MARKER, 0.5, None)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(go_on)
+            assert await client.hold("1" * 32) == (7, 8, 1)
+        assert await client.release("1" * 32, 0.01) == (True, 1.5)
+        assert asked == [{"verb": "arm", "id": "1" * 32, "payload": MARKER, "seconds": 0.5, "not_after": None}]
+    finally:
+        client.close()
+        server.close()

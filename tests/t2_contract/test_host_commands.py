@@ -14,6 +14,8 @@ from typing import NamedTuple
 import pytest
 
 from asrfs.cli.main import run
+from asrfs.model.configuration import HostConfiguration, encode_configuration
+from asrfs.model.policy import DEFAULT_TEXTS as POLICY_TEXTS
 
 
 class Outcome(NamedTuple):
@@ -194,7 +196,48 @@ def test_settings_are_kept(machine: Run) -> None:
     shown = json.loads(machine("settings", "--json").out)
     assert shown["object_age"]["value"] == "1s"
     assert shown["object_age"]["set"]
-    assert shown["object_size"] == {"value": "4M", "default": "4M", "set": False}
+    assert shown["object_size"] == {"value": "4M", "default": "4M", "set": False, "policy": None, "from": "default"}
+
+
+def test_every_key_of_the_policy_is_shown_with_where_it_comes_from(machine: Run, scratch: Path) -> None:
+    told = HostConfiguration(
+        generation=4, policy="gold", keys={"crash_interval": "60s", "retention": "7d", "point_alarm": "x"}
+    )
+    (scratch / "state" / "configuration.json").write_bytes(encode_configuration(told))
+    assert machine("set", "crash_interval=5s", "application_interval=off").code == 0
+    shown = json.loads(machine("settings", "--json").out)
+    assert shown.keys() >= POLICY_TEXTS.keys()
+    assert {key: (shown[key]["value"], shown[key]["from"], shown[key]["policy"]) for key in POLICY_TEXTS} == {
+        key: (text, "default", None) for key, text in POLICY_TEXTS.items()
+    } | {
+        "crash_interval": ("5s", "set here", "60s"),
+        "application_interval": ("off", "set here", None),
+        "retention": ("7d", "policy gold", "7d"),
+    }
+    assert "set here, the policy says 60s" in machine("settings").out
+    assert machine("set", "crash_interval=default").code == 0
+    assert json.loads(machine("settings", "--json").out)["crash_interval"]["from"] == "policy gold"
+
+
+def test_what_cannot_be_set_here_is_said_all_at_once(machine: Run) -> None:
+    before = machine("settings", "--json").out
+    refused = machine(
+        *("set", "retention=1d", "crash_intervall=5s", "object_age=never", "aplication_interval=default"),
+        *("junk", "object_size=1M", "object_size=2M"),
+    )
+    assert refused.code == 2
+    for part in (
+        "retention is decided at the store",
+        "did you mean crash_interval?",
+        "object_age=never",
+        "did you mean application_interval?",
+        "'junk' is not KEY=VALUE",
+        "object_size is given twice",
+    ):
+        assert part in refused.err, refused.err
+    contradiction = machine("set", "application_interval=48h")
+    assert contradiction.code == 2 and "not shorter than retention of 24h" in contradiction.err
+    assert machine("settings", "--json").out == before
 
 
 @pytest.mark.parametrize(
@@ -304,3 +347,45 @@ def test_options_stand_anywhere(machine: Run, scratch: Path, monkeypatch: pytest
 def test_state_files_are_private(machine: Run, scratch: Path) -> None:
     for path in [scratch / "state", *(scratch / "state").rglob("*")]:
         assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_hooks_are_added_listed_and_removed(machine: Run) -> None:
+    assert machine("hooks", "add", "pre", "/bin/true -x 'a b'", "--order", "7", "--timeout", "5s").code == 0
+    assert machine("hooks", "add", "hold", "mysql", "--name", "lock").code == 0
+    (first, lock) = json.loads(machine("hooks", "list", "--json").out)
+    assert (first["name"], first["argv"], first["timeout_s"]) == ("pre-07-true", ["/bin/true", "-x", "a b"], 5.0)
+    assert lock["phase"] == "hold" and lock["command"].endswith("/hooks/mysql.sh")
+    assert machine("hooks", "remove", "pre-07-true").code == 0
+    assert machine("hooks", "remove", "pre-07-true").code == 3
+    assert len(json.loads(machine("hooks", "list", "--json").out)) == 1
+
+
+def test_a_hook_whose_path_has_blanks_is_one_program(machine: Run, scratch: Path) -> None:
+    path = scratch / "be quiet.sh"
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    assert machine("hooks", "add", "pre", str(path)).code == 0
+    assert json.loads(machine("hooks", "list", "--json").out)[0]["argv"] == [str(path)]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("during", "/bin/true"), 2),
+        (("pre", "/bin/true", "--order", "-1"), 2),
+        (("pre", "/bin/true", "--order", "x"), 2),
+        (("pre", "/bin/true", "--timeout", "0s"), 2),
+        (("pre", "/bin/true", "--timeout", "soon"), 2),
+        (("pre", "/bin/true", "--name", "../x"), 2),
+        (("pre", "/bin/sh 'x"), 2),
+        (("pre", ""), 2),
+        (("pre", "no-such-program-anywhere"), 2),
+        (("post", "postgresql"), 2),
+        (("pre", "/nonexistent/x"), 4),
+        (("pre", "/etc/passwd"), 4),
+    ],
+)
+def test_hooks_that_cannot_be_leave_nothing(machine: Run, scratch: Path, words: tuple[str, ...], code: int) -> None:
+    before = tree(scratch)
+    assert machine("hooks", "add", *words).code == code
+    assert tree(scratch) == before

@@ -96,3 +96,44 @@ def test_nobody_revokes_while_the_catalog_is_made_anew_or_the_other_way_round(
     assert run(["--vault", root, "machine", "revoke", "web1", "--yes"]) == 0
     with Vault.open(root) as vault:
         assert vault.machine("web1").revoked
+
+
+def test_groups_on_the_command_line(scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = str(scratch / "vault")
+    assert run(["--vault", root, "init"]) == 0
+    with Vault.open(root, writable=True) as vault, vault.catalog.transaction():
+        for number, name in enumerate(("web1", "db1"), 1):
+            vault.catalog.put_machine(MachineRow(f"{number:032x}", name, 1, "a", False, 1, 1, b"sealed"))
+
+    def ask(*arguments: str) -> object:
+        capsys.readouterr()
+        assert run(["--vault", root, "--json", *arguments]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    for arguments, code in (
+        (("create", "shop"), 2),
+        (("create", "../x", "--member", "web1"), 2),
+        (("create", "shop", "--member", "nobody"), 3),
+        (("create", "web1", "--member", "db1"), 4),
+        (("show", "shop"), 3),
+        (("add", "shop", "db1"), 3),
+        (("remove", "shop", "db1"), 3),
+        (("delete", "shop", "--yes"), 3),
+    ):
+        capsys.readouterr()
+        assert run(["--vault", root, "group", *arguments]) == code, arguments
+        error = capsys.readouterr().err
+        assert error.startswith("asrfs: error: ") and error.count("\n") == 1, error
+    assert ask("group", "list") == []
+    made = ask("group", "create", "shop", "--member", "web1")
+    assert isinstance(made, dict)
+    assert (made["name"], made["coordinator"], [each["name"] for each in made["members"]]) == ("shop", "web1", ["web1"])
+    ask("group", "add", "shop", "db1")
+    shown = ask("group", "remove", "shop", "web1")
+    assert isinstance(shown, dict)
+    assert (shown["coordinator"], shown["generation"] > made["generation"]) == ("db1", True)
+    assert ask("group", "list") == [ask("group", "show", "shop")]
+    assert run(["--vault", root, "group", "remove", "shop", "db1"]) == 4
+    assert run(["--vault", root, "group", "delete", "shop"]) == 2
+    assert ask("group", "delete", "shop", "--yes") == {"deleted": "shop"}
+    assert run(["--vault", root, "group", "list"]) == 0

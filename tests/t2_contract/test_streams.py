@@ -15,6 +15,10 @@ import pytest
 import trio
 import trio.testing
 
+from asrfs.consistency.group_stream import GroupStream
+from asrfs.protocol.frames import ProtocolError
+from asrfs.protocol.group_messages import Beat, Gather, Gathered, Join, Joined, Prepare, Word
+from asrfs.protocol.group_session import GroupSession
 from asrfs.storage.system_clock import SystemClock
 from asrfs.transport import stream, tls
 from asrfs.transport.stream import ByteStream, LinkError
@@ -22,6 +26,7 @@ from tests.fakes.virtual_time import pass_time
 from tests.fakes.wire import Wire
 
 NAME = "store.test"
+POINT, OTHER = "a" * 32, "b" * 32
 Pair = tuple[ByteStream, ByteStream]
 Kind = Callable[[Path], AbstractAsyncContextManager[Pair]]
 
@@ -236,3 +241,65 @@ async def test_a_machine_without_power_leaves_silence(autojump_clock: trio.testi
         await _receive(wire.host, 11)
     assert scope.cancelled_caught
     await pass_time(1)
+
+
+async def test_what_has_come_is_taken_at_once_also_while_a_task_waits_for_it(scratch: Path) -> None:
+    """Nothing is lost and nothing comes twice, whoever of the two takes it; the end is for the task."""
+    async with over_tls(scratch) as (host, store):
+        assert isinstance(host, stream.SecureStream)
+        by_task, ended = bytearray(), trio.Event()
+
+        async def receive() -> None:
+            while piece := await host.receive_some():
+                by_task.extend(piece)
+            ended.set()
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(receive)
+                await trio.testing.wait_all_tasks_blocked()
+                assert host.receive_now(0.0) == b""
+                await store.send_all(b"one")
+                taken = host.receive_now(20.0)
+                assert bytes(by_task + taken) == b"one"
+                await store.send_all(b"two")
+                while len(by_task) + len(taken) < 6:
+                    await pass_time(0.001)
+                assert bytes(by_task + taken) in (b"onetwo", b"twoone")
+                await store.aclose()
+                assert host.receive_now(20.0) == b""
+                await ended.wait()
+
+
+async def test_a_word_that_is_attended_to_is_handed_on_before_anything_else_is_done(scratch: Path) -> None:
+    """Of a group: beats are no word that anybody waits for, and what breaks the protocol ends the conversation."""
+    async with over_tls(scratch) as (host, store):
+        member, coordinator = GroupStream(host, "member"), GroupSession("coordinator")
+        heard: list[Word] = []
+        join = Join(protocol=1, group="c" * 32, generation=3)
+
+        async def converse() -> None:
+            with pytest.raises(ProtocolError, match="another point"):
+                await member.converse(heard.append)
+
+        with trio.fail_after(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(converse)
+                member.say(join)
+                while not (words := coordinator.receive(await store.receive_some())):
+                    pass
+                assert words == [join]
+                gather = Gather(point=POINT, generation=3, consistency="crash", seconds=1.0, hold_s=1.0)
+                for words in ([Joined()], [Beat()], [Beat(), gather]):
+                    await store.send_all(b"".join(coordinator.send(word) for word in words))
+                while gather not in heard:
+                    member.attend(20.0)
+                assert heard == [Joined(), gather]
+                member.attend(0.0)
+                member.say(Gathered(point=POINT))
+                while not coordinator.receive(await store.receive_some()):
+                    pass
+                coordinator.point = OTHER
+                await store.send_all(coordinator.send(Prepare(point=OTHER)))
+                member.attend(20.0)
+                assert heard == [Joined(), gather]

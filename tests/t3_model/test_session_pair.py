@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asrfs.format.log_object import OBJECT_BYTES_MAX
+from asrfs.model.configuration import HostConfiguration
 from asrfs.protocol.frames import FRAME_HEADER_BYTES, ProtocolError, encode_frame_header
 from asrfs.protocol.messages import (
     TYPE_OF,
     Acknowledge,
+    Configure,
     Goodbye,
     Heartbeat,
     Message,
@@ -27,6 +29,7 @@ from tests.fakes.wire import Cut, SessionPair, all_at_once, byte_by_byte, cut_at
 
 REFUSED = Refused(code="fenced", text="no")
 GOODBYE = Goodbye(reason="done")
+CONFIGURE = Configure(configuration=HostConfiguration(generation=3, policy="gold", keys={"crash_interval": "1s"}))
 
 
 @pytest.mark.parametrize("cut", [all_at_once, byte_by_byte, cut_at(1, 17, 300)])
@@ -45,7 +48,8 @@ def test_a_whole_session_however_it_is_cut(cut: Cut) -> None:
     ]
     pair.say("store", Acknowledge(lsn=10, digest="12" * 32))
     pair.say("store", Heartbeat())
-    assert pair.carry("store", cut) == [Acknowledge(lsn=10, digest="12" * 32), Heartbeat()]
+    pair.say("store", CONFIGURE)
+    assert pair.carry("store", cut) == [Acknowledge(lsn=10, digest="12" * 32), Heartbeat(), CONFIGURE]
     pair.say("host", GOODBYE)
     assert pair.carry("host", cut) == [GOODBYE]
     assert {end.state for end in pair.ends.values()} == {State.CLOSED}
@@ -65,7 +69,8 @@ def test_what_the_store_says_within_an_object_does_not_end_it() -> None:
         pair.sent["host"] += next(buffers)
     pair.carry("host")
     pair.say("store", Acknowledge(lsn=7, digest=""))
-    assert pair.carry("store") == [Acknowledge(lsn=7, digest="")]
+    pair.say("store", CONFIGURE)
+    assert pair.carry("store") == [Acknowledge(lsn=7, digest=""), CONFIGURE]
     assert pair.ends["store"].state is State.IN_OBJECT
     for buffer in buffers:
         pair.sent["host"] += buffer
@@ -92,6 +97,8 @@ ILLEGAL: list[tuple[str, Callable[[], tuple[SessionPair, Role]], Message]] = [
     ("the store greets", lambda: (SessionPair(), "host"), HELLO),
     ("the host acknowledges", lambda: (greeted(), "store"), Acknowledge(lsn=1, digest="")),
     ("the host refuses", lambda: (greeted(), "store"), REFUSED),
+    ("configured before hello", lambda: (SessionPair(), "host"), CONFIGURE),
+    ("the host configures", lambda: (greeted(), "store"), CONFIGURE),
     ("the store says goodbye", lambda: (greeted(), "host"), GOODBYE),
 ]
 

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -21,6 +22,10 @@ from asrfs.protocol.messages import Acknowledge
 from asrfs.protocol.session import ObjectReceived
 from replica_store.ingest import ingester as ingester_room
 from replica_store.ingest.ingester import Ingester, Taken
+from replica_store.points import builder, kept_maps
+from replica_store.points.history import History
+from replica_store.points.run import Run
+from replica_store.vault import listing as listing_room
 from replica_store.vault import vault as vault_room
 from replica_store.vault.directory_objects import DirectoryObjects
 from replica_store.vault.schema import REBUILDABLE
@@ -176,10 +181,23 @@ def adopts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lists_points_inside_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vault_room, "gap_at", lambda gaps, lsn: None)
+    for room in (vault_room, listing_room):
+        monkeypatch.setattr(room, "gap_at", lambda gaps, lsn: None)
+
+
+def believes_checkpoints_of_any_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that a catalog which was set back has never come to."""
+    sound = builder.load_runs
+
+    def load(history: History, machine_id: str, slot: int, lsn: int) -> list[Run]:
+        with mock.patch.object(kept_maps, "is_of_history", return_value=True):
+            return sound(history, machine_id, slot, lsn)
+
+    monkeypatch.setattr(builder, "load_runs", load)
 
 
 PLANTS: dict[Plant, str] = {
+    believes_checkpoints_of_any_history: "I9|does not have the log object",
     acknowledges_before_it_stores: "I3",
     does_not_sync_the_object: "checksum|magic|short|bytes|log object|I3",
     does_not_sync_the_name: "no such object|missing|I3",

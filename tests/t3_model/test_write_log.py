@@ -15,7 +15,8 @@ from asrfs.journal.block_map import BlockMap
 from asrfs.journal.disk import JournaledDisk
 from asrfs.journal.recovery import recover
 from asrfs.journal.writer import Journal
-from asrfs.model.machine import NO_SLOT, MarkerRecord, encode_marker
+from asrfs.model.machine import NO_SLOT
+from asrfs.model.marker import MarkerRecord, encode_marker
 from asrfs.model.positions import Positions
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.system_clock import SystemClock
@@ -46,7 +47,8 @@ class History:
         self.at_mark: dict[str, bytes] = {}
         self.syncs: set[int] = set()
 
-    def step(self) -> None:
+    def step(self) -> bool:
+        """Do something; whether it changed disk 0."""
         rng = self.rng
         slot = rng.choice((0, 0, 0, 1))
         disk = self.disks[slot]
@@ -64,20 +66,24 @@ class History:
             # Only a flush that a later record tells of is in the journal.
             self.journal.sync()
             self.syncs.add(self.journal.appended_lsn)
-            return
+            return False
         else:
             name = f"m{len(self.at_mark)}"
             self.journal.append(Kind.MARKER, NO_SLOT, 0, 0, encode_marker(MarkerRecord(id="0" * 32, name=name)))
             self.at_mark[name] = bytes(self.model)
-            return
+            return False
         if slot == 0:
             self.model[offset : offset + length] = content
+        return slot == 0
 
-    def run(self, steps: int) -> None:
-        seen = 0
-        for _ in range(steps):
+    def run(self, steps_min: int) -> None:
+        """The last step changes disk 0, so that there is something of it in the last segment too."""
+        seen = steps = 0
+        has_changed = False
+        while steps < steps_min or not has_changed:
+            steps += 1
             before, state = self.journal.appended_lsn, bytes(self.model)
-            self.step()
+            has_changed = self.step()
             durable_before = max((lsn for lsn in self.syncs if lsn <= before), default=0)
             if self.journal.appended_lsn > before and durable_before > seen:
                 assert durable_before == before

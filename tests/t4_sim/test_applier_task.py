@@ -13,7 +13,6 @@ import trio.testing
 
 from asrfs.errors import TemporaryError
 from asrfs.format.segment import SegmentHeader
-from asrfs.journal.disk import drop_applied
 from asrfs.journal.reader import JournalReader
 from asrfs.journal.segments import list_journal, read_header, segment_name
 from asrfs.model.positions import Cursor, Positions
@@ -96,7 +95,7 @@ class Agent:
     async def applied(self, lsn: int, segment: int) -> None:
         await self.positions()
         self.dropped.append((lsn, segment))
-        drop_applied(self.world.journal, self.world.disks, segment)
+        self.world.journal.drop_through(segment, [disk.map for disk in self.world.disks])
 
     async def marker(self, payload: bytes) -> tuple[int, int]:
         raise TemporaryError("not in this test")

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
+from asrfs.daemon import served_machine
 from asrfs.daemon.disks import add_sized, remove
 from asrfs.daemon.served_machine import FILL_BYTES_MAX, ServedMachine
 from asrfs.daemon.state import StateDirectory
+from asrfs.disk.interface import HeldError
 from asrfs.errors import BadInputError, FormatError, IntegrityError, NotFoundError, RefusedError, TemporaryError
 from asrfs.format.record import Kind, RecordHeader
 from asrfs.journal.reader import JournalReader
+from asrfs.journal.recovery import Recovered
 from asrfs.journal.writer import Journal
-from asrfs.model.machine import MachineConfig, MarkerRecord, decode_disk, decode_marker, encode_marker
+from asrfs.model.machine import MachineConfig, decode_disk
+from asrfs.model.marker import MarkerRecord, decode_marker, encode_marker
 from asrfs.model.names import id_bytes
 from asrfs.model.positions import Cursor
 from asrfs.storage.directory import DirectoryStorage, open_path
 from asrfs.storage.system_clock import SystemClock
+from tests.waiting import wait_until
 
 Open = Callable[[], ServedMachine]
+HOLD = "f" * 32
 
 
 @pytest.fixture
@@ -76,7 +84,9 @@ def disk_of(machine: ServedMachine, name: str) -> int:
 
 
 def read(machine: ServedMachine, name: str, offset: int, length: int) -> bytes:
-    return b"".join(machine.volume.disks[disk_of(machine, name)].read(offset, length))
+    buffer = bytearray(length)
+    machine.volume.disks[disk_of(machine, name)].read_into(offset, memoryview(buffer))
+    return bytes(buffer)
 
 
 def write(machine: ServedMachine, name: str, offset: int, payload: bytes) -> None:
@@ -112,6 +122,27 @@ def test_next_disk_server_finds_what_was_written_and_says_again_which_disks_ther
     kinds = [(header.kind, header.slot) for header, _ in history(state, machine)]
     assert kinds == [(5, 0), (5, 1), (1, 0), (5, 0), (5, 1)]
     assert list(machine.volume.nodes) == [b"root.img"]
+
+
+def test_too_few_files_for_a_map_of_each_segment(
+    state: StateDirectory, serve: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = serve()
+    machine.volume.disks[disk_of(machine, "root")].write(0, b"r" * 4096)
+    machine.journal.sync()
+    asked: list[bool] = []
+    sound = served_machine.recover
+
+    def recover(*given: Any, by_indexes: bool) -> Recovered:
+        asked.append(by_indexes)
+        if by_indexes:
+            raise OSError(errno.EMFILE, "too many open files")
+        return sound(*given, by_indexes=by_indexes)
+
+    monkeypatch.setattr(served_machine, "recover", recover)
+    machine = serve()
+    assert asked == [True, False]
+    assert read(machine, "root", 0, 4096) == b"r" * 4096
 
 
 def test_i7_the_image_of_a_removed_disk_is_held_until_it_is_released(state: StateDirectory, serve: Open) -> None:
@@ -274,3 +305,80 @@ def test_gap_is_closed_by_a_disk_record(state: StateDirectory, serve: Open) -> N
     machine.disks({})
     disks = [decode_disk(payload) for header, payload in history(state, machine) if header.slot == 0]
     assert [disk.gap for disk in disks] == [False, True, False]
+
+
+def test_writes_are_held_between_the_verbs_hold_and_release(serve: Open) -> None:
+    machine = serve()
+    marker = encode_marker(MarkerRecord(id=HOLD, group="shop", group_point=HOLD, members=(HOLD,)))
+    machine.arm({"id": HOLD, "payload": marker, "seconds": 60})
+    write(machine, "data", 4096, b"x" * 4096)
+    held = machine.begin_hold({"id": HOLD})
+    assert held["lsn"] == machine.positions({})["appended"]
+    with pytest.raises(HeldError):
+        write(machine, "data", 0, b"x" * 4096)
+    released = machine.release({"id": HOLD})
+    assert released["holding"] is True
+    assert released["hold_ms"] >= 0
+    wait_until(lambda: machine.journal.barred is None)
+    write(machine, "data", 0, b"x" * 4096)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"id": "x"},
+        {"id": None},
+        {"seconds": "1"},
+        {"seconds": 0},
+        {"seconds": 3600},
+        {"seconds": float("nan")},
+        {"not_after": "now"},
+        {"payload": b"junk"},
+    ],
+)
+def test_holds_that_cannot_be_hold_nothing(serve: Open, wrong: dict[str, object]) -> None:
+    machine = serve()
+    marker = encode_marker(MarkerRecord(id=HOLD))
+    with pytest.raises((BadInputError, FormatError)):
+        machine.arm({"id": HOLD, "payload": marker, "seconds": 1.0} | wrong)
+    with pytest.raises(RefusedError, match="not made ready"):
+        machine.begin_hold({"id": HOLD})
+    write(machine, "data", 0, b"x" * 4096)
+
+
+@pytest.mark.parametrize("may", [True, False])
+def test_a_thread_that_others_are_held_for_is_urgent_until_the_release(
+    serve: Open, may: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the kernel lets it. While it waits for other machines to be frozen it is not: that may take a minute."""
+    asked: list[int] = []
+
+    def set_scheduler(_pid: int, policy: int, parameter: os.sched_param) -> None:
+        assert (policy & ~os.SCHED_RESET_ON_FORK == os.SCHED_FIFO) == (parameter.sched_priority > 0)
+        asked.append(parameter.sched_priority)
+        if not may:
+            raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", set_scheduler)
+    machine = serve()
+    request = {"id": HOLD, "payload": encode_marker(MarkerRecord(id=HOLD)), "seconds": 60}
+    machine.arm(request)
+    machine.begin_hold({"id": HOLD})
+    assert asked == [1, 2]
+    assert machine.release({"id": HOLD})["holding"] is True
+    assert asked == [1, 2, 0]
+    machine.arm(request | {"not_after": SystemClock().monotonic() + 60})
+    assert asked == [1, 2, 0]
+    machine.begin_hold({"id": HOLD})
+    machine.release({"id": HOLD})
+    assert asked == [1, 2, 0, 2, 0]
+
+
+def test_an_end_in_a_hold_lets_go_and_keeps_what_was_written(state: StateDirectory, serve: Open) -> None:
+    machine = serve()
+    write(machine, "data", 0, b"x" * 4096)
+    machine.arm({"id": HOLD, "payload": encode_marker(MarkerRecord(id=HOLD)), "seconds": 60})
+    machine.begin_hold({"id": HOLD})
+    machine.hold.end()
+    assert machine.release({"id": HOLD})["holding"] is False
+    assert read(serve(), "data", 0, 4096) == b"x" * 4096

@@ -428,7 +428,7 @@ async def test_nothing_is_said_after_a_refusal_that_comes_with_the_next_object(
         await session._reconcile(await session._greet())
         assert host.store._current is not None
         session._session.receive(host.store._current.send(Refused(code="space", text="full")))
-        built = session._build_next()
+        built = session._build_next(session._level())
         assert built is not None
         sending, receiving = trio.open_memory_channel[BuiltObject](1)
         await sending.send(built)

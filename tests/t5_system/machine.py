@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,14 @@ COMMAND_SECONDS_MAX = 60.0
 
 
 class HostUnderTest:
-    """A state directory and a mount point below `scratch`; `program` is the module that is `asrfs`."""
+    """A state directory and a mount point below `scratch`; `program` is the module that is `asrfs`.
 
-    def __init__(self, scratch: Path, *, name: str = "web1", program: str = "asrfs.cli.main") -> None:
+    `within`: a command that runs every other one, such as in another network.
+    """
+
+    def __init__(
+        self, scratch: Path, *, name: str = "web1", program: str = "asrfs.cli.main", within: Sequence[str] = ()
+    ) -> None:
         self.name = name
         self.root = scratch
         self.path = scratch / "state"
@@ -32,6 +38,7 @@ class HostUnderTest:
         self.state = StateDirectory(str(self.path))
         self.supervisor: subprocess.Popen[str] | None = None
         self._program = program
+        self._within = list(within)
         self._errors = scratch / "serve.stderr"
 
     # ---- commands -------------------------------------------------------------------------------------------------
@@ -134,7 +141,7 @@ class HostUnderTest:
             self.stop()
 
     def _command(self, *arguments: str | Path) -> list[str]:
-        return [sys.executable, "-m", self._program, "--state", str(self.path), *map(str, arguments)]
+        return [*self._within, sys.executable, "-m", self._program, "--state", str(self.path), *map(str, arguments)]
 
 
 def run_tool(*arguments: str | Path, seconds_max: float = 30.0) -> str:

@@ -1,7 +1,8 @@
 """Mounts a random history as a tree, in a process of its own: `python -m tests.t5_system.mount_program DIR SHOWN SEED`.
 
 The same seed makes the same history in the test, which so knows every byte. The file SHOWN holds the LSN up to which
-the store has received it, so that points appear while the tree is mounted.
+the store has received it, so that points appear while the tree is mounted. The program says `ready` when it is mounted,
+and `slow` when a read has come that never returns.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class ShownHistory:
     def read_frame(self, row: object, header: object, table: object, i: int) -> bytes:
         frame = self._history.read_frame(row, header, table, i)  # type: ignore[arg-type]
         if frame.startswith(b"slow"):
+            print("slow", flush=True)
             time.sleep(SLOW_SECONDS)  # sleep: stands for a store that does not answer
         return frame
 

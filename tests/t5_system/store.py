@@ -30,9 +30,12 @@ from asrfs.transport.stream import SecureStream, connect, parse_address
 from asrfs.transport.tls import client_context, make_key_and_request, pinned_context
 from replica_store.cli import main
 from replica_store.vault.keys import MachineKeys
+from tests import sweep
 from tests.fakes.scripted_host import HostEnd, HostHistory
+from tests.waiting import wait_until
 
 COMMAND_S_MAX = 60.0
+ORPHAN_S_MAX = 10.0
 
 
 class StoreUnderTest:
@@ -42,6 +45,7 @@ class StoreUnderTest:
         self.path = scratch / name
         self.scratch = scratch
         self.process: subprocess.Popen[str] | None = None
+        self.host = "127.0.0.1"
         self.data = "127.0.0.1:0"
         self.manage = "127.0.0.1:0"
 
@@ -79,7 +83,7 @@ class StoreUnderTest:
         ports = [address.rpartition(":")[2] for address in (self.data, self.manage)]
         with (self.scratch / "store.log").open("a") as log:
             self.process = subprocess.Popen(
-                self.command("serve", "--host", "127.0.0.1", "--data-port", ports[0], "--manage-port", ports[1]),
+                self.command("serve", "--host", self.host, "--data-port", ports[0], "--manage-port", ports[1]),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -87,7 +91,7 @@ class StoreUnderTest:
             )
         assert self.process.stdout is not None
         said = self.process.stdout.readline()
-        assert said.startswith("ready data=127.0.0.1:"), f"serve said {said!r}: {self.log()}"
+        assert said.startswith(f"ready data={self.host}:"), f"serve said {said!r}: {self.log()}"
         self.data, self.manage = (word.partition("=")[2] for word in said.split()[1:])
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
@@ -104,8 +108,13 @@ class StoreUnderTest:
         return (self.scratch / "store.log").read_text()
 
     def close(self) -> None:
+        """Kill it, if it runs: what it has started notices, and ends."""
         if self.process is not None:
             self.stop(signal.SIGKILL)
+        wait_until(lambda: not self._workers(), ORPHAN_S_MAX, what="the end of a killed store's map worker")
+
+    def _workers(self) -> list[str]:
+        return [line for line in sweep.find(self.path).processes if "replica_store.daemon.map_worker" in line]
 
     # ---- enrolling --------------------------------------------------------------------------------------------------
 

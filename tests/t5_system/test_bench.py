@@ -112,3 +112,12 @@ def test_scale_and_export(scratch: Path, name: str) -> None:
     words = ("--peers", "passthrough,asrfs-shipping", "--machines", "2") if name == "scale" else ()
     outcome = bench(scratch, name, *words)[name]
     check(outcome, {"passthrough", "asrfs-shipping"} if name == "scale" else set(outcome["peers"]))
+
+
+def test_barrier(scratch: Path) -> None:
+    outcome = bench(scratch, "barrier", "--seconds", "2")["barrier"]
+    check(outcome, {"asrfs"})
+    by_key = {workload["key"]: workload["turns"]["asrfs"][0] for workload in outcome["workloads"]}
+    assert set(by_key) == {"hold-2", "hold-3", "writers-without", "writers-with"}
+    assert by_key["hold-3"]["also"]["void"] == 0
+    assert by_key["writers-with"]["also"]["points"] >= 2

@@ -34,6 +34,7 @@ def lab(scratch: Path) -> Iterator[Lab]:
         lab.asrfs("init", lab.machine)
         for disk in DISKS:
             lab.asrfs("disk", "add", disk, "--size", "2M")
+        lab.asrfs("set", "crash_interval=24h", "application_interval=off")  # points come when the tests say so
         lab.enroll()
         lab.start_host()
         yield lab

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 import subprocess
@@ -16,7 +15,7 @@ from asrfs.errors import AsrfsError, IntegrityError, NoSpaceError, NotFoundError
 from replica_store.points import exporter
 from replica_store.points.builder import open_disks, resolve
 from replica_store.points.exporter import Exported, export_disk, export_disks
-from replica_store.points.point_disk import FrameCache, PointDisk
+from replica_store.points.point_disk import DiskState, FrameCache, PointDisk
 from tests.fakes.memory_history import MemoryHistory, random_history
 
 SIZE = 300 * 4096 + 1536
@@ -55,7 +54,7 @@ def test_progress_reaches_the_whole(disk: PointDisk, scratch: Path, monkeypatch:
     seen: list[tuple[int, int]] = []
     export_disk(disk, scratch / "x", progress=lambda done, total: seen.append((done, total)))
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
-    assert seen[-1] == (disk.state.extents.mapped_bytes,) * 2
+    assert seen[-1] == (disk.state.layers.bytes_max,) * 2
 
 
 def test_a_large_disk_without_content_is_one_hole(scratch: Path) -> None:
@@ -65,7 +64,7 @@ def test_a_large_disk_without_content_is_one_hole(scratch: Path) -> None:
     history.seal()
     frames = FrameCache(history)
     state = open_disks(history, resolve(history, "web1", "latest"), ["root"], frames)["root"].state
-    large = dataclasses.replace(state, disk=msgspec.structs.replace(state.disk, size_bytes=1 << 40))
+    large = DiskState(msgspec.structs.replace(state.disk, size_bytes=1 << 40), 2, state.runs, history, history.id)
     assert export_disk(PointDisk(large, frames), scratch / "x") == Exported(1 << 40, 0)
     assert (scratch / "x").stat().st_blocks == 0
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from asrfs.daemon import control
+from asrfs.daemon.loop_devices import QUEUE
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import TemporaryError
 from tests.waiting import wait_until
@@ -108,6 +109,24 @@ def give_space_back(lab: Lab, where: Path) -> None:
     settled(lab)
     assert image.stat().st_blocks < before / 2
     wait_until(lambda: lab.status()["journal"]["bytes"] <= 3 * (64 << 20), 60, "the journal to be trimmed")
+
+
+@pytest.mark.timeout(120)
+def test_an_attached_disk_has_its_queue_and_its_filesystem_sizes_set(lab: Lab) -> None:
+    """Requests are what one FUSE request carries, and nothing smaller than a journaled block is written."""
+    lab.asrfs("disk", "add", "small", "--size", "400M")  # so small that mkfs.ext4 would take blocks of 1 KiB
+    device = lab.attach("small", "--format", "ext4")
+    queue = Path("/sys/block", Path(device).name, "queue")
+    found = {name: (queue / name).read_text().strip() for name in QUEUE}
+    assert found == QUEUE | {"scheduler": f"[{QUEUE['scheduler']}] {found['scheduler'].partition('] ')[2]}"}
+    assert "Block size:               4096" in output_of(["dumpe2fs", "-h", device])
+    lab.asrfs("detach", "small")
+    device = lab.attach("small", "--format", "xfs", "--yes")
+    assert output_of(["xfs_db", "-r", "-c", "sb 0", "-c", "print sectsize", device]) == "sectsize = 4096\n"
+
+
+def output_of(words: list[str]) -> str:
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
 def settled(lab: Lab) -> None:

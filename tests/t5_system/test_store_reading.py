@@ -83,6 +83,16 @@ def test_point_list(store: Run, history: MemoryHistory) -> None:
         "group": None,
         "name": "end",
         "protected": False,
+        "hold_ms": None,
+        "freeze_ms": None,
+        "note": None,
+        "wanted": None,
+        "failed": None,
+        "hooks": [],
+        "group_point": None,
+        "members": [],
+        "ready": None,
+        "unfinished": False,
     }
     drawn = store("point", "list", "web1").out
     assert points[-1].id in drawn

@@ -306,7 +306,7 @@ def test_status_never_looks_healthy_because_who_would_complain_is_gone(served: H
         alarms = served.asrfs("status")["alarms"]
         return served.run("status", "--check").returncode, {each["id"]: each["severity"] for each in alarms}
 
-    assert check() == (0, {})
+    wait_until(lambda: check() == (0, {}), what="the agent's first word")
     agent = served.kill("agent", signal.SIGSTOP)
     assert check() == (2, {"agent": "critical"})
     assert served.asrfs("status")["link"] == "agent does not answer"

@@ -22,7 +22,7 @@ import msgspec
 from asrfs.errors import BadInputError
 from asrfs.model.quantities import parse_size
 
-from . import blocks, database, export, recover, replicate, scale
+from . import barrier, blocks, database, export, recover, replicate, scale
 from .benchmark import PEERS, Run
 from .chart import chart
 from .page import CHART, lines_of, page
@@ -35,6 +35,7 @@ ALONE: dict[str, Callable[[Workbench, str, str], Run]] = {
     "recover": recover.run,
     "scale": scale.run,
     "export": export.run,
+    "barrier": barrier.run,
 }
 BENCHMARKS = (*blocks.JOBS, *ALONE)
 TINY = {"turns": 1, "seconds": 0.1, "size": "16M", "records": 20_000, "backlog": "4M"}
@@ -79,7 +80,7 @@ class Numbers(click.ParamType[tuple[int, ...]]):
 @click.option("--tiny", is_flag=True, help="Only to see that it works: everything small and once.")
 @click.option("--no-install", is_flag=True, help="Install no Debian packages; peers that lack theirs are left out.")
 @click.option("--rates", type=Numbers(), default=(), help="replicate: MB/s to try, as 100,200,300.")
-@click.option("--machines", type=Numbers(), default=(), help="scale: how many machines, as 1,2,4.")
+@click.option("--machines", type=Numbers(), default=(), help="scale, barrier: how many, as 1,2,4.")
 @click.option("--records", type=click.IntRange(1000), default=10_000_000, show_default=True, help="export: of history.")
 @click.option("--backlog", type=Size(), default="1G", show_default=True, help="recover: bytes of unapplied writes.")
 @click.pass_context
@@ -87,7 +88,7 @@ def main(
     context: click.Context, /, names: tuple[str, ...], peers: str | None, output: Path | None, **given: Any
 ) -> None:
     """Run benchmarks of asrfs beside its peers on this machine, in turns: write read mixed fsync database replicate
-    recover scale export, or all.
+    recover scale export barrier, or all.
     """
     if os.geteuid() != 0:
         raise click.UsageError("loop devices need root")

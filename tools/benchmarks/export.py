@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from pathlib import Path
 from lab import LabError, command, stop, wait_until
 
 from asrfs.model.quantities import format_size
+from replica_store.vault.vault import Vault
 
 from . import long_history
 from .benchmark import Run
@@ -30,6 +33,8 @@ NOTES = (
     "`export`: from the start of the command until its file has a block; the command is stopped then. `mount`: from "
     "the opening of the file in a tree that nobody looked at before until a written block of it is read.",
     "Memory is the most that the whole process had resident.",
+    "Map checkpoints are there as `replica-store serve` makes them, except where it says that there are none, as when "
+    "they were deleted.",
 )
 
 
@@ -45,16 +50,25 @@ def run(bench: Workbench, name: str, command: str) -> Run:
     version = AsrfsPeer(bench, 0).version()
     for key, title in ((EXPORT, "replica-store export"), (MOUNT, "replica-store mount")):
         run.facts(key, title, version)
-    steps: list[tuple[int, Workload, Workload]] = []
+    steps: list[tuple[int, Workload, Workload, Workload]] = []
     for count in counts:
         label = f"{count / 1e6:g}M" if count >= 1e6 else f"{count / 1e3:g}k"
         soon = Workload(f"first-byte-{label}", f"first byte after {label} records", "s", less_is_better=True)
         memory = Workload(f"memory-{label}", f"memory for {label} records", "MiB", less_is_better=True)
-        steps.append((count, soon, memory))
-    run.outcome.workloads += [*(soon for _, soon, _ in steps), *(memory for _, _, memory in steps)]
+        title = f"first byte after {label} records, no map checkpoints"
+        steps.append((count, soon, memory, Workload(f"bare-{label}", title, "s", less_is_better=True)))
+    for column in zip(*(step[1:] for step in steps), strict=True):
+        run.outcome.workloads += column
     ways: dict[str, Callable[[Workbench, LongHistory, int], tuple[float, int]]] = {EXPORT: _export, MOUNT: _mount}
     for turn in range(bench.options.turns):
-        for count, soon, memory in steps:
+        for count, _, _, bare in steps:
+            for key, way in ways.items():
+                shutil.rmtree(history.vault / "maps", ignore_errors=True)  # what the one before left
+                seconds, _ = way(bench, history, count)
+                bare.add(key, Turn(seconds, {"per_million": seconds / count * 1e6}))
+        shutil.rmtree(history.vault / "maps", ignore_errors=True)
+        run.outcome.notes += (_make_maps(history),)
+        for count, soon, memory, _ in steps:
             millions = count / 1e6
             for key, way in ways.items():
                 seconds, peak = way(bench, history, count)
@@ -62,6 +76,22 @@ def run(bench: Workbench, name: str, command: str) -> Run:
                 memory.add(key, Turn(peak / MIB, {"per_million": peak / MIB / millions}))
         bench.say(f"turn {turn + 1} of {bench.options.turns} done")
     return run
+
+
+def _make_maps(history: LongHistory) -> str:
+    """As `serve` has it done; what it took."""
+    before = os.times()
+    with Vault.open(str(history.vault)) as vault:
+        (machine,) = vault.machines()
+    words = command("replica_store.daemon.map_worker", history.vault, machine.id)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=SECONDS_MAX, check=False)
+    if done.returncode:
+        raise LabError(f"no map checkpoints were made: {done.stderr[-300:]}")
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    sizes = [path.stat().st_size for path in (history.vault / "maps").glob("*/*.map")]
+    took = f"{seconds:.1f} s of processor time, {len(sizes)} files, {sum(sizes) / MIB:.0f} MiB"
+    return f"Making all map checkpoints of the history at once: {took}."
 
 
 def _export(bench: Workbench, history: LongHistory, lsn: int) -> tuple[float, int]:

@@ -19,8 +19,8 @@ from asrfs.format.log_object import (
     ObjectKeys,
     decode_object_header,
     derive_keys,
-    encode_object,
 )
+from asrfs.format.object_encoder import ObjectEncoder
 from asrfs.format.record import Kind
 from asrfs.model.machine import DiskRecord, encode_disk
 from asrfs.storage.system_clock import SystemClock
@@ -84,7 +84,7 @@ class _Writer:
         self._digest = NO_DIGEST
 
     def put(self, index: Index, payload: bytes) -> None:
-        self._digest, pieces = encode_object(
+        self._digest, content = ObjectEncoder().encode(
             machine_id=self._machine_id,
             epoch=1,
             session_salt=self._salt,
@@ -93,13 +93,13 @@ class _Writer:
             payloads=[payload] if payload else [],
             keys=self._keys,
         )
-        header = decode_object_header(pieces[0], "a log object")
+        header = decode_object_header(content, "a log object")
         nonce = f"{header.first_lsn & 0xFFFFFFFF:08x}"
         name = log_object_name(self._machine_id.hex(), 1, header.first_lsn, header.last_lsn, nonce)
         path = Path(self._vault.root, "objects", name)  # not by `objects.put`, which makes each one durable by itself
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
-            file.writelines(pieces)
+            file.write(content)
         self._vault.catalog.append([entry_of(header, index, self._digest, nonce, name)])
         self.lsn = header.last_lsn
         self.time_ns = header.last_time_ns + 1

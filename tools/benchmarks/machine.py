@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 
@@ -15,7 +16,7 @@ def description(directory: Path) -> dict[str, str]:
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / (1 << 30):.0f} GiB",
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
         "system": _release(),
-        "python": platform.python_version(),
+        "python": f"{platform.python_version()}, {'' if sys.base_prefix == '/usr' else 'not '}the system's build",
         "filesystem": _filesystem(directory),
     }
 

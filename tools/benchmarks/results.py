@@ -25,8 +25,14 @@ class Column(NamedTuple):
 
 COLUMNS = {
     "mib_per_s": Column("MiB/s", 1),
+    "p50_ms": Column("p50 ms", 2),
+    "max_ms": Column("max ms", 2),
+    "cut_ms": Column("whole point p50 ms", 2),
+    "void": Column("void", 0),
+    "points": Column("points", 0),
     "p50_us": Column("p50 µs", 0),
     "p99_us": Column("p99 µs", 0),
+    "max_us": Column("max µs", 0),
     "cpu_ms": Column("CPU ms / 1,000", 1),
     "store_cpu_ms": Column("store's CPU ms / 1,000", 1),
     "latency_ms": Column("latency ms", 2),

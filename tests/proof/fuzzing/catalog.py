@@ -11,7 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from asrfs.model.machine import MarkerRecord, decode_disk, decode_marker, encode_disk, encode_marker
+from asrfs.model.configuration import decode_configuration, encode_configuration
+from asrfs.model.machine import decode_disk, encode_disk
+from asrfs.model.marker import HookResult, MarkerRecord, decode_marker, encode_marker
+from asrfs.model.policy import follow_policy
 from asrfs.model.quantities import format_time
 from asrfs.storage.system_clock import SystemClock
 from replica_store.ingest.ingester import Ingester
@@ -19,7 +22,9 @@ from replica_store.points.builder import disks_of, open_disks, resolve
 from replica_store.points.point_disk import FrameCache
 from replica_store.points.tree import point_tree
 from replica_store.vault.catalog import Catalog
+from replica_store.vault.configuration import configuration_of
 from replica_store.vault.enrolment import make_token
+from replica_store.vault.policy_changes import assign, set_policy
 from replica_store.vault.rows import LogName, MachineRow, ObjectRow, PointRow, parse_log_name
 from replica_store.vault.scrub import scrub
 from replica_store.vault.standing import standing_of
@@ -29,20 +34,44 @@ from tests.fakes.memory_history import MemoryHistory, random_history
 from tests.proof.fuzzing.mutations import Strike, any_extreme, flip, mutate_bytes, mutate_text
 from tests.proof.fuzzing.target import Target, Trial, refused
 
-_TABLES = ("machines", "objects", "points", "disks", "links", "tokens")
+_TABLES = (
+    *("machines", "objects", "points", "disks", "links", "tokens"),
+    *("policies", "assignments", "generations", "appeared"),
+)
 _READ_BYTES = 16 << 10
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _EPOCH_END = 1 << 32
+_FULL_MARKER = MarkerRecord(
+    id="e" * 32,
+    group="shop",
+    name="full",
+    hold_ms=1.5,
+    note="a note",
+    wanted="application",
+    failed="hook db: exit code 1",
+    freeze_ms=2.5,
+    hooks=(HookResult(name="db", phase="pre", exit_code=1, seconds=0.5, output="no"),),
+    group_point="d" * 32,
+    members=("c" * 32,),
+    ready=1,
+    unfinished=True,
+)
+"""Every column of a point has a value, so each is changed."""
 
 
 def make_vault(root: Path) -> MemoryHistory:
     """A vault with a history, a token and a link."""
     history = random_history(4, records=40, disks={"root": 64 * 4096, "db": 16 * 4096})
+    history.mark(_FULL_MARKER)
+    history.seal()
     fill_vault(root, history)
     with Vault.open(str(root), writable=True) as vault:
         make_token(vault, "web2", SystemClock())
         with vault.catalog.transaction():
             vault.catalog.change("INSERT INTO links VALUES (?, 5, 1, 9, 8, 7)", (history.id,))
+            vault.catalog.note_appeared(vault.catalog.points(history.id), 1_700_000_000_000_000_000)
+        set_policy(vault, "gold", {"crash_interval": "60s", "bandwidth_limit": "08:00-18:00 20M; else 200M"})
+        assign(vault, "gold", "machine", history.id)
     return history
 
 
@@ -125,6 +154,7 @@ def read_everything(vault: Vault, history: MemoryHistory, rng: random.Random) ->
         lambda: vault.objects_of(history.id, lsn),
         lambda: _read_disks(vault, selector),
         lambda: _walk(vault),
+        lambda: _check_told(vault, history.id),
         lambda: Ingester(vault, history.id, lambda: "deadbeef").begin_session(vault.machine("web1"), bytes(32)),
     ]
     if rng.random() < 0.1:
@@ -153,6 +183,13 @@ def _check_rows(vault: Vault, machine: MachineRow) -> None:
         _check_point(point, history)
 
 
+def _check_told(vault: Vault, machine_id: str) -> None:
+    """No host is told what it would pass over as a whole, and each can be followed in part."""
+    told = configuration_of(vault.catalog, machine_id)
+    assert decode_configuration(encode_configuration(told)) == told
+    follow_policy(told.keys)
+
+
 def _check_object(row: ObjectRow, history: str) -> None:
     said = LogName(row.machine_id, row.epoch, row.first_lsn, row.last_lsn, row.nonce)
     is_sound = 0 < row.first_lsn <= row.last_lsn and 0 <= row.first_time_ns <= row.last_time_ns
@@ -161,9 +198,7 @@ def _check_object(row: ObjectRow, history: str) -> None:
 
 
 def _check_point(row: PointRow, history: str) -> None:
-    said = (row.consistency, row.group, row.name, row.hold_ms)
-    marker = MarkerRecord(id=row.id, consistency=said[0], group=said[1], name=said[2], hold_ms=said[3])  # type: ignore[arg-type]
-    is_sound = refused(lambda: decode_marker(encode_marker(marker))) == marker
+    is_sound = refused(lambda: decode_marker(encode_marker(row.marker))) == row.marker
     is_sound = is_sound and row.lsn > 0 and row.time_ns >= 0 and 0 <= row.epoch < _EPOCH_END
     assert is_sound, f"a point that cannot be, of {history}: {row}"
 

@@ -12,13 +12,16 @@ from typing import Any
 import msgspec
 import pytest
 
+from asrfs.consistency.hooks import decode_hook
 from asrfs.daemon import enroll as host_enroll
 from asrfs.daemon import enrolment as host_enrolment
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import AsrfsError
 from asrfs.format.log_object import KEY_BYTES
 from asrfs.journal.recovery import recover
-from asrfs.model.machine import decode_disk, decode_marker
+from asrfs.model.configuration import check_configuration
+from asrfs.model.machine import decode_disk
+from asrfs.model.marker import decode_marker
 from asrfs.storage.system_clock import SystemClock
 from asrfs.transport import tls
 from asrfs.transport.enrolment import ApiFailure, EnrolReply, EnrolRequest, decode_token, encode_base64url
@@ -60,6 +63,22 @@ _STORE = {
 }
 
 
+_CONFIGURATION = {
+    "generation": 5,
+    "policy": "gold",
+    "keys": {"crash_interval": "60s", "retention": "7d"},
+    "groups": [
+        {
+            "id": "c" * 32,
+            "name": "shop",
+            "coordinator": "a" * 32,
+            "members": [{"machine_id": "a" * 32, "name": "web1", "address": "10.0.0.7", "port": 20004}],
+            "interval_s": 60.0,
+        }
+    ],
+}
+
+
 def broken_json(rng: random.Random, document: Any, strike: Strike) -> bytes:
     """As bytes or as a document."""
     if rng.random() < 0.3:
@@ -73,7 +92,7 @@ def broken_json(rng: random.Random, document: Any, strike: Strike) -> bytes:
 
 @contextmanager
 def open_state(scratch: Path) -> Iterator[Trial]:
-    """machine.json, settings.json, positions.json, keys/store.json, run/served.json."""
+    """machine.json, settings.json, positions.json, configuration.json, keys/store.json, run/served.json."""
     state = StateDirectory.create(str(scratch / "state"), "web1")
     root = Path(state.root)
 
@@ -90,6 +109,11 @@ def open_state(scratch: Path) -> Iterator[Trial]:
     def settings() -> None:
         state.load_settings().quota_bytes(1 << 30)
 
+    def configuration() -> None:
+        """Never refused: the store says it again, and until then there are defaults."""
+        check_configuration(state.load_configuration())
+        settings()
+
     def store() -> None:
         enrolment = host_enrolment.load_enrolment(state)
         assert enrolment is not None and enrolment.data_address
@@ -99,7 +123,8 @@ def open_state(scratch: Path) -> Iterator[Trial]:
     places: list[tuple[str, Any, Callable[[], None]]] = [
         ("machine.json", _MACHINE, machine),
         ("positions.json", _POSITIONS, positions),
-        ("settings.json", {"object_age": "1s", "journal_quota": "50%"}, settings),
+        ("settings.json", {"object_age": "1s", "journal_quota": "50%", "crash_interval": "5s"}, settings),
+        ("configuration.json", _CONFIGURATION, configuration),
         ("keys/store.json", _STORE, store),
     ]
     for name, document, load in places:
@@ -133,7 +158,24 @@ def open_vault_file(scratch: Path) -> Iterator[Trial]:
 def open_notes(_scratch: Path) -> Iterator[Trial]:
     """DISK and MARKER payloads from a host."""
     disk = {"slot": 3, "id": _ID, "name": "root", "size_bytes": 1 << 20, "removed": False, "gap": True}
-    marker = {"id": _ID, "consistency": "crash", "group": "g1", "name": "noon", "hold_ms": 0.5, "note": "why"}
+    hook = {"name": "10-db", "phase": "pre", "exit_code": 1, "happened": None, "seconds": 0.5, "output": "no"}
+    marker = {
+        "id": _ID,
+        "consistency": "crash",
+        "group": "g1",
+        "name": "noon",
+        "hold_ms": 0.5,
+        "note": "why",
+        "wanted": "application",
+        "failed": "hook 10-db: exit code 1",
+        "freeze_ms": 1.5,
+        "hooks": [hook],
+        "group_point": _ID,
+        "members": [_ID],
+        "ready": 1,
+        "unfinished": False,
+        "completes": 5,
+    }
 
     def trial(rng: random.Random, strike: Strike) -> None:
         good, decode = rng.choice(((disk, decode_disk), (marker, decode_marker)))
@@ -145,6 +187,25 @@ def open_notes(_scratch: Path) -> Iterator[Trial]:
         if found is not None:
             assert found == decode(msgspec.msgpack.encode(found)), "what was read says the same when written again"  # type: ignore[operator]
             assert all(is_label(name) for name in (found.name, getattr(found, "group", None)) if name is not None)
+
+    yield trial
+
+
+# ---- hooks --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_hook(_scratch: Path) -> Iterator[Trial]:
+    """What says which program runs as root."""
+    good = {"name": "db", "phase": "pre", "argv": ["/bin/true", "-x"], "order": 10, "timeout_s": 5.0}
+    assert decode_hook(msgspec.json.encode(good), "db.json").order == 10
+
+    def trial(rng: random.Random, strike: Strike) -> None:
+        body = broken_json(rng, good, strike)
+        hook = refused(lambda: decode_hook(body, "db.json"))
+        if hook is not None:
+            assert hook.name == "db" and hook.argv[0].startswith("/") and 0 < hook.timeout_s <= 3600
+            assert not any("\0" in word for word in hook.argv) and 0 <= hook.order <= 9999
 
     yield trial
 
@@ -265,6 +326,7 @@ def open_certificate(_scratch: Path) -> Iterator[Trial]:
 TARGETS = (
     Target("state directory", 10, open_state),
     Target("vault.json", 4, open_vault_file),
+    Target("hook", 1, open_hook),
     Target("record notes", 24, open_notes),
     Target("enrolment request", 4, open_enrol_request),
     Target("enrolment reply", 12, open_enrol_reply),

@@ -25,7 +25,8 @@ from asrfs.format.segment import POSITION_MASK, POSITION_SHIFT, SegmentHeader, e
 from asrfs.journal.reader import JournalReader
 from asrfs.journal.recovery import Recovered, recover
 from asrfs.journal.segments import segment_name
-from asrfs.model.machine import DiskRecord, MarkerRecord, encode_disk, encode_marker
+from asrfs.model.machine import DiskRecord, encode_disk
+from asrfs.model.marker import MarkerRecord, encode_marker
 from asrfs.model.positions import Cursor, Positions
 from tests.fakes.crash_storage import CrashStorage
 from tests.proof.fuzzing.mutations import Strike, any_extreme, flip, mutate_bytes, mutate_fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,9 +12,10 @@ from typing import Any, TypeVar
 import trio
 import trio.testing
 
-from asrfs.errors import AsrfsError
+from asrfs.errors import AsrfsError, FormatError
 from asrfs.format.log_object import SALT_BYTES
 from asrfs.journal.reader import JournalReader
+from asrfs.model.configuration import HostConfiguration, check_configuration
 from asrfs.model.positions import Cursor, Positions
 from asrfs.protocol.frames import FRAME_HEADER_BYTES, ProtocolError
 from asrfs.protocol.messages import PROTOCOL_VERSION, Welcome
@@ -26,6 +28,7 @@ from asrfs.replication.shipping_session import ShippingSession, ShippingSettings
 from asrfs.storage.system_clock import SystemClock
 from asrfs.transport.tls import MachineIdentity
 from replica_store.ingest.budget import Budget
+from replica_store.ingest.configurations import Configurations
 from replica_store.ingest.ingester import Ingester
 from replica_store.ingest.links import Links
 from replica_store.ingest.session import StoreSession
@@ -92,6 +95,7 @@ class _InlineStore:
         self.vault = vault
         self.links = Links(vault, SystemClock())
         self.budget = Budget()
+        self.configurations = Configurations(vault, self.in_thread)
         self.ingester = Ingester(vault, _MACHINE, lambda: "deadbeef")
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -176,10 +180,12 @@ class _InlineSource(Source):
 
 @dataclass(frozen=True)
 class Shipped:
-    """What one session came to. `objects`: last LSN and digest of each that was sent whole."""
+    """What one session came to. `objects`: last LSN and digest of each that was sent whole. `followed`: what the store
+    wanted of the host and the host takes."""
 
     objects: list[tuple[int, str]]
     acknowledged_lsn: int
+    followed: list[HostConfiguration]
 
 
 class HostWorld:
@@ -203,6 +209,11 @@ class HostWorld:
         progress.note_host(appended_lsn=self.durable_lsn, durable=self._durable, epoch=1)
         readers = [JournalReader(journal, MACHINE_ID) for _ in range(2)]
         stream = ScriptedStream(pieces, _GAP_S)
+        followed: list[HostConfiguration] = []
+
+        def configured(configuration: HostConfiguration) -> None:
+            with contextlib.suppress(FormatError):
+                followed.append(check_configuration(configuration))
 
         async def run() -> None:
             source = _InlineSource(
@@ -216,6 +227,7 @@ class HostWorld:
                 settings=ShippingSettings(object_size=3 * 4096),
                 threads=trio.CapacityLimiter(1),
                 journal_turn=trio.Lock(),
+                configured=configured,
             )
             keys = HostKeys(MACHINE_ID, b"i" * 32, b"p" * 32)
             try:
@@ -229,7 +241,7 @@ class HostWorld:
         finally:
             for reader in readers:
                 reader.close()
-        return Shipped(_objects_in(bytes(stream.said)), positions.current.acknowledged.lsn)
+        return Shipped(_objects_in(bytes(stream.said)), positions.current.acknowledged.lsn, followed)
 
 
 def _objects_in(said: bytes) -> list[tuple[int, str]]:

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from asrfs.daemon.settings import DEFAULT_TEXTS, OBJECT_BYTES_MAX, OBJECT_BYTES_MIN, parse_overrides
-from asrfs.model import names, quantities
+from asrfs.model import names, policy, quantities
+from asrfs.model.point_filter import parse_moment
 from asrfs.transport import enrolment
 from asrfs.transport.stream import parse_address
 from replica_store.points.selector import AtLsn, AtPoint, AtTime, parse_selector
@@ -79,8 +80,31 @@ def try_setting(rng: random.Random, strike: Strike) -> None:
         overrides[key] = mutate_text(rng, rng.choice((overrides[key], "512M", "5s", "10%")), strike)
     settings = refused(lambda: parse_overrides(overrides))
     if settings is not None:
-        assert OBJECT_BYTES_MIN <= settings.object_size <= OBJECT_BYTES_MAX and settings.bandwidth_limit >= 0
+        assert (
+            OBJECT_BYTES_MIN <= settings.object_size <= OBJECT_BYTES_MAX
+            and settings.policy.bandwidth.limit_at(rng.randrange(1440)) >= 0
+        )
         assert 0 < settings.object_age <= 60 and settings.quota_bytes(1 << 30) > 0
+
+
+def try_policy(rng: random.Random, strike: Strike) -> None:
+    """Whatever a store tells, a host follows something that it can live with; what a person writes is taken or not."""
+    texts = dict(rng.sample(sorted(policy.DEFAULT_TEXTS.items()), rng.randint(1, 5)))
+    texts |= rng.choice(({}, {"retention": "24h, 7d/1h, 30d/1d"}, {"bandwidth_limit": "08:00-18:00 20M; else 2M"}))
+    key = rng.choice(list(texts))
+    if rng.random() < 0.1:
+        texts[mutate_text(rng, key, strike)] = texts.pop(key)
+    else:
+        texts[key] = mutate_text(rng, texts[key], strike)
+    taken = refused(lambda: policy.parse_policy(texts))
+    followed, errors = policy.follow_policy(texts)
+    assert bool(errors) == (taken is None) and (taken is None or taken == followed)
+    assert 1 <= followed.crash_interval_s <= 86400 and followed.application_interval_s < followed.retention_s
+    assert 0 < followed.retention_s <= policy.RETENTION_S_MAX
+    assert followed.bandwidth.limit_at(rng.randrange(1440)) >= 0
+    assert policy.parse_policy(policy.followed_texts(texts)) == followed
+    moment = refused(lambda: parse_moment(mutate_text(rng, rng.choice((*_TIMES, *_DURATIONS)), strike), 1 << 60))
+    assert moment is None or isinstance(moment, int)
 
 
 def try_token(rng: random.Random, strike: Strike) -> None:
@@ -109,5 +133,6 @@ TARGETS = (
     _target("name", try_name, 18),
     _target("address", try_address, 12),
     _target("setting", try_setting, 12),
+    _target("policy", try_policy, 12),
     _target("token", try_token, 18),
 )

@@ -18,7 +18,8 @@ HELD_MAX = 64
 
 def answer_before_append() -> None:
     """Records are written when there are many, or somebody reads or syncs: a kill loses answered writes."""
-    roll, read_locked, commit, close = Journal._roll, Journal.read_locked, Journal._commit, Journal.close
+    roll, commit, close = Journal._roll, Journal._commit, Journal.close
+    read_locked, read_into_locked = Journal.read_locked, Journal.read_into_locked
 
     def flush(journal: Any) -> None:
         held, journal.held = getattr(journal, "held", []), []
@@ -50,6 +51,7 @@ def answer_before_append() -> None:
 
     Journal._roll = roll_lazily  # type: ignore[method-assign]
     Journal.read_locked = flush_before(read_locked, False)  # type: ignore[method-assign]
+    Journal.read_into_locked = flush_before(read_into_locked, False)  # type: ignore[method-assign]
     Journal._commit = flush_before(commit, True)  # type: ignore[method-assign]
     Journal.close = flush_before(close, True)  # type: ignore[method-assign]
 

@@ -63,6 +63,7 @@ def take_strike(role: str) -> tuple[str, int, Path] | None:
         except FileNotFoundError:
             continue
         call, number = path.with_suffix(".taken").read_text().split()
+        path.with_suffix(".pid").write_text(str(os.getpid()))
         return call, int(number), path.with_suffix(".trace")
     return None
 

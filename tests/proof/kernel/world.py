@@ -20,6 +20,7 @@ from tests.t5_system.store import StoreUnderTest
 from tests.waiting import wait_until
 
 PROGRAM = "tests.proof.kernel.struck"
+DYING_S_MAX = 30.0
 
 
 class StruckStore(StoreUnderTest):
@@ -106,6 +107,12 @@ class World:
                 assert self.store.process is not None
                 if self.store.process.wait(timeout=10) != -signal.SIGKILL:
                     raise
+
+    def wait_for_struck_store(self, trace: Path) -> None:
+        """A strike is seen a moment before its process is gone, which would be taken for a living one."""
+        process = self.store.process
+        if process is not None and process.pid == int(trace.with_suffix(".pid").read_text()):
+            process.wait(timeout=DYING_S_MAX)
 
     def _forget_dead_store(self) -> None:
         process, self.store.process = self.store.process, None

@@ -1,8 +1,8 @@
 """Inputs nobody should have made, to every place that reads bytes, rows, documents or texts.
 
-Each input is a valid one, broken. Only typed errors leave, memory grows by 64 MiB at most over the whole run, no
-input takes more than a second. Where more can be said it is: what was broken and not sealed again is refused, what is
-accepted is what was sent.
+Each input is a valid one, broken. Only typed errors leave, memory grows by 64 MiB at most with an input and over the
+whole run, no input takes more than a second. Where more can be said it is: what was broken and not sealed again is
+refused, what is accepted is what was sent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import structlog
 
-from tests.proof.fuzzing import catalog, control, files, journal, objects, texts, wire
+from tests.proof.fuzzing import catalog, control, files, groups, journal, objects, texts, wire
 from tests.proof.fuzzing.mutations import KINDS
 from tests.proof.fuzzing.target import Gauge, Target, Trial
 from tests.proof.level import Case, Context, Level, Notes
@@ -29,6 +29,7 @@ TARGETS: tuple[Target, ...] = (
     *files.TARGETS,
     *control.TARGETS,
     *texts.TARGETS,
+    *groups.TARGETS,
 )
 
 

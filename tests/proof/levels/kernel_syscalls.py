@@ -80,6 +80,8 @@ def _run(made: World, rng: random.Random, notes: Notes) -> None:
             load.go_on(2, "writes between strikes")
             for strike in [strike for strike in waiting if strike.struck]:
                 waiting.remove(strike)
+                if strike.role == "store":
+                    made.wait_for_struck_store(strike.trace)
                 load.go_on(2, f"writes after {strike.call} of the {strike.role}")
                 load.check()
                 notes.count()

@@ -9,7 +9,7 @@ from itertools import count
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import get_state_machine_test
 
-from tests.fakes import broken_exchange, disk_machine, journal_race
+from tests.fakes import broken_exchange, disk_machine, journal_race, map_histories
 from tests.fakes.broken_exchange import exchange_over_broken_connections
 from tests.fakes.disk_machine import DiskAgainstBytes
 from tests.fakes.history_steps import FRAME_BYTES, STEPS, check_every_lsn
@@ -22,6 +22,8 @@ BATCH = 20
 """Histories of the disk's state machine that one case plays: starting hypothesis costs as much as several."""
 STORE_BATCH = 6
 """Histories of the store for each such batch: every LSN of each is read back, which is most of the work."""
+MAPS_BATCH = 2
+"""Pairs of histories that share a place of map checkpoints; every LSN of each is read back twice."""
 PAIR_BATCH = 8
 THREADS_BATCH = 2
 GUEST_STEPS = 60
@@ -35,6 +37,9 @@ def cases(context: Context) -> Iterator[Case]:
         for each in range(STORE_BATCH):
             label = f"store-{number}-{each}"
             yield Case(label, lambda notes, label=label: _store(context, label, notes))  # type: ignore[misc]
+        for each in range(MAPS_BATCH):
+            label = f"maps-{number}-{each}"
+            yield Case(label, lambda notes, label=label: _maps(context, label, notes))  # type: ignore[misc]
         for each in range(PAIR_BATCH):
             label = f"pair-{number}-{each}"
             yield Case(label, lambda notes, label=label: _pair(context, label, notes))  # type: ignore[misc]
@@ -74,6 +79,15 @@ def _store(context: Context, label: str, notes: Notes) -> None:
     notes.fired(EVERY_LSN, lsns)
 
 
+def _maps(context: Context, label: str, notes: Notes) -> None:
+    """Two histories of 50 steps that go apart, every LSN of both read back with checkpoints of both lying about."""
+    rng = context.rng(label)
+    steps = rng.choices(STEPS, k=STEPS_A_HISTORY)
+    events = map_histories.check_with_maps(steps, rng.getrandbits(32), rng.choice(FRAME_BYTES))
+    notes.count(2)
+    _note(notes, events)
+
+
 def _pair(context: Context, label: str, notes: Notes) -> None:
     """Host and store over connections that break, until all of a history is acknowledged."""
     rng = context.rng(label)
@@ -96,7 +110,7 @@ LEVEL = Level(
     unit="histories of 50 steps",
     submission=2_000,
     release=100_000,
-    faults=(*disk_machine.EVENTS, EVERY_LSN, *broken_exchange.EVENTS, *journal_race.EVENTS),
+    faults=(*disk_machine.EVENTS, EVERY_LSN, *map_histories.EVENTS, *broken_exchange.EVENTS, *journal_race.EVENTS),
     cases=cases,
     is_divisible=True,
 )

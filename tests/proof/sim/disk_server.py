@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from asrfs.format.record import PAYLOAD_BYTES_MAX, Kind
 from asrfs.journal.block_map import BlockMap
-from asrfs.journal.disk import JournaledDisk, drop_applied, rebuild_maps
+from asrfs.journal.disk import JournaledDisk, rebuild_maps
+from asrfs.journal.map_keeper import MapKeeper
 from asrfs.journal.recovery import Recovered, recover
 from asrfs.journal.writer import Journal, SyncCallback
 from asrfs.model.clock import Clock
@@ -89,12 +90,14 @@ class DiskServerLife:
         self._announced: dict[int, DiskRecord] = {}
         machine = load_machine()
         images = {disk.slot: storage.open(f"images/{disk.slot}") for disk in machine.disks}
-        recovered = recover(storage.below("journal"), positions, machine_id, segment_bytes=segment_bytes)
+        journal = storage.below("journal")
+        recovered = recover(journal, positions, machine_id, segment_bytes=segment_bytes, by_indexes=True)
         model.recovered(recovered.last_lsn)
         self.recovered_lsn = recovered.last_lsn
         maps = {slot: BlockMap() for slot in images}
-        rebuild_maps(recovered, maps)
+        rebuild_maps(recovered, maps, journal)
         self.journal = ToldJournal(storage, machine_id, recovered, clock, model, rng, segment_bytes)
+        MapKeeper(self.journal, journal, maps, recovered, ahead=False, layers_kept=1)
         self.disks = [
             JournaledDisk(disk.slot, disk.size_bytes, images[disk.slot], self.journal, maps[disk.slot])
             for disk in machine.disks
@@ -134,7 +137,7 @@ class DiskServerLife:
         return place
 
     def applied(self, lsn: int, segment: int) -> None:
-        drop_applied(self.journal, self.disks, segment)
+        self.journal.drop_through(segment, [disk.map for disk in self.disks])
 
     def fill(self, slot: int, offset: int, length: int) -> int:
         assert 0 < length <= 16 * PAYLOAD_BYTES_MAX

@@ -332,7 +332,7 @@ class Host:
         if self.server is None:
             return
         for disk in self.server.disks:
-            content = b"".join(bytes(piece) for piece in disk.read(0, disk.size_bytes))
+            content = bytes(disk.read(0, disk.size_bytes))
             assert content == self.model.disks[disk.slot], (
                 f"I9: disk {disk.slot} of {self.name} at LSN {self.model.lsn}"
             )

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from asrfs.model.machine import MarkerRecord, encode_marker
+from asrfs.model.marker import MarkerRecord, encode_marker
 from tests.fakes.crash_storage import CHANGING, CrashStorage, Fate, Fault
 from tests.proof.sim.disk_server import DiskServerLife
 from tests.proof.sim.host import Host
@@ -116,7 +116,7 @@ class Steps:
         def write(server: DiskServerLife) -> None:
             server.announce()
             server.disks[slot].write(offset, content)
-            read = b"".join(bytes(piece) for piece in server.disks[slot].read(offset, len(content)))
+            read = server.disks[slot].read(offset, len(content))
             assert read == content, f"I9: {host.name} does not read what it has written"
 
         host.change(write)

@@ -163,6 +163,7 @@ class Store:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self.listener.save_links)
+            nursery.start_soon(self.listener.configurations.run)
             await trio.sleep_forever()
 
     @property

@@ -1,0 +1,25 @@
+"""How much went by lately. Pure; times are monotonic seconds."""
+
+from __future__ import annotations
+
+from collections import deque
+
+WINDOW_S = 2.0
+
+
+class Pace:
+    """Bytes per second over the last WINDOW_S."""
+
+    def __init__(self) -> None:
+        self._noted: deque[tuple[float, int]] = deque()
+        self._sum = 0
+
+    def note(self, count: int, now_s: float) -> None:
+        """So many bytes just now."""
+        self._noted.append((now_s, count))
+        self._sum += count
+
+    def bytes_per_s(self, now_s: float) -> float:
+        while self._noted and now_s - self._noted[0][0] > WINDOW_S:
+            self._sum -= self._noted.popleft()[1]
+        return self._sum / WINDOW_S
