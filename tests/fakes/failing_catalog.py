@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -49,6 +50,8 @@ class FailingConnection:
         self._catalog = catalog
         self._connection = catalog._connection
         self._fault = fault
+        self._statements: list[tuple[str, Sequence[Any]]] = []
+        """Of the transaction that is open."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._connection, name)
@@ -59,16 +62,27 @@ class FailingConnection:
             raise sqlite_error(self._fault.error)
         if statement == "COMMIT":
             self._fault.in_doubt = None
+        if statement.startswith("BEGIN"):
+            self._statements.clear()
+        self._statements.append((statement, parameters))
         return self._connection.execute(statement, parameters)
 
     def _end_transaction(self, statement: str) -> None:
         """What the error leaves of it."""
         if statement == "COMMIT" and self._fault.error == sqlite3.SQLITE_IOERR:
-            self._connection.execute("COMMIT")
-            self._fault.in_doubt = self._connection.serialize()
-            self._connection.deserialize(self._catalog.commits[-1])
+            self._fault.in_doubt = self._as_if_committed()
+            self._connection.execute("ROLLBACK")
         elif self._connection.in_transaction and self._fault.rng.random() < 0.5:
             self._connection.execute("ROLLBACK")
+
+    def _as_if_committed(self) -> bytes:
+        """The catalog with this transaction. Played again on a copy: a connection that is set back with `deserialize` may
+        go on with statements that were prepared for the other content, and write into another table."""
+        with closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:
+            copy.deserialize(self._catalog.commits[-1])
+            for statement, parameters in [*self._statements, ("COMMIT", ())]:
+                copy.execute(statement, parameters)
+            return copy.serialize()
 
 
 def fail(catalog: MemoryCatalog, fault: CatalogFault) -> CatalogFault:
