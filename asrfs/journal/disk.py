@@ -102,8 +102,8 @@ class JournaledDisk:
     # ---- grow ----
 
     def make_room(self, size_bytes: int) -> None:
-        """From now on what is journaled of the last block reaches as far as it does in a disk of `size_bytes`, so that it
-        can be read as far. The image must be as long already; what is new reads as zeros. Raises OSError.
+        """From now on what is journaled of the last block reaches as far as it does in a disk of `size_bytes`, so that
+        it can be read as far. The image must be as long already; what is new reads as zeros. Raises OSError.
 
         Nobody may use the new bytes (`size_bytes`) before this is durable and nobody will ask for it again.
         """

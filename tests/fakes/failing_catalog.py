@@ -76,8 +76,8 @@ class FailingConnection:
             self._connection.execute("ROLLBACK")
 
     def _as_if_committed(self) -> bytes:
-        """The catalog with this transaction. Played again on a copy: a connection that is set back with `deserialize` may
-        go on with statements that were prepared for the other content, and write into another table."""
+        """The catalog with this transaction. Played again on a copy: a connection that is set back with `deserialize`
+        may go on with statements that were prepared for the other content, and write into another table."""
         with closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:
             copy.deserialize(self._catalog.commits[-1])
             for statement, parameters in [*self._statements, ("COMMIT", ())]:

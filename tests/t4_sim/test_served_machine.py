@@ -313,7 +313,7 @@ def test_gap_is_closed_by_a_disk_record(state: StateDirectory, serve: Open) -> N
 def test_a_disk_grows_and_its_uneven_end_with_it(
     state: StateDirectory, serve: Open, bytes_more: int, is_applied: bool
 ) -> None:
-    """Disk `data` ends 512 bytes into a block: what was journaled of that block is short, and must not be read as more."""
+    """Disk `data` ends 512 bytes into a block: what was journaled of that block is short and not to be read as more."""
     machine, old = serve(), (1 << 20) + 512
     write(machine, "data", old - 512, b"e" * 512)
     write(machine, "root", 0, b"behind it in the segment" * 200)
