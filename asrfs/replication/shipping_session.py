@@ -20,13 +20,14 @@ from typing import Any, NamedTuple, TypeVar
 import trio
 
 from asrfs.errors import AsrfsError, IntegrityError, TemporaryError
-from asrfs.format.log_object import DIGEST_BYTES, NO_DIGEST, OBJECT_BYTES_MAX, SALT_BYTES
+from asrfs.format.log_object import DIGEST_BYTES, NO_DIGEST, SALT_BYTES
 from asrfs.format.object_encoder import ZSTD_LEVEL, ZSTD_LEVEL_FAST
 from asrfs.journal.reader import JournalReader
 from asrfs.model.configuration import HostConfiguration
 from asrfs.model.positions import Cursor
 from asrfs.protocol.frames import Bytes, ProtocolError
 from asrfs.protocol.messages import (
+    OBJECT_CHUNK_BYTES,
     PROTOCOL_VERSION,
     Acknowledge,
     Configure,
@@ -362,14 +363,15 @@ class ShippingSession:
         return self._pending_events.popleft()
 
     async def _send(self, *buffers: Bytes) -> None:
-        limit = self._source.settings.bandwidth_limit
-        slice_bytes = max(1, int(limit * _PACE_S)) if limit else OBJECT_BYTES_MAX
+        """In slices, so that another limit holds within a second, also for an object that is being sent."""
         self._is_sending = True
         for buffer in buffers:
-            view = memoryview(buffer)
-            for at in range(0, len(view), slice_bytes):
-                piece = view[at : at + slice_bytes]
+            rest = memoryview(buffer)
+            while rest:
+                limit = self._source.settings.bandwidth_limit
+                piece = rest[: max(1, int(limit * _PACE_S)) if limit else OBJECT_CHUNK_BYTES]
                 await self._stream.send_all(piece)
+                rest = rest[len(piece) :]
                 if limit:
                     await trio.sleep(len(piece) / limit)
         self._is_sending = False

@@ -462,16 +462,16 @@ async def test_backoff_and_the_return_of_the_store(autojump_clock: trio.testing.
         await pass_time(600)
         waits = [after - before for before, after in zip(store.tries[1:], store.tries[2:], strict=False)]
         assert store.tries[1] - lost_at < 0.5, "a lost connection is tried again at once"
-        assert max(waits) <= 30
-        assert max(waits) > 10, "the waits grow"
-        assert 20 < len(waits) < 200
+        assert max(waits) <= 5
+        assert max(waits) > 3, "the waits grow"
+        assert 120 < len(waits) < 600
         assert "link" in host.alarms
         store.is_down = False
         host.write()
         host.sync()
         back_at = trio.current_time()
         await host.until_acknowledged()
-        assert trio.current_time() - back_at <= 30 + 1
+        assert trio.current_time() - back_at <= 5 + 1
         assert "link" not in host.alarms
 
 
@@ -534,6 +534,19 @@ async def test_hurried_records_do_not_wait_for_their_age(autojump_clock: trio.te
         host.shipper.hurry(2)
         await host.until_acknowledged()
         assert trio.current_time() - began < 6
+
+
+async def test_another_limit_of_bandwidth_holds_within_a_second(autojump_clock: trio.testing.MockClock) -> None:
+    """Also for what is left of an object: at the first limit it would take hours."""
+    async with shipping(begun=False, records=20) as host:
+        host.source.settings = ShippingSettings(bandwidth_limit=4)
+        host.store.nursery.start_soon(host.shipper.run)
+        await pass_time(60)
+        assert host.progress.acknowledged.lsn == 0
+        began = trio.current_time()
+        host.source.settings = ShippingSettings()
+        await host.until_acknowledged()
+        assert trio.current_time() - began <= 1
 
 
 async def test_bandwidth_limit(autojump_clock: trio.testing.MockClock) -> None:
