@@ -8,9 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-import pytest
 
-from asrfs.errors import NotFoundError, RefusedError
+from asrfs.errors import AsrfsError, NotFoundError, RefusedError
 from asrfs.format.record import Kind
 from asrfs.model.extents import BLOCK_BYTES
 from asrfs.model.quantities import format_time
@@ -126,17 +125,23 @@ def try_at(history: MemoryHistory, lsn: int) -> str:
     text = f"lsn:{lsn}"
     nearest = history.nearest(lsn)
     if nearest != [lsn]:
-        with pytest.raises(NotFoundError) as caught:
-            resolve(history, history.name, text)
-        assert [int(each) for each in re.findall(r"LSN (\d+)", str(caught.value))] == [lsn, *nearest]
+        said = refused_with(NotFoundError, history, text)
+        assert [int(each) for each in re.findall(r"LSN (\d+)", said)] == [lsn, *nearest]
         return NO_STATE
     if history.gap_at(history.id, lsn) is not None:
-        with pytest.raises(RefusedError, match="gap"):
-            resolve(history, history.name, text)
+        assert "gap" in refused_with(RefusedError, history, text)
         return IN_GAP
     at_time = resolve_time(history, lsn)
     assert at_time is None or at_time == lsn
     return READ_BACK
+
+
+def refused_with(error: type[AsrfsError], history: MemoryHistory, selector: str) -> str:
+    try:
+        cut = resolve(history, history.name, selector)
+    except error as refused:
+        return str(refused)
+    raise AssertionError(f"I9: {selector} was taken for LSN {cut.lsn}, which has no state that may be shown")
 
 
 def resolve_time(history: MemoryHistory, lsn: int) -> int | None:
