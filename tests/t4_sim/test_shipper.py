@@ -124,8 +124,8 @@ class Host:
         ]
 
     def check_store(self) -> None:
-        """The store holds exactly a prefix of what was appended, as far as it says; where some of it came folded, enough
-        for its disks to be what they are there."""
+        """The store holds exactly a prefix of what was appended, as far as it says; where some of it came folded,
+        enough for its disks to be what they are there."""
         if self.store.stretches:
             disks = [bytearray(content) for content in self.world.model.initial]
             for record in self.store.records:
