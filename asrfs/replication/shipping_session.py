@@ -61,6 +61,8 @@ GREETING_S_MAX = 20.0
 OBJECTS_UNACKNOWLEDGED_MAX = 4
 _TOGETHER_BYTES = 64 << 10
 _PACE_S = 0.25
+FOLD_BACKLOG_BYTES = 64 << 20
+"""With so much of the journal behind, what was overwritten meanwhile is left out."""
 _FAST_BYTES_PER_S = 48 << 20
 """Above this, level 1 of zstd would take a tenth to a quarter of a processor."""
 
@@ -121,6 +123,7 @@ class ShippingSession:
         self._on_welcome = on_welcome
         self._session = Session("host")
         self._salt = b""
+        self._takes_stretches = False
         self._digest = NO_DIGEST
         self._cursor = source.positions.current.acknowledged
         self._slots = trio.Semaphore(OBJECTS_UNACKNOWLEDGED_MAX)
@@ -199,7 +202,7 @@ class ShippingSession:
                 await source.in_thread(source.positions.save)
         source.progress.note_acknowledged(cursor)
         self._cursor = cursor
-        self._salt = welcome.session_salt
+        self._salt, self._takes_stretches = welcome.session_salt, welcome.takes_stretches
         self._digest = bytes.fromhex(welcome.last_digest) or NO_DIGEST
 
     async def _locate(self, lsn: int) -> Cursor:
@@ -253,6 +256,7 @@ class ShippingSession:
 
     def _build_next(self, level: int | None) -> BuiltObject | None:
         source = self._source
+        is_far_behind = bytes_between(self._cursor, source.progress.durable) >= FOLD_BACKLOG_BYTES
         return source.builder.build(
             self._cursor,
             source.progress.durable.lsn,
@@ -261,6 +265,7 @@ class ShippingSession:
             previous_digest=self._digest,
             bytes_max=source.settings.object_size,
             level=level,
+            folds=is_far_behind and self._takes_stretches,
         )
 
     def _level(self) -> int | None:

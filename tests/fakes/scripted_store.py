@@ -105,7 +105,10 @@ class ScriptedStore:
     goodbyes: list[str] = field(default_factory=list)
     tries: list[float] = field(default_factory=list)
     bytes_received: int = 0
+    stretches: list[tuple[int, int]] = field(default_factory=list)
+    """Of `objects`, those that need not have all records."""
     # the script
+    takes_stretches: bool = False
     is_down: bool = False
     is_silent: bool = False
     refusal: tuple[RefusalCode, str] | None = None
@@ -195,6 +198,7 @@ class ScriptedStore:
             acknowledged_lsn=self.acknowledged_lsn,
             acknowledged_time_ns=self._time_ns(),
             last_digest=self.last_digest,
+            takes_stretches=self.takes_stretches,
         )
 
     def _time_ns(self) -> int:
@@ -219,10 +223,13 @@ class ScriptedStore:
             at, length = table.extent(i)
             payload += table.open_frame(i, content[at : at + length], keys.payload)
         del self.times_ns[header.first_lsn - 1 :]
-        for i in range(len(index)):
+        for i, lsn in enumerate(index.lsn.tolist()):
             self.records.append(_record_of(index, i, payload))
-            self.times_ns.append(int(index.time_ns[i]))
+            self.times_ns += [int(index.time_ns[i])] * (lsn - len(self.times_ns))
         self.objects.append((header.first_lsn, header.last_lsn))
+        if header.is_stretch:
+            assert self.takes_stretches, "the host was not told that stretches are taken"
+            self.stretches.append(self.objects[-1])
         self.acknowledged_lsn, self.last_digest = header.last_lsn, digest.hex()
         return Acknowledge(lsn=header.last_lsn, digest=digest.hex())
 
