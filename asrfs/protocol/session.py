@@ -11,6 +11,8 @@ bug and trips an assertion. Either way nothing has changed.
                        ◀──         ACKNOWLEDGE (in LSN order)
       HEARTBEAT        ◀─▶         HEARTBEAT
                        ◀──         CONFIGURE (to a host whose HELLO said that it takes it)
+      COMPARE          ──▶         (to a store whose WELCOME said how many at once)
+                       ◀──         COMPARED (in any order)
       GOODBYE          ──▶
 """
 
@@ -62,10 +64,12 @@ TABLE: dict[State, dict[Speaks, State]] = {
     State.STREAMING: {
         Speaks("host", F.OBJECT_BEGIN): State.IN_OBJECT,
         Speaks("host", F.HEARTBEAT): State.STREAMING,
+        Speaks("host", F.COMPARE): State.STREAMING,
         Speaks("host", F.GOODBYE): State.CLOSED,
         Speaks("store", F.ACKNOWLEDGE): State.STREAMING,
         Speaks("store", F.HEARTBEAT): State.STREAMING,
         Speaks("store", F.CONFIGURE): State.STREAMING,
+        Speaks("store", F.COMPARED): State.STREAMING,
         Speaks("store", F.REFUSED): State.CLOSED,
     },
     State.IN_OBJECT: {
@@ -73,6 +77,7 @@ TABLE: dict[State, dict[Speaks, State]] = {
         Speaks("store", F.ACKNOWLEDGE): State.IN_OBJECT,
         Speaks("store", F.HEARTBEAT): State.IN_OBJECT,
         Speaks("store", F.CONFIGURE): State.IN_OBJECT,
+        Speaks("store", F.COMPARED): State.IN_OBJECT,
         Speaks("store", F.REFUSED): State.CLOSED,
     },
     State.CLOSED: {},
