@@ -48,11 +48,11 @@ def node_count(size_bytes: int) -> int:
 
 
 class Region(NamedTuple):
-    """`count` nodes from node `first` on, of a disk of `size_bytes`."""
+    """`nodes` nodes from node `first` on, of a disk of `size_bytes`."""
 
     size_bytes: int
     first: int
-    count: int
+    nodes: int
 
     @property
     def offset(self) -> int:
@@ -62,7 +62,7 @@ class Region(NamedTuple):
     @property
     def end(self) -> int:
         """Behind the last byte."""
-        return min((self.first + self.count) * NODE_BYTES, self.size_bytes)
+        return min((self.first + self.nodes) * NODE_BYTES, self.size_bytes)
 
     @property
     def first_leaf(self) -> int:
@@ -79,7 +79,7 @@ class Region(NamedTuple):
 
     def is_possible(self) -> bool:
         """Whether such a disk has such a region."""
-        return 0 < self.count <= REGION_NODES_MAX and 0 <= self.first <= node_count(self.size_bytes) - self.count
+        return 0 < self.nodes <= REGION_NODES_MAX and 0 <= self.first <= node_count(self.size_bytes) - self.nodes
 
 
 def regions_of(size_bytes: int) -> Iterator[Region]:

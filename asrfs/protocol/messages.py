@@ -8,9 +8,9 @@ import msgspec
 
 from asrfs.errors import FOREIGN_CHARACTERS_MAX
 from asrfs.model.configuration import ADDRESS_CHARACTERS_MAX, PORT_MAX, HostConfiguration
-from asrfs.model.digest_tree import REGION_LEAVES_BYTES_MAX, REGION_NODES_MAX, TREE_DIGEST_BYTES
+from asrfs.model.digest_tree import REGION_LEAVES_BYTES_MAX, REGION_NODES_MAX, TREE_DIGEST_BYTES, Region
 from asrfs.model.machine import SLOT_MAX
-from asrfs.model.quantities import FILE_BYTES_MAX
+from asrfs.model.quantities import FILE_BYTES_MAX, SECTOR_BYTES
 from asrfs.protocol.frames import Bytes, FrameType, ProtocolError
 
 PROTOCOL_VERSION = 1
@@ -157,6 +157,14 @@ _DECODERS: dict[FrameType, msgspec.msgpack.Decoder[Any]] = {
     frame_type: msgspec.msgpack.Decoder(cls) for cls, frame_type in TYPE_OF.items()
 }
 _encoder = msgspec.msgpack.Encoder()
+
+
+def region_of(compare: Compare) -> Region:
+    """What a COMPARE asks about. Raises ProtocolError for what no disk has."""
+    region = Region(compare.size_bytes, compare.first, len(compare.digests) // TREE_DIGEST_BYTES)
+    if compare.size_bytes % SECTOR_BYTES or len(compare.digests) % TREE_DIGEST_BYTES or not region.is_possible():
+        raise ProtocolError(f"no disk of {compare.size_bytes} bytes has {region.nodes} nodes from {region.first} on")
+    return region
 
 
 def encode_message(message: Message) -> bytes:

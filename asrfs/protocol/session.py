@@ -27,10 +27,12 @@ from asrfs.protocol.frames import Bytes, Frame, FrameReader, FrameType, Protocol
 from asrfs.protocol.messages import (
     OBJECT_CHUNK_BYTES,
     TYPE_OF,
+    Compare,
     Message,
     ObjectBegin,
     decode_message,
     encode_message,
+    region_of,
 )
 
 Role = Literal["host", "store"]
@@ -167,6 +169,8 @@ class Session:
             self._begin = message
             self.state = following
             return None
+        if isinstance(message, Compare):
+            region_of(message)
         self.state = following
         return message
 
