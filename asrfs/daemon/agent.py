@@ -20,6 +20,7 @@ import random
 import signal
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -40,6 +41,7 @@ from asrfs.daemon.agent_status import (
 )
 from asrfs.daemon.agent_verbs import AgentVerbs, through_a_restart
 from asrfs.daemon.control_trio import serve_control
+from asrfs.daemon.digesting import DigestProcess, comparing
 from asrfs.daemon.disk_server_client import DiskServerClient
 from asrfs.daemon.enrolment import Enrolment, certificate_of, load_enrolment, store_access
 from asrfs.daemon.final_apply import apply_everything
@@ -50,10 +52,11 @@ from asrfs.daemon.point_process import ORDER_FILE
 from asrfs.daemon.point_processes import PointProcesses
 from asrfs.daemon.settings_in_force import SettingsInForce
 from asrfs.daemon.state import CONFIGURATION_FILE, POINTS_FILE, StateDirectory
+from asrfs.daemon.verification import Verification
 from asrfs.errors import AsrfsError, RefusedError, TemporaryError
 from asrfs.format.record import RecordHeader
 from asrfs.journal.reader import JournalReader
-from asrfs.model.machine import DiskConfig, MachineConfig
+from asrfs.model.machine import DiskConfig, without_gap
 from asrfs.model.marker import Consistency
 from asrfs.model.names import id_bytes
 from asrfs.replication.alarms import Alarms, in_order
@@ -140,6 +143,9 @@ class Agent:
         self._shipper = Shipper(source, self._store(), self._alarms, self._link, backoff, paused=is_paused)
         self._note_pause()
         self._filler = self._make_filler()
+        digester = DigestProcess(state, lambda: self._settings.current.scan_rate)
+        compare = partial(comparing, digester, self._server, self._shipper, self._applier)
+        self._verification = Verification(state, compare, self._threads)
         self._point_processes = PointProcesses(state)
         self._maker = self._make_maker()
         self._groups = self._make_groups()
@@ -170,6 +176,7 @@ class Agent:
                     self._applier.run_trimming,
                     self._shipper.run,
                     self._filler.run,
+                    self._verification.run,
                     self._configuration.run,
                     self._groups.run,
                     self._settings.watch_calendar,
@@ -229,6 +236,7 @@ class Agent:
             points=self._points,
             maker=self._maker,
             groups=self._groups,
+            verification=self._verification,
             on_failure=lambda: self._settings.current.policy.on_failure,
             threads=self._threads,
             status=self._status,
@@ -397,12 +405,6 @@ class Agent:
             time_ns = oldest_unacknowledged_ns(self._readers[3], cursor, self._progress.durable)
             self._first_unacknowledged = (cursor.lsn, time_ns)
         return time_ns
-
-
-def without_gap(machine: MachineConfig, slot: int) -> MachineConfig:
-    """The machine with the gap of a disk closed."""
-    disks = tuple(msgspec.structs.replace(disk, gap=False) if disk.slot == slot else disk for disk in machine.disks)
-    return msgspec.structs.replace(machine, disks=disks)
 
 
 def serve(state: StateDirectory, *, apply_only: bool) -> int:

@@ -46,6 +46,8 @@ class FrameType(IntEnum):
     HEARTBEAT = 7
     GOODBYE = 8
     CONFIGURE = 9
+    COMPARE = 10
+    COMPARED = 11
     GROUP = 32
     """Of another conversation, that between machines of a group: `group_session.py`."""
 

@@ -1,6 +1,7 @@
 """One connection to the store, from HELLO to its end: four tasks around one `protocol.Session`.
 
     build ──(channel)──▶ send ──▶ stream        at most OBJECTS_UNACKNOWLEDGED_MAX objects built and not acknowledged
+    others ──(outlet)──▲                        between objects
     receive ◀── stream: ACKNOWLEDGE moves positions.acknowledged, and nothing else does (I3)
 
 `build` reads the journal and seals in a thread while `send` writes the object before it. Only `send` writes to the
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,6 +31,8 @@ from asrfs.protocol.messages import (
     OBJECT_CHUNK_BYTES,
     PROTOCOL_VERSION,
     Acknowledge,
+    Compare,
+    Compared,
     Configure,
     Goodbye,
     Heartbeat,
@@ -40,6 +43,7 @@ from asrfs.protocol.messages import (
 )
 from asrfs.protocol.session import Event, Session, State
 from asrfs.replication.object_builder import BuiltObject, MachineKeys, ObjectBuilder
+from asrfs.replication.outlet import Outlet
 from asrfs.replication.pace import Pace
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress, bytes_between
@@ -108,6 +112,7 @@ class Source:
     configured: Callable[[HostConfiguration], None] = _follow_nothing
     group_port: int = 0
     group_address: str = ""
+    outlet: Outlet = field(default_factory=Outlet)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await trio.to_thread.run_sync(function, *arguments, limiter=self.threads)
@@ -143,7 +148,7 @@ class ShippingSession:
             welcome = await self._greet()
             await self._reconcile(welcome)
             self._on_welcome()
-            await self._stream_objects()
+            await self._stream_objects(welcome.compares)
         except CorruptJournalError:
             await self._say_goodbye("the journal cannot be read")
             raise
@@ -217,16 +222,17 @@ class ShippingSession:
 
     # ---- streaming ----------------------------------------------------------------------------------------
 
-    async def _stream_objects(self) -> None:
-        sending, receiving = trio.open_memory_channel[BuiltObject](0)
+    async def _stream_objects(self, compares: int) -> None:
+        sending, receiving = trio.open_memory_channel[BuiltObject | Compare](0)
         tasks: list[Callable[[], Awaitable[None]]] = [
             self._receive,
             partial(self._build, sending),
             partial(self._send_objects, receiving),
         ]
-        async with trio.open_nursery() as nursery:
-            for task in tasks:
-                nursery.start_soon(self._until_failure, task, nursery.cancel_scope)
+        with self._source.outlet.opened(sending.send, compares):
+            async with trio.open_nursery() as nursery:
+                for task in tasks:
+                    nursery.start_soon(self._until_failure, task, nursery.cancel_scope)
         if self._failure is not None:
             raise self._failure
 
@@ -238,7 +244,7 @@ class ShippingSession:
             self._failure = self._failure or error
             scope.cancel()
 
-    async def _build(self, channel: trio.MemorySendChannel[BuiltObject]) -> None:
+    async def _build(self, channel: trio.MemorySendChannel[BuiltObject | Compare]) -> None:
         source = self._source
         while True:
             await self._slots.acquire()
@@ -288,7 +294,7 @@ class ShippingSession:
             await progress.wait_until(is_due)
         self._cut_at = trio.current_time()
 
-    async def _send_objects(self, channel: trio.MemoryReceiveChannel[BuiltObject]) -> None:
+    async def _send_objects(self, channel: trio.MemoryReceiveChannel[BuiltObject | Compare]) -> None:
         self._heartbeat_at = trio.current_time() + HEARTBEAT_S
         while True:
             built = None
@@ -299,6 +305,9 @@ class ShippingSession:
             if self._session.state is State.CLOSED:  # the store ended the session: `receive` says why
                 return
             if built is None:
+                continue
+            if isinstance(built, Compare):
+                await self._send(self._session.send(built))
                 continue
             self._in_flight.append(built)
             begin = ObjectBegin(first_lsn=built.first_lsn, last_lsn=built.last_lsn, length=built.length)
@@ -328,6 +337,8 @@ class ShippingSession:
             event = await self._next_event()
             if isinstance(event, Acknowledge):
                 self._on_acknowledge(event)
+            elif isinstance(event, Compared):
+                self._source.outlet.answered(event)
             elif isinstance(event, Configure):
                 self._source.configured(event.configuration)
             elif isinstance(event, Refused):

@@ -14,8 +14,7 @@ from typing import TypeVar
 import msgspec
 import trio
 
-from asrfs.daemon.agent import without_gap
-from asrfs.model.machine import MachineConfig
+from asrfs.model.machine import MachineConfig, without_gap
 from asrfs.model.positions import Positions
 from asrfs.replication.object_builder import MachineKeys
 from asrfs.replication.shipping_session import ShippingSettings
