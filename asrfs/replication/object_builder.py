@@ -1,8 +1,10 @@
 """Turns durable records of the journal into log objects. Blocks (zstd, AES, BLAKE3); runs in a thread.
 
 An object holds consecutive records of one epoch and ends at the wanted size, at the last durable record, or right
-after a MARKER, so that a recovery point never waits for what comes behind it. Payload checksums are verified here:
-a journal that went bad raises IntegrityError and its bytes never leave the host.
+after a MARKER, so that a recovery point never waits for what comes behind it. A gap object stands for records that were
+given up: it is a stretch that says only which disks there are and that content of theirs is missing.
+
+Payload checksums are verified here: a journal that went bad raises IntegrityError and its bytes never leave the host.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from asrfs.format.object_encoder import ZSTD_LEVEL, ObjectEncoder
 from asrfs.format.record import Kind
 from asrfs.journal.columns import Columns
 from asrfs.journal.reader import JournalReader, Slabs
+from asrfs.model.machine import DiskRecord, encode_disk
 from asrfs.model.positions import Cursor
 
 
@@ -103,6 +106,43 @@ class ObjectBuilder:
             cursor=batch.cursor,
         )
 
+    def build_gap(
+        self,
+        first_lsn: int,
+        through: Cursor,
+        disks: Sequence[DiskRecord],
+        *,
+        epoch: int,
+        keys: MachineKeys,
+        session_salt: bytes,
+        previous_digest: bytes,
+    ) -> BuiltObject:
+        """The object of the records from `first_lsn` up to `through`, which were given up and are not read.
+
+        `disks`: all the machine ever had, as they are at `through`, by slot; whichever is there has a gap.
+        """
+        assert 0 < first_lsn <= through.lsn, "a gap has records that were given up"
+        assert disks, "a gap is one of disks"
+        assert all(disk.gap or disk.removed for disk in disks), "I5: what was given up is missing from every disk"
+        digest, content = self._encoder.encode(
+            machine_id=keys.machine_id,
+            epoch=epoch,
+            session_salt=session_salt,
+            previous_digest=previous_digest,
+            index=gap_index(first_lsn, through, disks),
+            payloads=[],
+            keys=keys.of_session(epoch, session_salt),
+        )
+        return BuiltObject(
+            first_lsn=first_lsn,
+            last_lsn=through.lsn,
+            first_time_ns=through.time_ns,
+            digest=digest,
+            pieces=[content],
+            length=len(content),
+            cursor=through,
+        )
+
     def give_back(self, built: BuiltObject) -> None:
         """Its bytes were sent; their memory will hold those of another object."""
         self._encoder.give_back(built.pieces.pop())
@@ -127,6 +167,25 @@ def index_of(parts: Sequence[Columns]) -> Index:
         kind=headers["kind"],
         slot=headers["slot"],
         notes=b"".join(payload for part in parts for payload in part.payloads(part.has_note())),
+    )
+
+
+def gap_index(first_lsn: int, through: Cursor, disks: Sequence[DiskRecord]) -> Index:
+    """Columns of a stretch whose only records are what holds for the disks at its end."""
+    notes = [encode_disk(disk) for disk in disks]
+    sizes = np.array([len(note) for note in notes], np.uint64)
+    count = len(disks)
+    return Index(
+        first_lsn=first_lsn,
+        time_ns=np.full(count, through.time_ns, np.uint64),
+        offset=np.zeros(count, np.uint64),
+        length=np.zeros(count, np.uint64),
+        payload_position=np.cumsum(sizes, dtype=np.uint64) - sizes,
+        note_length=sizes.astype(np.uint32),
+        kind=np.full(count, Kind.DISK, np.uint16),
+        slot=np.array([disk.slot for disk in disks], np.uint16),
+        notes=b"".join(notes),
+        stretch_lsn=np.full(count, through.lsn, np.uint64),
     )
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 
+from asrfs.errors import NotFoundError, RefusedError
 from asrfs.format.record import Kind
 from asrfs.model.extents import BLOCK_BYTES
+from asrfs.model.quantities import format_time
 from replica_store.points.builder import disks_of, open_disks, resolve
 from replica_store.points.point_disk import FrameCache, PointDisk
 from tests.fakes.memory_history import MemoryHistory, random_extent
@@ -56,15 +60,22 @@ class HistoryWriter:
                 offset, length = 0, size
             self.history.zero(slot, offset, length, Kind.ZERO if what == "zero" else Kind.DISCARD)
         elif what == "remove":
-            self.history.disk(slot, self._names[slot], size, removed=True)
+            self.history.disk(slot, self._names[slot], size, removed=True, gap=self.history.has_gap(slot))
             self.live.remove(slot)
         elif what == "resize":
-            self.history.disk(slot, self._names[slot], rng.choice(SIZES))
+            self.history.disk(slot, self._names[slot], rng.choice(SIZES), gap=self.history.has_gap(slot))
         elif what == "restart":
             for each in self.live:
-                self.history.disk(each, self._names[each], len(self.history.model[each]))
+                gap = self.history.has_gap(each)
+                self.history.disk(each, self._names[each], len(self.history.model[each]), gap=gap)
         elif what == "marker":
             self.history.marker()
+        elif what == "fold":
+            self.history.seal_folded()
+        elif what == "give up":
+            self.history.give_up()
+        elif what == "heal":
+            self.history.heal()
         else:
             self.history.seal()
 
@@ -72,6 +83,7 @@ class HistoryWriter:
 STEPS = (
     *("write",) * 6,
     *("fill", "zero", "discard", "discard", "add", "remove", "resize", "restart", "marker", "seal", "seal"),
+    *("fold", "give up", "heal", "heal"),
 )
 FRAME_BYTES = (512, 4096, 12288, 131072)
 
@@ -86,9 +98,44 @@ def check_every_lsn(steps: Sequence[str], seed: int, frame_bytes: int) -> int:
     history.seal()
     frames = FrameCache(history, 64 << 10)
     rng = random.Random(seed)
+    check_points(history)
     for lsn in range(1, history.lsn + 1):
-        check_at(history, lsn, rng, frames)
+        if is_shown(history, lsn):
+            check_at(history, lsn, rng, frames)
     return history.lsn
+
+
+def check_points(history: MemoryHistory) -> None:
+    """I5: every point that is listed has a state, and no gap lies under it."""
+    for point in history.points(history.id):
+        assert resolve(history, history.name, point.id).lsn == point.lsn
+        assert history.nearest(point.lsn) == [point.lsn], "I5: a point inside a stretch"
+
+
+def is_shown(history: MemoryHistory, lsn: int) -> bool:
+    """Whether there is a state at an LSN that may be shown. Where there is none it is refused, and what is said of the
+    nearest is true; a time then means the last state before."""
+    text = f"lsn:{lsn}"
+    nearest = history.nearest(lsn)
+    if nearest != [lsn]:
+        with pytest.raises(NotFoundError) as caught:
+            resolve(history, history.name, text)
+        assert [int(each) for each in re.findall(r"LSN (\d+)", str(caught.value))] == [lsn, *nearest]
+        return False
+    if history.gap_at(history.id, lsn) is not None:
+        with pytest.raises(RefusedError, match="gap"):
+            resolve(history, history.name, text)
+        return False
+    at_time = resolve_time(history, lsn)
+    assert at_time is None or at_time == lsn
+    return True
+
+
+def resolve_time(history: MemoryHistory, lsn: int) -> int | None:
+    """What the time just before that of the next record means; None for the last, and where epochs overlap."""
+    if lsn == history.lsn or history.time_at(lsn + 1) <= history.time_at(lsn) or history.epoch > 1:
+        return None
+    return resolve(history, history.name, f"time:{format_time(history.time_at(lsn + 1) - 1)}").lsn
 
 
 def check_at(history: MemoryHistory, lsn: int, rng: random.Random, frames: FrameCache) -> dict[int, PointDisk]:

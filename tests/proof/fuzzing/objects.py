@@ -44,7 +44,7 @@ from tests.proof.fuzzing.mutations import (
 from tests.proof.fuzzing.sessions import SALT, StoreWorld
 from tests.proof.fuzzing.target import Target, Trial, refused
 
-_HEADER_BITS = (0, 32, 32, 0, 64, 64, 64, 64, 0, 64, 32, 32, 32, 32, 64)
+_HEADER_BITS = (0, 32, 32, 0, 64, 64, 64, 64, 0, 64, 32, 32, 32, 32, 64, 32)
 _COLUMN_BITS = {
     "time_ns": 64,
     "offset": 64,
