@@ -168,8 +168,8 @@ class DirtyMap:
         return min(self.dirty_chunks(slot) << CHUNK_SHIFT, size_bytes)
 
     def runs(self, slot: int, bytes_max: int) -> Iterator[tuple[int, int]]:
-        """Marked extents `(offset, length)` from the beginning on, none longer than `bytes_max`, which is a multiple of
-        a chunk, and none across a multiple of it. They may reach behind the disk's end. The map may change meanwhile."""
+        """Marked extents `(offset, length)` from the beginning on, none across a multiple of `bytes_max`, which is one
+        of a chunk. They may reach behind the disk's end. The map may change meanwhile."""
         chunks_max = bytes_max >> CHUNK_SHIFT
         at = 0
         while (bits := self._bits.get(slot)) is not None and at < len(bits):
@@ -210,7 +210,7 @@ class DirtyMap:
 
 
 def _bit_of(chunks: Numbers) -> Bits:
-    return np.left_shift(1, chunks & 7).astype(np.uint8)
+    return (np.int64(1) << (chunks & 7)).astype(np.uint8)
 
 
 def _set(bits: Bits, start: int, end: int, *, to: int = 1) -> None:
