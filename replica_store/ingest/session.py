@@ -131,6 +131,7 @@ class StoreSession:
                 acknowledged_lsn=position.lsn,
                 acknowledged_time_ns=position.time_ns,
                 last_digest=position.digest_hex,
+                takes_stretches=True,
             )
         )
         return ingester, hello

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from asrfs.format.record import CARRIES_EXTENT_BYTES, Kind
 from asrfs.model.extents import BLOCK_BYTES
+from asrfs.model.machine import decode_disk
 
 
 class Record(Protocol):
@@ -76,15 +77,17 @@ class Dirty:
     def mark(self, slot: int, start: int, end: int) -> None:
         self._blocks.setdefault(slot, set()).update(range(start, end, BLOCK_BYTES))
 
-    def give_up(self, records: Sequence[Record], size_of: dict[int, int], sizes_after: dict[int, int]) -> None:
-        """Mark what these changed. `size_of`, `sizes_after`: of the disks before and behind them, by slot."""
+    def give_up(self, records: Sequence[Record], size_of: dict[int, int]) -> None:
+        """Mark what these changed, also by making a disk shorter. `size_of`: of the disks before them, by slot."""
+        sizes = dict(size_of)
         for record in records:
-            if record.kind not in (Kind.MARKER, Kind.DISK):
+            if record.kind == Kind.DISK:
+                disk = decode_disk(record.payload)
+                edge = min(sizes.get(disk.slot, 0), disk.size_bytes) // BLOCK_BYTES * BLOCK_BYTES
+                self.mark(disk.slot, edge, max(sizes.get(disk.slot, 0), disk.size_bytes))
+                sizes[disk.slot] = disk.size_bytes
+            elif record.kind != Kind.MARKER:
                 self.mark(record.slot, record.offset, record.offset + record.length)
-        for slot, size in sizes_after.items():
-            before = size_of.get(slot, 0)
-            edge = min(before, size) // BLOCK_BYTES * BLOCK_BYTES
-            self.mark(slot, edge, size)
 
     def take(self, slot: int, size: int) -> list[tuple[int, int]]:
         """`(offset, length)` of runs of blocks that are dirty on a disk of this size, and are not any more."""

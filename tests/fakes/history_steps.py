@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-import pytest
 
-from asrfs.errors import NotFoundError, RefusedError
+from asrfs.errors import AsrfsError, NotFoundError, RefusedError
 from asrfs.format.record import Kind
 from asrfs.model.extents import BLOCK_BYTES
 from asrfs.model.quantities import format_time
@@ -88,8 +88,12 @@ STEPS = (
 FRAME_BYTES = (512, 4096, 12288, 131072)
 
 
-def check_every_lsn(steps: Sequence[str], seed: int, frame_bytes: int) -> int:
-    """Play the steps, then read every LSN back; how many there were."""
+READ_BACK, NO_STATE, IN_GAP = "LSN read back", "LSN inside a stretch refused", "LSN in a gap refused"
+EVENTS = (READ_BACK, NO_STATE, IN_GAP)
+
+
+def check_every_lsn(steps: Sequence[str], seed: int, frame_bytes: int) -> Counter[str]:
+    """Play the steps, then read every LSN back that may be shown; what happened."""
     writer = HistoryWriter(frame_bytes, seed)
     writer.add(SIZES[seed % len(SIZES)])
     for what in steps:
@@ -99,10 +103,13 @@ def check_every_lsn(steps: Sequence[str], seed: int, frame_bytes: int) -> int:
     frames = FrameCache(history, 64 << 10)
     rng = random.Random(seed)
     check_points(history)
+    events: Counter[str] = Counter()
     for lsn in range(1, history.lsn + 1):
-        if is_shown(history, lsn):
+        what = try_at(history, lsn)
+        events[what] += 1
+        if what == READ_BACK:
             check_at(history, lsn, rng, frames)
-    return history.lsn
+    return events
 
 
 def check_points(history: MemoryHistory) -> None:
@@ -112,23 +119,29 @@ def check_points(history: MemoryHistory) -> None:
         assert history.nearest(point.lsn) == [point.lsn], "I5: a point inside a stretch"
 
 
-def is_shown(history: MemoryHistory, lsn: int) -> bool:
+def try_at(history: MemoryHistory, lsn: int) -> str:
     """Whether there is a state at an LSN that may be shown. Where there is none it is refused, and what is said of the
     nearest is true; a time then means the last state before."""
     text = f"lsn:{lsn}"
     nearest = history.nearest(lsn)
     if nearest != [lsn]:
-        with pytest.raises(NotFoundError) as caught:
-            resolve(history, history.name, text)
-        assert [int(each) for each in re.findall(r"LSN (\d+)", str(caught.value))] == [lsn, *nearest]
-        return False
+        said = refused_with(NotFoundError, history, text)
+        assert [int(each) for each in re.findall(r"LSN (\d+)", said)] == [lsn, *nearest]
+        return NO_STATE
     if history.gap_at(history.id, lsn) is not None:
-        with pytest.raises(RefusedError, match="gap"):
-            resolve(history, history.name, text)
-        return False
+        assert "gap" in refused_with(RefusedError, history, text)
+        return IN_GAP
     at_time = resolve_time(history, lsn)
     assert at_time is None or at_time == lsn
-    return True
+    return READ_BACK
+
+
+def refused_with(error: type[AsrfsError], history: MemoryHistory, selector: str) -> str:
+    try:
+        cut = resolve(history, history.name, selector)
+    except error as refused:
+        return str(refused)
+    raise AssertionError(f"I9: {selector} was taken for LSN {cut.lsn}, which has no state that may be shown")
 
 
 def resolve_time(history: MemoryHistory, lsn: int) -> int | None:

@@ -150,7 +150,7 @@ class MemoryHistory:
         first, self._pending, records = self.lsn - len(self._pending) + 1, [], self._pending
         before = {disk.slot: disk.size_bytes for disk in self.disks_at(self.id, first - 1) if not disk.removed}
         present = [msgspec.structs.replace(disk, gap=True) for disk in self.disks_at(self.id, self.lsn)]
-        self._dirty.give_up(records, before, {disk.slot: disk.size_bytes for disk in present if not disk.removed})
+        self._dirty.give_up(records, before)
         self._points = [point for point in self._points if point.lsn < first]
         self._disks = [row for row in self._disks if row[0] < first] + [(self.lsn, disk) for disk in present]
         notes = [_Record(self.time_ns, Kind.DISK, disk.slot, 0, 0, encode_disk(disk)) for disk in present]
