@@ -134,6 +134,7 @@ class ShippingSession:
         self._cut_at = -math.inf
         self._pace = Pace()
         self._is_sending = False
+        self._takes_stretches = False
         self.welcomed = False
         self.objects_acknowledged = 0
 
@@ -205,6 +206,7 @@ class ShippingSession:
         source.progress.note_acknowledged(cursor)
         self._cursor = cursor
         self._salt = welcome.session_salt
+        self._takes_stretches = welcome.takes_stretches
         self._digest = bytes.fromhex(welcome.last_digest) or NO_DIGEST
 
     async def _locate(self, welcome: Welcome) -> Cursor:
@@ -268,6 +270,8 @@ class ShippingSession:
                 raise TemporaryError("the journal has no records where durable ones are due")
             self._pace.note(bytes_between(self._cursor, built.cursor), trio.current_time())
             return built
+        if not self._takes_stretches:
+            raise ProtocolError("the store is of before stretches and cannot be told what was given up: upgrade it")
         return await source.in_thread(self._build_gap, given_up)
 
     def _build_gap(self, given_up: GivenUp) -> BuiltObject:

@@ -12,6 +12,7 @@ from asrfs.daemon.agent_healing import with_gaps
 from asrfs.errors import TemporaryError
 from asrfs.format.record import Kind
 from asrfs.journal.reader import JournalReader
+from asrfs.model.dirty_map import DirtyMap, GivenUp
 from asrfs.model.machine import NO_SLOT, DiskConfig, DiskRecord, MachineConfig, encode_disk
 from asrfs.model.marker import MarkerRecord, encode_marker
 from asrfs.model.positions import Cursor
@@ -23,10 +24,11 @@ from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.quota import Quota
 from asrfs.storage.interface import File, read_whole, write_atomically
-from tests.fakes.journal_world import MACHINE_ID, JournalWorld, put_record
+from tests.fakes.journal_world import MACHINE_ID, JournalWorld, ModelRecord, put_record
 
 T = TypeVar("T")
 LAG_BYTES_MAX = 1 << 30
+BLOCK = 4096
 
 
 class InlineQuota(Quota):
@@ -71,8 +73,8 @@ class MachineFile:
 
 
 class WorldServer:
-    """The disk server of a world. `calls_left`: after so many fills it is gone. Whatever is synced or filled is noted in
-    `progress`, as a ticker would."""
+    """The disk server of a world. `calls_left`: after so many fills it is gone. Whatever is synced is noted in
+    `progress`, as a ticker would; `syncs_fills`: that is what is filled, too."""
 
     def __init__(self, world: JournalWorld, machine: MachineFile, progress: Progress) -> None:
         self.world = world
@@ -131,6 +133,28 @@ class WorldServer:
 
     async def reread_disks(self) -> None:
         self.announce()
+
+
+def check_marked(
+    records: Sequence[ModelRecord], after_lsn: int, last_lsn: int, dirty: DirtyMap, given_up: GivenUp
+) -> None:
+    """I4: what records behind `after_lsn` up to `last_lsn` wrote is in the map, or in records that will be sent."""
+    later = {
+        (record.slot, at)
+        for record in records[given_up.through.lsn :]
+        for at in range(record.offset, record.offset + record.length, BLOCK)
+    }
+    marked = {
+        (slot, at)
+        for slot in dirty.slots()
+        for offset, length in dirty.runs(slot, 1 << 20)
+        for at in range(offset, offset + length, BLOCK)
+    }
+    for lsn, record in enumerate(records[after_lsn:last_lsn], after_lsn + 1):
+        for at in range(record.offset, record.offset + record.length, BLOCK):
+            assert (record.slot, at) in marked | later, (
+                f"I4: LSN {lsn} was freed, and byte {at} of disk {record.slot} is neither at the store nor in the map"
+            )
 
 
 class HealingHost:

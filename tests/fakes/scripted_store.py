@@ -16,6 +16,7 @@ import trio.testing
 
 from asrfs.format.log_object import NO_DIGEST, FrameTable, Index, check_digest, decode_index, decode_object_header
 from asrfs.format.record import CARRIES_EXTENT_BYTES
+from asrfs.model.machine import DiskRecord, decode_disk
 from asrfs.protocol.frames import ProtocolError
 from asrfs.protocol.messages import (
     PROTOCOL_VERSION,
@@ -42,6 +43,10 @@ class Received(NamedTuple):
     offset: int
     length: int
     content: bytes
+
+
+GIVEN_UP = Received(0, 0, 0, 0, b"")
+"""In the place of each record that a gap object stands for."""
 
 
 class Wire:
@@ -100,12 +105,15 @@ class ScriptedStore:
     last_digest: str = ""
     records: list[Received] = field(default_factory=list)
     objects: list[tuple[int, int]] = field(default_factory=list)
+    gaps: list[list[DiskRecord]] = field(default_factory=list)
+    """Of each gap object what it says of the disks."""
     hellos: list[Hello] = field(default_factory=list)
     heartbeats: list[Heartbeat] = field(default_factory=list)
     goodbyes: list[str] = field(default_factory=list)
     tries: list[float] = field(default_factory=list)
     bytes_received: int = 0
     # the script
+    takes_stretches: bool = True
     is_down: bool = False
     is_silent: bool = False
     refusal: tuple[RefusalCode, str] | None = None
@@ -195,6 +203,7 @@ class ScriptedStore:
             acknowledged_lsn=self.acknowledged_lsn,
             acknowledged_time_ns=self._time_ns(),
             last_digest=self.last_digest,
+            takes_stretches=self.takes_stretches,
         )
 
     def _time_ns(self) -> int:
@@ -219,7 +228,11 @@ class ScriptedStore:
             at, length = table.extent(i)
             payload += table.open_frame(i, content[at : at + length], keys.payload)
         del self.times_ns[header.first_lsn - 1 :]
-        for i in range(len(index)):
+        if index.is_stretch:
+            self.gaps.append([decode_disk(index.note(i)) for i in range(len(index))])
+            self.records += [GIVEN_UP] * (header.last_lsn - header.first_lsn + 1)
+            self.times_ns += [int(index.time_ns[-1])] * (header.last_lsn - header.first_lsn + 1)
+        for i in range(0 if index.is_stretch else len(index)):
             self.records.append(_record_of(index, i, payload))
             self.times_ns.append(int(index.time_ns[i]))
         self.objects.append((header.first_lsn, header.last_lsn))

@@ -85,7 +85,9 @@ async def test_all_content_is_in_the_history_when_the_gap_closes(
     assert content_of(machine.world)[0] == machine.world.content(0)
     kinds = [record.kind for record in machine.world.model.records]
     assert kinds[-1] == Kind.MARKER, "a point exists as soon as all is there"
-    assert set(kinds[kinds.index(Kind.DISK) :]) == {Kind.DISK, Kind.MARKER}, "the closing record comes after all content"
+    assert set(kinds[kinds.index(Kind.DISK) :]) == {Kind.DISK, Kind.MARKER}, (
+        "the closing record comes after all content"
+    )
     machine.world.close()
 
 

@@ -205,12 +205,16 @@ async def test_i4_a_segment_is_freed_only_when_applied_and_acknowledged(
         end = host.progress.durable
         host.positions.change(applied=end)
         host.positions.save()
-        assert not trimmer.trim(freeable(host.positions, GivenUp(), applied_to(end)), 0.0), "applied, but the store has nothing"
+        assert not trimmer.trim(freeable(host.positions, GivenUp(), applied_to(end)), 0.0), (
+            "applied, but the store has nothing"
+        )
         host.store.nursery.start_soon(host.shipper.run)
         await host.until_acknowledged()
         assert freeable(host.positions, GivenUp(), applied_to(end)).lsn < end.lsn, "acknowledged is not saved yet"
         await pass_time(1)
-        assert not trimmer.trim(freeable(host.positions, GivenUp(), Limit(0, -1)), 0.0), "the disk server still reads from them"
+        assert not trimmer.trim(freeable(host.positions, GivenUp(), Limit(0, -1)), 0.0), (
+            "the disk server still reads from them"
+        )
         freed = trimmer.trim(freeable(host.positions, GivenUp(), applied_to(end)), 0.0)
         assert freed == list(range(1, end.segment)), "all but the segment that is written to"
         host.write(5)
