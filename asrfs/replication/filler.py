@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -145,8 +146,14 @@ class Filler:
         """Whether all of them were filled; what was is taken from the map."""
         progress = self.progress
         filled: list[tuple[int, int, int]] = []
+
+        def may_be_next(length: int) -> bool:
+            """What is appended and not durable yet waits, too."""
+            waiting = progress.lag_bytes + sum(each[2] for each in filled if each[0] > progress.durable.lsn)
+            return not may_go_on() or not waiting or waiting + length <= self.lag_bytes_max()
+
         for offset, length in batch:
-            await progress.wait_until(lambda: not may_go_on() or progress.lag_bytes <= self.lag_bytes_max())
+            await progress.wait_until(partial(may_be_next, length))
             if not may_go_on():
                 break
             filled.append((await self.server.fill(disk.slot, offset, length), offset, length))

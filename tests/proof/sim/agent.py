@@ -197,7 +197,6 @@ class Agent:
             host.load_machine,
             host.set_gaps,
             host.quota_bytes,
-            host.segment_bytes,
         )
         self._quota.told = host
         filler = Filler(

@@ -11,6 +11,7 @@ from unittest import mock
 
 import trio
 
+from asrfs.format.segment import POSITION_SHIFT
 from asrfs.model import dirty_map
 from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.replication import filler
@@ -105,7 +106,7 @@ class World:
             self.watch,
             segment_bytes=SEGMENT_BYTES,
             settings=settings,
-            quota_bytes=rng.choice((1 << 40, 5 * SEGMENT_BYTES, 9 * SEGMENT_BYTES)),
+            quota_bytes=rng.choice((1 << 40, 4 << POSITION_SHIFT, 7 << POSITION_SHIFT)),  # as places count segments
         )
         return host
 
