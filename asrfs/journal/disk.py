@@ -84,7 +84,7 @@ class JournaledDisk:
     def fill(self, offset: int, length: int) -> int:
         """Append the present content of the blocks of an extent as FILL records; returns the LSN of the last.
 
-        Each of up to 1 MiB is atomic with respect to writes.
+        Each of up to 1 MiB is atomic with respect to writes. One of zeros is a ZERO record.
         """
         check_extent(offset, length, self.size_bytes)
         start, length = widen_to_blocks(offset, length, self._room)
@@ -94,7 +94,10 @@ class JournaledDisk:
             size = min(PAYLOAD_BYTES_MAX, end - start)
             with self._lock:
                 content = self._read_locked(start, size)
-                self._journal_bytes(Kind.FILL, start, content)
+                if not content[0] and not content[-1] and content == _ZEROS[:size]:
+                    self._journal_zeros(_ZERO, start, size)
+                else:
+                    self._journal_bytes(Kind.FILL, start, content)
                 lsn = self._journal.appended_lsn
             start += size
         return lsn

@@ -67,12 +67,6 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         return self.disk(name)
 
 
-def without_gap(machine: MachineConfig, slot: int) -> MachineConfig:
-    """The machine with the gap of a disk closed."""
-    disks = tuple(msgspec.structs.replace(disk, gap=False) if disk.slot == slot else disk for disk in machine.disks)
-    return msgspec.structs.replace(machine, disks=disks)
-
-
 class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Payload of a DISK record: what holds for a slot from this LSN on. Writing it again changes nothing."""
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 import trio
 
 from asrfs.errors import AsrfsError, IntegrityError, TemporaryError
@@ -25,6 +26,7 @@ from asrfs.format.log_object import DIGEST_BYTES, NO_DIGEST, SALT_BYTES
 from asrfs.format.object_encoder import ZSTD_LEVEL, ZSTD_LEVEL_FAST
 from asrfs.journal.reader import JournalReader
 from asrfs.model.configuration import HostConfiguration
+from asrfs.model.dirty_map import GivenUp
 from asrfs.model.positions import Cursor
 from asrfs.protocol.frames import Bytes, ProtocolError
 from asrfs.protocol.messages import (
@@ -54,7 +56,7 @@ from asrfs.replication.reconciliation import (
     check_same_record,
     refusal,
 )
-from asrfs.replication.rewind import cursor_at
+from asrfs.replication.rewind import check_kept, cursor_at
 from asrfs.storage.interface import Storage
 from asrfs.transport.stream import ByteStream
 
@@ -94,8 +96,9 @@ def _follow_nothing(_configuration: HostConfiguration) -> None:
 class Source:
     """What sessions ship from; outlives them. `journal_turn` is held while segments are freed or gone back to.
 
-    `configured` is told what the store wants of this host, unchecked, and returns at once. `group_port` and
-    `group_address` are said to the store when a session begins: where other members of a group reach this machine.
+    `configured` is told what the store wants of this host, unchecked, and returns at once. `given_up`: by
+    the dirty map that is saved. `group_port` and `group_address` are said to the store when a session begins: where
+    other members of a group reach this machine.
     """
 
     machine_id: bytes
@@ -110,6 +113,7 @@ class Source:
     journal_turn: trio.Lock
     hurry_lsn: int = 0
     configured: Callable[[HostConfiguration], None] = _follow_nothing
+    given_up: Callable[[], GivenUp] = GivenUp
     group_port: int = 0
     group_address: str = ""
     outlet: Outlet = field(default_factory=Outlet)
@@ -139,6 +143,7 @@ class ShippingSession:
         self._cut_at = -math.inf
         self._pace = Pace()
         self._is_sending = False
+        self._takes_stretches = False
         self.welcomed = False
         self.objects_acknowledged = 0
 
@@ -200,7 +205,9 @@ class ShippingSession:
             )
             cursor = ours.acknowledged
             if welcome.acknowledged_lsn != cursor.lsn:
-                cursor = await self._locate(welcome.acknowledged_lsn)
+                cursor = await self._locate(welcome)
+            if (given_up := source.given_up()).covers(cursor.lsn):
+                await source.in_thread(check_kept, source.journal, source.machine_id, given_up.through.lsn, cursor.lsn)
             check_same_record(cursor.lsn, cursor.time_ns, welcome.acknowledged_time_ns)
             source.positions.change(acknowledged=cursor, last_digest=welcome.last_digest)
             if cursor.lsn < source.positions.saved.acknowledged.lsn:  # also when an earlier session could not save it
@@ -210,14 +217,19 @@ class ShippingSession:
         self._salt, self._takes_stretches = welcome.session_salt, welcome.takes_stretches
         self._digest = bytes.fromhex(welcome.last_digest) or NO_DIGEST
 
-    async def _locate(self, lsn: int) -> Cursor:
-        source = self._source
-        start = source.positions.current.acknowledged
+    async def _locate(self, welcome: Welcome) -> Cursor:
+        """Where the store stands. In what was given up there is no place any more: then it is only a number, the time
+        is the store's word, and a gap object is what goes on from there."""
+        source, lsn = self._source, welcome.acknowledged_lsn
+        given_up, ours = source.given_up(), source.positions.current.acknowledged
+        start = given_up.needed_behind(ours)
         try:
             return await source.in_thread(cursor_at, source.journal, source.machine_id, source.reader, start, lsn)
-        except StoreLostError:
-            raise
         except IntegrityError as error:
+            if given_up.covers(lsn):
+                return msgspec.structs.replace(ours, lsn=lsn, time_ns=welcome.acknowledged_time_ns)
+            if isinstance(error, StoreLostError):
+                raise
             raise CorruptJournalError(str(error)) from None
 
     # ---- streaming ----------------------------------------------------------------------------------------
@@ -245,20 +257,43 @@ class ShippingSession:
             scope.cancel()
 
     async def _build(self, channel: trio.MemorySendChannel[BuiltObject | Compare]) -> None:
-        source = self._source
         while True:
             await self._slots.acquire()
+            built = await self._next_object()
+            assert built.first_lsn == self._cursor.lsn + 1, "I4: no gap"
+            self._cursor, self._digest = built.cursor, built.digest
+            await channel.send(built)
+
+    async def _next_object(self) -> BuiltObject:
+        """Of the next records, once that is due; of what was given up at once."""
+        source = self._source
+        while not (given_up := source.given_up()).covers(self._cursor.lsn):
             await self._wait_until_due()
             try:
                 built = await source.in_thread(self._build_next, self._level())
             except IntegrityError as error:
+                if source.given_up().covers(self._cursor.lsn):
+                    continue  # it was freed while it was read
                 raise CorruptJournalError(str(error)) from None
             if built is None:
                 raise TemporaryError("the journal has no records where durable ones are due")
-            assert built.first_lsn == self._cursor.lsn + 1, "I4: no gap"
             self._pace.note(bytes_between(self._cursor, built.cursor), trio.current_time())
-            self._cursor, self._digest = built.cursor, built.digest
-            await channel.send(built)
+            return built
+        if not self._takes_stretches:
+            raise ProtocolError("the store is of before stretches and cannot be told what was given up: upgrade it")
+        return await source.in_thread(self._build_gap, given_up)
+
+    def _build_gap(self, given_up: GivenUp) -> BuiltObject:
+        source = self._source
+        return source.builder.build_gap(
+            self._cursor.lsn + 1,
+            given_up.through,
+            given_up.disks,
+            epoch=source.progress.epoch,
+            keys=self._keys,
+            session_salt=self._salt,
+            previous_digest=self._digest,
+        )
 
     def _build_next(self, level: int | None) -> BuiltObject | None:
         source = self._source

@@ -19,6 +19,7 @@ import trio.testing
 from asrfs.format.record import Kind
 from asrfs.format.segment import SEGMENT_HEADER_BYTES
 from asrfs.journal.reader import JournalReader
+from asrfs.model.dirty_map import GivenUp
 from asrfs.model.machine import NO_SLOT
 from asrfs.model.positions import Cursor, Positions
 from asrfs.protocol.messages import RefusalCode, Refused
@@ -212,13 +213,17 @@ async def test_i4_a_segment_is_freed_only_when_applied_and_acknowledged(
         end = host.progress.durable
         host.positions.change(applied=end)
         host.positions.save()
-        assert not trimmer.trim(freeable(host.positions, applied_to(end)), 0.0), "applied, but the store has nothing"
+        assert not trimmer.trim(freeable(host.positions, GivenUp(), applied_to(end)), 0.0), (
+            "applied, but the store has nothing"
+        )
         host.store.nursery.start_soon(host.shipper.run)
         await host.until_acknowledged()
-        assert freeable(host.positions, applied_to(end)).lsn < end.lsn, "acknowledged is not saved yet"
+        assert freeable(host.positions, GivenUp(), applied_to(end)).lsn < end.lsn, "acknowledged is not saved yet"
         await pass_time(1)
-        assert not trimmer.trim(freeable(host.positions, Limit(0, -1)), 0.0), "the disk server still reads from them"
-        freed = trimmer.trim(freeable(host.positions, applied_to(end)), 0.0)
+        assert not trimmer.trim(freeable(host.positions, GivenUp(), Limit(0, -1)), 0.0), (
+            "the disk server still reads from them"
+        )
+        freed = trimmer.trim(freeable(host.positions, GivenUp(), applied_to(end)), 0.0)
         assert freed == list(range(1, end.segment)), "all but the segment that is written to"
         host.write(5)
         host.sync()
@@ -313,7 +318,7 @@ async def test_store_set_back_behind_the_trimmed_journal_raises_an_alarm(
         host.positions.change(applied=host.progress.durable)
         host.positions.save()
         freed = Trimmer(host.world.journal_storage, MACHINE_ID).trim(
-            freeable(host.positions, applied_to(host.progress.durable)), 0.0
+            freeable(host.positions, GivenUp(), applied_to(host.progress.durable)), 0.0
         )
         assert freed
         await store.hang_up()
