@@ -36,8 +36,8 @@ from asrfs.daemon.agent_images import StateImages
 from asrfs.daemon.agent_log import start_agent_log
 from asrfs.daemon.agent_status import (
     Facts,
+    OldestUnacknowledged,
     images_of,
-    oldest_unacknowledged_ns,
     status,
 )
 from asrfs.daemon.agent_verbs import AgentVerbs, check_is_kept, through_a_restart
@@ -111,6 +111,7 @@ class Agent:
         self._images = StateImages(state)
         self._server = DiskServerClient(state.socket_path("disk_server"))
         self._readers = [JournalReader(journal, machine_id) for _ in range(4)]
+        self._oldest = OldestUnacknowledged(self._readers[3])
         trimmer = Trimmer(journal, machine_id)
         self._dirty = dirty = DirtyMapFile(self._files, DIRTY_MAP_FILE)
         self._ticker = Ticker(self._server, self._progress, self._alarms, lambda: self._settings.current.object_age)
@@ -125,24 +126,9 @@ class Agent:
             journal_turn,
             lambda: dirty.given_up,
         )
-        source = Source(
-            machine_id=machine_id,
-            machine_name=self._machine.name,
-            journal=journal,
-            reader=self._readers[1],
-            builder=ObjectBuilder(self._readers[2]),
-            positions=self._positions,
-            progress=self._progress,
-            settings=self._settings.shipping(),
-            threads=self._threads,
-            journal_turn=journal_turn,
-            configured=self._configuration.offer,
-            given_up=lambda: dirty.given_up,
-            group_port=self._settings.current.group_port,
-            group_address=self._settings.current.group_address,
-        )
         backoff = Backoff(random.Random())
         is_paused = self._files.exists(PAUSED_FILE)
+        source = self._make_source(journal, journal_turn)
         self._shipper = Shipper(source, self._store(), self._alarms, self._link, backoff, paused=is_paused)
         self._note_pause()
         digester = DigestProcess(state, lambda: self._settings.current.scan_rate)
@@ -183,7 +169,6 @@ class Agent:
             lambda: self._settings.current,
             self._healing.quota,
         )
-        self._first_unacknowledged: tuple[int, int | None] = (-1, None)
 
     async def run(self) -> int:
         """Work until told to stop; the exit code."""
@@ -273,6 +258,24 @@ class Agent:
         on_failure = self._settings.current.policy.on_failure
         point, _ = await self._maker.make(PointRequest(consistency=consistency, on_failure=on_failure))
         return point
+
+    def _make_source(self, journal: DirectoryStorage, journal_turn: trio.Lock) -> Source:
+        return Source(
+            machine_id=id_bytes(self._machine.id),
+            machine_name=self._machine.name,
+            journal=journal,
+            reader=self._readers[1],
+            builder=ObjectBuilder(self._readers[2]),
+            positions=self._positions,
+            progress=self._progress,
+            settings=self._settings.shipping(),
+            threads=self._threads,
+            journal_turn=journal_turn,
+            configured=self._configuration.offer,
+            given_up=lambda: self._dirty.given_up,
+            group_port=self._settings.current.group_port,
+            group_address=self._settings.current.group_address,
+        )
 
     def _make_maker(self) -> PointMaker:
         async def mark(payload: bytes) -> tuple[int, int]:
@@ -392,7 +395,7 @@ class Agent:
             durable=progress.durable,
             epoch=progress.epoch,
             now_ns=SystemClock().time_ns(),
-            first_unacknowledged_ns=self._oldest_unacknowledged_ns(),
+            first_unacknowledged_ns=self._oldest.time_ns(progress.acknowledged, progress.durable),
             oldest_segment=self._housekeeping.oldest_segment,
             quota_bytes=self._healing.quota.quota_bytes,
             healing=self._healing.standing(machine, filled_per_s),
@@ -403,15 +406,6 @@ class Agent:
             alarms=in_order(alarms),
             groups=self._groups.groups.standing(),
         )
-
-    def _oldest_unacknowledged_ns(self) -> int | None:
-        """As `agent_status.oldest_unacknowledged_ns`, without reading the same record again and again."""
-        cursor = self._progress.acknowledged
-        lsn, time_ns = self._first_unacknowledged
-        if lsn != cursor.lsn or time_ns is None:
-            time_ns = oldest_unacknowledged_ns(self._readers[3], cursor, self._progress.durable)
-            self._first_unacknowledged = (cursor.lsn, time_ns)
-        return time_ns
 
 
 def serve(state: StateDirectory, *, apply_only: bool) -> int:

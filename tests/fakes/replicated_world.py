@@ -232,9 +232,11 @@ class ReplicatedWorld:
         for disk in (await filler.prepare()).live_disks():
             await filler.fill(disk, lambda: True)
         filler.make_point = self._die_at_the_point
-        with suppress(TemporaryError):
-            await filler.close(self.healing.dirty.map.slots(), "unheard")
-        filler.make_point = self._make_point
+        try:
+            with suppress(TemporaryError):
+                await filler.close(self.healing.dirty.map.slots(), "unheard")
+        finally:
+            filler.make_point = self._make_point
 
     async def _die_at_the_point(self, note: str) -> int:
         self.marker()
