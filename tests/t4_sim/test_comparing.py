@@ -197,10 +197,12 @@ class Host:
         while True:
             pause = self.store.listener.pause = trio.Event() if self.rng.random() < 0.5 else None
             self.applier.slow_s = 0.0 if pause is not None else self.rng.random() / 4
-            await trio.sleep(self.rng.random())  # sleep: virtual, between two moods
-            self.store.listener.pause = None
-            if pause is not None:
-                pause.set()
+            try:
+                await trio.sleep(self.rng.random())  # sleep: virtual, between two moods
+            finally:
+                self.store.listener.pause = None
+                if pause is not None:
+                    pause.set()
 
     def flip(self, slot: int, at: int) -> None:
         """In the image, behind everybody's back."""

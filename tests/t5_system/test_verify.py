@@ -1,4 +1,4 @@
-"""`asrfs verify` on the real machine: equal is equal, also under writes; a byte changed behind its back is found."""
+"""`asrfs verify` on the real machine: equal is equal, under writes too; a byte changed behind our back is found."""
 
 from __future__ import annotations
 
