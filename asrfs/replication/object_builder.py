@@ -26,9 +26,6 @@ from asrfs.model.machine import DiskRecord, encode_disk
 from asrfs.model.positions import Cursor
 from asrfs.replication.stretch_reader import StretchReader
 
-_FIRST_FOLDED_OBJECTS = 4
-"""A session's first stretch may have the payload of so many objects."""
-
 
 @dataclass(frozen=True, slots=True)
 class MachineKeys:
@@ -84,8 +81,7 @@ class ObjectBuilder:
         """
         seal = partial(self._seal, keys, session_salt, previous_digest)
         if folds:
-            first = _FIRST_FOLDED_OBJECTS * bytes_max
-            stretch = self._stretches.read(cursor, durable_lsn, session_salt=session_salt, bytes_first=first)
+            stretch = self._stretches.read(cursor, durable_lsn, session_salt=session_salt, object_size=bytes_max)
             if stretch is not None:
                 assert stretch.index.last_lsn == stretch.cursor.lsn <= durable_lsn, "only durable records are shipped"
                 return seal(stretch.epoch, stretch.index, stretch.payloads, stretch.cursor, level)

@@ -22,8 +22,8 @@ from asrfs.journal.reader import JournalReader, Slabs
 from asrfs.model.positions import Cursor
 from asrfs.replication.folding import Kept, Room, fold
 
-FOLDED_BYTES_MAX = 32 << 20
-"""Left of the records of one stretch; an object holds twice as much."""
+FOLDED_BYTES_MAX = 16 << 20
+"""Left of the records of one stretch. It bounds memory, and what is sent again when a link is lost."""
 BYTES_LEAST = 1 << 20
 SAVED_SHARE_LEAST = 0.2
 """Folding less than this is not worth that states are missing and that all is read twice."""
@@ -32,6 +32,7 @@ BYTES_READ_MAX = 512 << 20
 _LOOKS_APART = 4
 """After a look that did not pay, the next one is this many times as far on as that one reached."""
 _BATCH_BYTES = 4 << 20
+_LOSSES_MAX = 10
 _CARRIES = sorted(int(kind) for kind in CARRIES_EXTENT_BYTES)
 
 
@@ -67,8 +68,9 @@ class _Looked(NamedTuple):
 class StretchReader:
     """Shares its reader with who reads for other objects; one call at a time.
 
-    How much is left in a stretch begins with a little and doubles with each, up to FOLDED_BYTES_MAX: a link that never
-    holds until one has come through gets small ones.
+    The more a stretch may have left, the more is overwritten in it. But what is lost with its connection is sent again:
+    so after a stretch was, there is no more in one than in another object, for twice as far as was lost, and for twice
+    that again with each session to which it happens, too.
     """
 
     def __init__(self, reader: JournalReader) -> None:
@@ -76,29 +78,36 @@ class StretchReader:
         self._slabs = Slabs()
         self._not_before_lsn = 0
         self._session = b""
-        self._bytes_max = 0
         self._last_lsn = 0
+        self._losses = 0
+        self._small_until_lsn = 0
 
-    def read(self, cursor: Cursor, durable_lsn: int, *, session_salt: bytes, bytes_first: int) -> Stretch | None:
-        """The records behind `cursor`, none above `durable_lsn`; None where folding does not pay. `bytes_first`: left
-        in the first stretch of a session. Raises IntegrityError, OSError."""
+    def read(self, cursor: Cursor, durable_lsn: int, *, session_salt: bytes, object_size: int) -> Stretch | None:
+        """The records behind `cursor`, none above `durable_lsn`; None where folding does not pay. `object_size`: of
+        payload in other objects. Raises IntegrityError, OSError."""
         if session_salt != self._session:
-            is_lost = cursor.lsn < self._last_lsn
-            self._bytes_max = bytes_first if is_lost else max(bytes_first, self._bytes_max)
-            self._session, self._not_before_lsn = session_salt, 0
+            self._begin_session(session_salt, cursor.lsn)
         if cursor.lsn < self._not_before_lsn or cursor.lsn >= durable_lsn:
             return None
-        looked = self._look(cursor, durable_lsn)
+        is_small = cursor.lsn < self._small_until_lsn
+        looked = self._look(cursor, durable_lsn, min(object_size, FOLDED_BYTES_MAX) if is_small else FOLDED_BYTES_MAX)
         if not looked.pays:
             self._not_before_lsn = cursor.lsn + _LOOKS_APART * (looked.last_lsn - cursor.lsn)
             return None
         stretch = self._gather(cursor, looked)
         self._last_lsn = looked.last_lsn
-        self._bytes_max = min(2 * self._bytes_max, FOLDED_BYTES_MAX)
         return stretch
 
-    def _look(self, cursor: Cursor, durable_lsn: int) -> _Looked:
-        room = Room(min(self._bytes_max, FOLDED_BYTES_MAX), RECORDS_MAX)
+    def _begin_session(self, session_salt: bytes, lsn: int) -> None:
+        """It goes on behind `lsn`, whatever the one before it had sent."""
+        lost = self._last_lsn - lsn
+        self._losses = min(self._losses + 1, _LOSSES_MAX) if lost > 0 else 0
+        if lost > 0:
+            self._small_until_lsn = lsn + (lost << self._losses)
+        self._session, self._not_before_lsn, self._last_lsn = session_salt, 0, 0
+
+    def _look(self, cursor: Cursor, durable_lsn: int, bytes_max: int) -> _Looked:
+        room = Room(bytes_max, RECORDS_MAX)
         epoch, bytes_read, is_at_marker = self._reader.epoch(cursor), 0, False
         last_lsn, until_lsn = cursor.lsn, min(durable_lsn, cursor.lsn + RECORDS_READ_MAX)
         tables: list[Table] = []

@@ -323,6 +323,7 @@ class ReplicatedWorld:
         with (
             closing(JournalReader(self.host.journal_storage, MACHINE_ID)) as reader,
             mock.patch.object(stretch_reader, "BYTES_LEAST", 0),
+            mock.patch.object(stretch_reader, "FOLDED_BYTES_MAX", self.rng.choice((4, 12, 4096)) * BLOCK),
             mock.patch.object(stretch_reader, "SAVED_SHARE_LEAST", self.rng.choice((0.0, 0.2))),
         ):
             builder = ObjectBuilder(reader)

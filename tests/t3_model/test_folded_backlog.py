@@ -166,14 +166,14 @@ def test_where_it_does_not_pay_objects_are_as_ever(rng: random.Random, monkeypat
     looks: list[int] = []
     sound = StretchReader._look
 
-    def look(self: StretchReader, cursor: Cursor, durable_lsn: int) -> object:
+    def look(self: StretchReader, cursor: Cursor, durable_lsn: int, bytes_max: int) -> object:
         looks.append(cursor.lsn)
-        return sound(self, cursor, durable_lsn)
+        return sound(self, cursor, durable_lsn, bytes_max)
 
     monkeypatch.setattr(StretchReader, "_look", look)
     built = backlog.all(SALTS[0])
     assert [header_of(each).is_stretch for each in built] == [False] * 256
-    assert looks == list(range(0, 256, 16)), "each looked 4 objects far, and 12 more were passed over"
+    assert looks == [0], "it looked 64 blocks far, and three times as many were passed over"
     backlog.close()
 
 
@@ -197,20 +197,25 @@ def test_too_little_to_be_worth_it(rng: random.Random, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("small")
-def test_stretches_grow_while_they_come_through(rng: random.Random) -> None:
-    """4, 8, 16 … objects' worth of blocks up to what is allowed; small again once one was lost with its connection."""
-    backlog = Backlog(rng, [number // 2 % 256 for number in range(1024)])
-    sizes = []
-    for _ in range(6):
-        built = backlog.next(SALTS[0])
-        assert built is not None
-        sizes.append(header_of(backlog.accept(built)).payload_raw_length // BLOCK)
-    assert sizes == [4, 8, 16, 32, 64, 64]
-    lost = backlog.next(SALTS[0])
-    assert lost is not None and header_of(lost).payload_raw_length == 64 * BLOCK
-    again = backlog.next(SALTS[1])
-    assert again is not None and header_of(again).payload_raw_length == 4 * BLOCK
-    assert again.first_lsn == lost.first_lsn
+def test_stretches_are_small_after_one_was_lost(rng: random.Random) -> None:
+    """As large as is allowed, until one is lost with its connection: then for a while no larger than other objects,
+    the longer the oftener that happens; once nothing was lost it is forgotten."""
+    backlog = Backlog(rng, [number // 2 % 256 for number in range(4096)])
+
+    def size(salt: bytes, *, is_lost: bool = False) -> int:
+        built = backlog.next(salt, bytes_max=8 * BLOCK)
+        assert built is not None and header_of(built).is_stretch
+        if not is_lost:
+            backlog.accept(built)
+        return header_of(built).payload_raw_length // BLOCK
+
+    assert [size(SALTS[0]), size(SALTS[0]), size(SALTS[0], is_lost=True)] == [64, 64, 64]
+    assert [size(SALTS[1]) for _ in range(17)] == [8] * 16 + [64], "twice as far as was lost"
+    assert size(SALTS[1], is_lost=True) == 64
+    assert [size(SALTS[0]) for _ in range(33)] == [8] * 32 + [64], "four times, as it happened again"
+    assert size(SALTS[1]) == 64
+    assert size(SALTS[1], is_lost=True) == 64
+    assert [size(SALTS[0]) for _ in range(17)] == [8] * 16 + [64]
     backlog.close()
 
 
