@@ -49,7 +49,6 @@ from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.hardening import ignore_terminal, raise_file_limit
 from asrfs.daemon.health import process_alarms
 from asrfs.daemon.housekeeping import Housekeeping
-from asrfs.daemon.point_process import ORDER_FILE
 from asrfs.daemon.point_processes import PointProcesses
 from asrfs.daemon.settings_in_force import SettingsInForce
 from asrfs.daemon.state import CONFIGURATION_FILE, DIRTY_MAP_FILE, POINTS_FILE, StateDirectory
@@ -189,7 +188,7 @@ class Agent:
                     self._scheduler.run,
                     self._housekeeping.keep_spares,
                     self._housekeeping.watch_space,
-                    self._settle_points,
+                    self._point_processes.settle_interrupted,
                 ):
                     nursery.start_soon(task)
                 await nursery.start(serve_control, self._state.socket_path("agent"), self._verbs().table())
@@ -313,14 +312,6 @@ class Agent:
             lambda: self._progress.acknowledged.lsn >= lsn or self._dirty.given_up.is_lost(lsn)
         )
         check_is_kept(self._dirty.given_up, lsn)
-
-    async def _settle_points(self) -> None:
-        """Run post hooks that a point has left which was interrupted by the death of all."""
-        if self._files.exists(ORDER_FILE):
-            try:
-                await self._point_processes.settle()
-            except AsrfsError as error:
-                log.error("post hooks of a point that was interrupted: %s", error)
 
     def _store(self) -> StoreAccess | None:
         """The way to the store, if the machine is enrolled and its keys can be read."""

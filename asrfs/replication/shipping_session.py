@@ -22,7 +22,7 @@ import msgspec
 import trio
 
 from asrfs.errors import AsrfsError, IntegrityError, TemporaryError
-from asrfs.format.log_object import DIGEST_BYTES, NO_DIGEST, SALT_BYTES
+from asrfs.format.log_object import NO_DIGEST
 from asrfs.format.object_encoder import ZSTD_LEVEL, ZSTD_LEVEL_FAST
 from asrfs.journal.reader import JournalReader
 from asrfs.model.configuration import HostConfiguration
@@ -54,6 +54,7 @@ from asrfs.replication.reconciliation import (
     StoreLostError,
     check_same_history,
     check_same_record,
+    check_welcome,
     refusal,
 )
 from asrfs.replication.rewind import check_kept, cursor_at
@@ -189,7 +190,7 @@ class ShippingSession:
         if isinstance(event, Refused):
             raise refusal(event.code, event.text)
         assert isinstance(event, Welcome), "the protocol's table allows nothing else here"
-        _check_welcome(event)
+        check_welcome(event)
         self.welcomed = True
         return event
 
@@ -436,17 +437,3 @@ class ShippingSession:
                 await self._stream.send_all(self._session.send(Goodbye(reason=reason)))
             except AsrfsError:
                 return
-
-
-def _check_welcome(welcome: Welcome) -> None:
-    """Raise ProtocolError for a WELCOME that makes no sense."""
-    if welcome.protocol != PROTOCOL_VERSION:
-        raise ProtocolError(f"the store speaks protocol {welcome.protocol}, this program {PROTOCOL_VERSION}")
-    if len(welcome.session_salt) != SALT_BYTES or min(welcome.acknowledged_lsn, welcome.acknowledged_time_ns) < 0:
-        raise ProtocolError("the store's WELCOME has a salt or LSN that cannot be")
-    try:
-        digest = bytes.fromhex(welcome.last_digest)
-    except ValueError:
-        digest = b"?"
-    if len(digest) not in (0, DIGEST_BYTES):
-        raise ProtocolError("the store's WELCOME has a digest that cannot be")
