@@ -15,7 +15,7 @@ import trio
 from asrfs.errors import AsrfsError
 from asrfs.protocol.group_messages import Beat, Word
 from asrfs.protocol.group_session import GroupRole, GroupSession, GroupState
-from asrfs.transport.stream import ByteStream, LinkError, SecureStream
+from asrfs.transport.stream import Bytes, ByteStream, LinkError, SecureStream
 
 BEAT_S = 2.0
 SILENCE_S_MAX = 3 * BEAT_S
@@ -150,7 +150,7 @@ class GroupStream:
                 return
             self._take(received)
 
-    def _take(self, received: bytes | bytearray) -> bool:
+    def _take(self, received: Bytes) -> bool:
         """Hand on what these bytes say: whether that was anything."""
         is_any = False
         words = self.session.receive(received)

@@ -133,11 +133,10 @@ class GroupSession:
         message = _frame(word, self._sequence)
         self._sequence += 1
         if isinstance(word, Gathered):
-            due = self._reader.sequence
-            self._foreseen = {
-                _frame(likely, sequence): (sequence & 0xFFFFFFFF, likely)
-                for sequence, likely in enumerate((Prepare(point=word.point), Release(point=word.point)), due)
-            }
+            self._foreseen.clear()
+            likely: tuple[Word, ...] = (Prepare(point=word.point), Release(point=word.point))
+            for sequence, each in enumerate(likely, self._reader.sequence):
+                self._foreseen[_frame(each, sequence)] = (sequence & 0xFFFFFFFF, each)
         return message
 
     def receive(self, received: Bytes) -> list[Word]:
