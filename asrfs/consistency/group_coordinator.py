@@ -191,7 +191,10 @@ class GroupCoordinator:
     def _attend(self, seconds_max: float) -> None:
         """As `GroupStream.attend`, for this machine's own share: wait for what everyone else has to say before it is
         its turn again, and hand that on."""
-        deadline = time.monotonic() + seconds_max
+        if self._cut is None:
+            return
+        # Who is late is given up in time, by the task that waits for that.
+        deadline = time.monotonic() + min(seconds_max, self._cut.wake_at - trio.current_time())
         poll, streams = select.poll(), dict[int, GroupStream]()
         for stream in self._streams.values():
             if (fd := stream.fileno()) >= 0:

@@ -135,21 +135,16 @@ class SecureStream:
                 await self._flush()
         await self._flush()
 
-    def send_now(self, data: Bytes) -> bool:
-        """Send a short message without waiting. False: not all of it went out, and `send_all` of anything, even of
-        nothing, sends the rest. Not while `send_all` runs. Raises LinkError or AuthenticationError."""
-        self.seal(data)
-        return self.send_sealed()
-
     def seal(self, data: Bytes) -> None:
-        """The first half of `send_now`: what takes time. Nothing else may be sent before the second."""
+        """What takes time of sending a short message without waiting. `send_sealed` follows before anything else is
+        sent. Not while `send_all` runs. Raises LinkError or AuthenticationError."""
         try:
             self._tls.write(data)
         except ssl.SSLError as error:
             raise _refusal(error) from None
 
     def send_sealed(self) -> bool:
-        """The second half of `send_now`."""
+        """False: not all went out, and `send_all` of anything, even of nothing, sends the rest. Raises LinkError."""
         unsent: Bytes = self._outward.read()
         if self._unsent:
             unsent = bytes(self._unsent) + unsent
