@@ -15,11 +15,12 @@ import errno
 import fcntl
 import logging
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
 from asrfs.daemon.control import Fields
-from asrfs.daemon.hardening import hurry, take_time
+from asrfs.daemon.hardening import ARMED_URGENCY, HOLDING_URGENCY, hurry, take_time
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import AsrfsError, BadInputError, IntegrityError, NotFoundError, RefusedError
 from asrfs.format.record import PAYLOAD_BYTES_MAX, Kind
@@ -39,6 +40,7 @@ from asrfs.storage.directory import DirectoryStorage, OpenFile, open_path
 
 FILL_BYTES_MAX = 16 * PAYLOAD_BYTES_MAX
 """The most that one `fill` may ask for: a verb is answered soon."""
+QUIET_S_MAX = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -282,7 +284,7 @@ class ServedMachine:
         decode_marker(payload)
         self.hold.arm(_hold_id(request), payload, seconds, not_after)
         if not_after is None:
-            hurry()
+            hurry(ARMED_URGENCY)
         return {}
 
     def begin_hold(self, request: Fields) -> Fields:
@@ -291,12 +293,15 @@ class ServedMachine:
         Making it durable is for `sync`, after the release: what is held takes others' time.
         """
         held = self.hold.begin_armed(_hold_id(request))
-        hurry(2)  # what lets go comes before what says so to the next one
+        hurry(HOLDING_URGENCY)
         return {"lsn": held.lsn, "time_ns": held.time_ns, "epoch": held.epoch}
 
     def release(self, request: Fields) -> Fields:
-        """Let changes go on."""
+        """Let changes go on; then be quiet for `quiet_s`, while others of this host do the same."""
         released = self.hold.release(_hold_id(request))
+        quiet_s = request.get("quiet_s", 0.0)
+        if isinstance(quiet_s, int | float) and quiet_s > 0:
+            time.sleep(min(quiet_s, QUIET_S_MAX))
         take_time()
         return {"holding": released.holding, "hold_ms": released.seconds * 1000}
 

@@ -106,6 +106,16 @@ class FrameReader:
                 self._type = None
         return frames
 
+    @property
+    def sequence(self) -> int:
+        """Of the frame that is due next."""
+        return self._sequence
+
+    def pass_over(self) -> None:
+        """The frame that is due next has been read by somebody else. Nothing of it has been fed."""
+        assert self.is_empty()
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
+
     def is_empty(self) -> bool:
         """Whether the stream may end here: no frame is half received."""
         return not self._buffer and self._type is None
