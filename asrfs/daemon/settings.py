@@ -21,6 +21,8 @@ from asrfs.model.quantities import parse_duration, parse_size
 
 QUOTA_BYTES_MIN = 256 << 20
 """Four segments: less could not hold what is being written, applied and shipped."""
+SHARE_BYTES_MIN = 1 << 30
+"""A share of small disks is no less than that: they are written again and again, and points are worth a gibibyte."""
 QUOTA_BYTES_LEAST = 128 << 20
 """Two segments: where there is no room for that, writes fail for want of space in any case."""
 QUOTA_SHARE_OF_ROOM = 0.8
@@ -58,7 +60,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """
         quota = self.journal_quota_bytes
         if quota is None:
-            quota = max(QUOTA_BYTES_MIN, int(provisioned_bytes * self.journal_quota_percent / 100))
+            quota = max(SHARE_BYTES_MIN, int(provisioned_bytes * self.journal_quota_percent / 100))
         return max(QUOTA_BYTES_LEAST, min(quota, int(room_bytes * QUOTA_SHARE_OF_ROOM)))
 
 
