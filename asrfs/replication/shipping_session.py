@@ -68,7 +68,7 @@ GREETING_S_MAX = 20.0
 OBJECTS_UNACKNOWLEDGED_MAX = 4
 _TOGETHER_BYTES = 64 << 10
 _PACE_S = 0.25
-FOLD_BACKLOG_BYTES = 64 << 20
+FOLD_BACKLOG_BYTES = 512 << 20
 """With so much of the journal behind, what was overwritten meanwhile is left out."""
 _FAST_BYTES_PER_S = 48 << 20
 """Above this, level 1 of zstd would take a tenth to a quarter of a processor."""
