@@ -287,7 +287,7 @@ def test_disk_is_announced_late_where_the_journal_has_no_space(
     machine.fill({"slot": 1, "offset": 0, "length": 4096})
     machine.disks({})
     kinds = [(header.kind, header.slot) for header, _ in history(state, machine)]
-    assert kinds == [(5, 0), (5, 1), (1, 0), (5, 0), (1, 0), (5, 1), (Kind.FILL, 1)]
+    assert kinds == [(5, 0), (5, 1), (1, 0), (5, 0), (1, 0), (5, 1), (Kind.ZERO, 1)]
     assert read(machine, "root", 0, 4096) == b"x" * 4096
 
 
