@@ -30,6 +30,7 @@ class HostVerbs(frame.Verbs):
         "point": "point:point",
         "hooks": "hooks:hooks",
         "drain": "drain:drain",
+        "verify": "verify:verify",
         "status": "status:status",
         "pause": "pause:pause",
         "resume": "pause:resume",

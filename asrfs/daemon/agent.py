@@ -21,6 +21,7 @@ import random
 import signal
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -41,16 +42,17 @@ from asrfs.daemon.agent_status import (
 )
 from asrfs.daemon.agent_verbs import AgentVerbs, check_is_kept, through_a_restart
 from asrfs.daemon.control_trio import serve_control
+from asrfs.daemon.digesting import DigestProcess, comparing
 from asrfs.daemon.disk_server_client import DiskServerClient
 from asrfs.daemon.enrolment import Enrolment, certificate_of, load_enrolment, store_access
 from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.hardening import ignore_terminal, raise_file_limit
 from asrfs.daemon.health import process_alarms
 from asrfs.daemon.housekeeping import Housekeeping
-from asrfs.daemon.point_process import ORDER_FILE
 from asrfs.daemon.point_processes import PointProcesses
 from asrfs.daemon.settings_in_force import SettingsInForce
 from asrfs.daemon.state import CONFIGURATION_FILE, DIRTY_MAP_FILE, POINTS_FILE, StateDirectory
+from asrfs.daemon.verification import Verification
 from asrfs.errors import AsrfsError, RefusedError, TemporaryError
 from asrfs.format.record import RecordHeader
 from asrfs.journal.reader import JournalReader
@@ -128,6 +130,9 @@ class Agent:
         source = self._make_source(journal, journal_turn)
         self._shipper = Shipper(source, self._store(), self._alarms, self._link, backoff, paused=is_paused)
         self._note_pause()
+        digester = DigestProcess(state, lambda: self._settings.current.scan_rate)
+        compare = partial(comparing, digester, self._server, self._shipper, self._applier)
+        self._verification = Verification(state, compare, self._threads)
         self._point_processes = PointProcesses(state)
         self._maker = self._make_maker()
         self._healing = AgentHealing(
@@ -176,13 +181,14 @@ class Agent:
                     self._shipper.run,
                     self._healing.quota.run,
                     self._healing.resyncer.run,
+                    self._verification.run,
                     self._configuration.run,
                     self._groups.run,
                     self._settings.watch_calendar,
                     self._scheduler.run,
                     self._housekeeping.keep_spares,
                     self._housekeeping.watch_space,
-                    self._settle_points,
+                    self._point_processes.settle_interrupted,
                 ):
                     nursery.start_soon(task)
                 await nursery.start(serve_control, self._state.socket_path("agent"), self._verbs().table())
@@ -236,6 +242,7 @@ class Agent:
             points=self._points,
             maker=self._maker,
             groups=self._groups,
+            verification=self._verification,
             on_failure=lambda: self._settings.current.policy.on_failure,
             threads=self._threads,
             dirty=self._dirty,
@@ -305,14 +312,6 @@ class Agent:
             lambda: self._progress.acknowledged.lsn >= lsn or self._dirty.given_up.is_lost(lsn)
         )
         check_is_kept(self._dirty.given_up, lsn)
-
-    async def _settle_points(self) -> None:
-        """Run post hooks that a point has left which was interrupted by the death of all."""
-        if self._files.exists(ORDER_FILE):
-            try:
-                await self._point_processes.settle()
-            except AsrfsError as error:
-                log.error("post hooks of a point that was interrupted: %s", error)
 
     def _store(self) -> StoreAccess | None:
         """The way to the store, if the machine is enrolled and its keys can be read."""

@@ -16,6 +16,7 @@ from asrfs.consistency.points import Point, PointLog
 from asrfs.daemon.agent_groups import AgentGroups
 from asrfs.daemon.control import Fields
 from asrfs.daemon.control_trio import AsyncHandler
+from asrfs.daemon.verification import Verification
 from asrfs.errors import AsrfsError, BadInputError, RefusedError, TemporaryError
 from asrfs.model.dirty_map import GivenUp
 from asrfs.model.point_filter import PointFilter
@@ -52,6 +53,7 @@ class AgentVerbs:
     points: PointLog
     maker: PointMaker
     groups: AgentGroups
+    verification: Verification
     on_failure: Callable[[], OnFailure]
     threads: trio.CapacityLimiter
     dirty: DirtyMapFile
@@ -67,6 +69,7 @@ class AgentVerbs:
             "point_create": self.on_point_create,
             "point_list": self.on_point_list,
             "drain": self.on_drain,
+            "verify": self.on_verify,
             "apply": self.on_apply,
             "wait_acknowledged": self.on_wait_acknowledged,
             "pause": self.on_pause,
@@ -146,6 +149,13 @@ class AgentVerbs:
             "acknowledged": self.progress.acknowledged.lsn,
             "seconds": round(trio.current_time() - started, 3),
         }
+
+    async def on_verify(self, request: Fields) -> dict[str, Any]:
+        """Compare all disks with the replica: how far that is, or its outcome; to be asked again and again."""
+        self._check_enrolled()
+        if self.shipper.paused:
+            raise RefusedError("shipping to the store is paused: go on with `asrfs resume` first")
+        return await self.verification.ask(request.get("job"))
 
     async def on_apply(self, _request: Fields) -> dict[str, Any]:
         """Wait until the images hold what was appended at the call."""

@@ -44,6 +44,8 @@ _CREDENTIALS = struct.Struct("3i")
 _CONNECTIONS_MAX = 64
 _ACCEPT_RETRY_S = 0.1
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_REQUEST_BYTES = 4 << 10
+"""What is received at once: nearly every request is shorter."""
 
 log = logging.getLogger(__name__)
 
@@ -265,6 +267,16 @@ def _receive_body(stream: socket.socket, prefix: bytes) -> bytes:
     return _receive_exactly(stream, decode_length(prefix))
 
 
+def _cut_body(stream: socket.socket, received: bytes) -> tuple[bytes, bytes]:
+    """The body of the message that begins `received`, and what came behind it."""
+    if len(received) < LENGTH_BYTES:
+        received += _receive_exactly(stream, LENGTH_BYTES - len(received))
+    end = LENGTH_BYTES + decode_length(received[:LENGTH_BYTES])
+    if len(received) < end:
+        received += _receive_exactly(stream, end - len(received))
+    return received[LENGTH_BYTES:end], received[end:]
+
+
 def _receive_exactly(stream: socket.socket, length: int) -> bytes:
     pieces: list[bytes] = []
     while length:
@@ -325,8 +337,10 @@ class ControlServer:
         try:
             with stream:
                 check_peer(stream)
-                while prefix := stream.recv(_LENGTH.size):
-                    self._answer(stream, decode_body(_receive_body(stream, prefix)))
+                received = b""
+                while received := received or stream.recv(_REQUEST_BYTES):
+                    body, received = _cut_body(stream, received)
+                    self._answer(stream, decode_body(body))
         except (OSError, AsrfsError) as error:
             log.info("control connection ended: %s", error)
         finally:

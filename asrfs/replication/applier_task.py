@@ -16,6 +16,7 @@ from asrfs.model.dirty_map import GivenUp
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.applier import Applier
 from asrfs.replication.disk_server import DiskServer
+from asrfs.replication.exact_images import ExactImages
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress, bytes_between
 from asrfs.replication.trimmer import Limit, Trimmer, freeable
@@ -54,6 +55,7 @@ class ApplierTask:
         self._alarms = alarms
         self._threads = threads
         self._journal_turn = journal_turn
+        self.exact = ExactImages(positions, progress)
         self._given_up = given_up
         self._hurry_lsn = 0
         self._dropped = Limit(0, -1)
@@ -69,7 +71,9 @@ class ApplierTask:
         while True:
             await self._wait_until_due()
             try:
-                cursor = await self._in_thread(self._applier.apply_span, self._progress.durable.lsn)
+                durable_lsn = self._progress.durable.lsn
+                async with self.exact.applying(durable_lsn):
+                    cursor = await self._in_thread(self._applier.apply_span, durable_lsn)
             except IntegrityError as error:
                 self._alarms.set("apply", "critical", f"the journal cannot be applied: {error}")
                 await trio.sleep(CORRUPT_RETRY_S)

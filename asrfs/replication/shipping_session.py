@@ -1,6 +1,7 @@
 """One connection to the store, from HELLO to its end: four tasks around one `protocol.Session`.
 
     build ──(channel)──▶ send ──▶ stream        at most OBJECTS_UNACKNOWLEDGED_MAX objects built and not acknowledged
+    others ──(outlet)──▲                        between objects
     receive ◀── stream: ACKNOWLEDGE moves positions.acknowledged, and nothing else does (I3)
 
 `build` reads the journal and seals in a thread while `send` writes the object before it. Only `send` writes to the
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,7 +22,7 @@ import msgspec
 import trio
 
 from asrfs.errors import AsrfsError, IntegrityError, TemporaryError
-from asrfs.format.log_object import DIGEST_BYTES, NO_DIGEST, OBJECT_BYTES_MAX, SALT_BYTES
+from asrfs.format.log_object import NO_DIGEST
 from asrfs.format.object_encoder import ZSTD_LEVEL, ZSTD_LEVEL_FAST
 from asrfs.journal.reader import JournalReader
 from asrfs.model.configuration import HostConfiguration
@@ -29,8 +30,11 @@ from asrfs.model.dirty_map import GivenUp
 from asrfs.model.positions import Cursor
 from asrfs.protocol.frames import Bytes, ProtocolError
 from asrfs.protocol.messages import (
+    OBJECT_CHUNK_BYTES,
     PROTOCOL_VERSION,
     Acknowledge,
+    Compare,
+    Compared,
     Configure,
     Goodbye,
     Heartbeat,
@@ -41,6 +45,7 @@ from asrfs.protocol.messages import (
 )
 from asrfs.protocol.session import Event, Session, State
 from asrfs.replication.object_builder import BuiltObject, MachineKeys, ObjectBuilder
+from asrfs.replication.outlet import Outlet
 from asrfs.replication.pace import Pace
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress, bytes_between
@@ -49,6 +54,7 @@ from asrfs.replication.reconciliation import (
     StoreLostError,
     check_same_history,
     check_same_record,
+    check_welcome,
     refusal,
 )
 from asrfs.replication.rewind import check_kept, cursor_at
@@ -62,6 +68,8 @@ GREETING_S_MAX = 20.0
 OBJECTS_UNACKNOWLEDGED_MAX = 4
 _TOGETHER_BYTES = 64 << 10
 _PACE_S = 0.25
+FOLD_BACKLOG_BYTES = 64 << 20
+"""With so much of the journal behind, what was overwritten meanwhile is left out."""
 _FAST_BYTES_PER_S = 48 << 20
 """Above this, level 1 of zstd would take a tenth to a quarter of a processor."""
 
@@ -109,6 +117,7 @@ class Source:
     given_up: Callable[[], GivenUp] = GivenUp
     group_port: int = 0
     group_address: str = ""
+    outlet: Outlet = field(default_factory=Outlet)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await trio.to_thread.run_sync(function, *arguments, limiter=self.threads)
@@ -124,6 +133,7 @@ class ShippingSession:
         self._on_welcome = on_welcome
         self._session = Session("host")
         self._salt = b""
+        self._takes_stretches = False
         self._digest = NO_DIGEST
         self._cursor = source.positions.current.acknowledged
         self._slots = trio.Semaphore(OBJECTS_UNACKNOWLEDGED_MAX)
@@ -144,7 +154,7 @@ class ShippingSession:
             welcome = await self._greet()
             await self._reconcile(welcome)
             self._on_welcome()
-            await self._stream_objects()
+            await self._stream_objects(welcome.compares)
         except CorruptJournalError:
             await self._say_goodbye("the journal cannot be read")
             raise
@@ -180,7 +190,7 @@ class ShippingSession:
         if isinstance(event, Refused):
             raise refusal(event.code, event.text)
         assert isinstance(event, Welcome), "the protocol's table allows nothing else here"
-        _check_welcome(event)
+        check_welcome(event)
         self.welcomed = True
         return event
 
@@ -205,8 +215,7 @@ class ShippingSession:
                 await source.in_thread(source.positions.save)
         source.progress.note_acknowledged(cursor)
         self._cursor = cursor
-        self._salt = welcome.session_salt
-        self._takes_stretches = welcome.takes_stretches
+        self._salt, self._takes_stretches = welcome.session_salt, welcome.takes_stretches
         self._digest = bytes.fromhex(welcome.last_digest) or NO_DIGEST
 
     async def _locate(self, welcome: Welcome) -> Cursor:
@@ -226,16 +235,17 @@ class ShippingSession:
 
     # ---- streaming ----------------------------------------------------------------------------------------
 
-    async def _stream_objects(self) -> None:
-        sending, receiving = trio.open_memory_channel[BuiltObject](0)
+    async def _stream_objects(self, compares: int) -> None:
+        sending, receiving = trio.open_memory_channel[BuiltObject | Compare](0)
         tasks: list[Callable[[], Awaitable[None]]] = [
             self._receive,
             partial(self._build, sending),
             partial(self._send_objects, receiving),
         ]
-        async with trio.open_nursery() as nursery:
-            for task in tasks:
-                nursery.start_soon(self._until_failure, task, nursery.cancel_scope)
+        with self._source.outlet.opened(sending.send, compares):
+            async with trio.open_nursery() as nursery:
+                for task in tasks:
+                    nursery.start_soon(self._until_failure, task, nursery.cancel_scope)
         if self._failure is not None:
             raise self._failure
 
@@ -247,7 +257,7 @@ class ShippingSession:
             self._failure = self._failure or error
             scope.cancel()
 
-    async def _build(self, channel: trio.MemorySendChannel[BuiltObject]) -> None:
+    async def _build(self, channel: trio.MemorySendChannel[BuiltObject | Compare]) -> None:
         while True:
             await self._slots.acquire()
             built = await self._next_object()
@@ -288,6 +298,7 @@ class ShippingSession:
 
     def _build_next(self, level: int | None) -> BuiltObject | None:
         source = self._source
+        is_far_behind = bytes_between(self._cursor, source.progress.durable) >= FOLD_BACKLOG_BYTES
         return source.builder.build(
             self._cursor,
             source.progress.durable.lsn,
@@ -296,6 +307,7 @@ class ShippingSession:
             previous_digest=self._digest,
             bytes_max=source.settings.object_size,
             level=level,
+            folds=is_far_behind and self._takes_stretches,
         )
 
     def _level(self) -> int | None:
@@ -318,7 +330,7 @@ class ShippingSession:
             await progress.wait_until(is_due)
         self._cut_at = trio.current_time()
 
-    async def _send_objects(self, channel: trio.MemoryReceiveChannel[BuiltObject]) -> None:
+    async def _send_objects(self, channel: trio.MemoryReceiveChannel[BuiltObject | Compare]) -> None:
         self._heartbeat_at = trio.current_time() + HEARTBEAT_S
         while True:
             built = None
@@ -329,6 +341,9 @@ class ShippingSession:
             if self._session.state is State.CLOSED:  # the store ended the session: `receive` says why
                 return
             if built is None:
+                continue
+            if isinstance(built, Compare):
+                await self._send(self._session.send(built))
                 continue
             self._in_flight.append(built)
             begin = ObjectBegin(first_lsn=built.first_lsn, last_lsn=built.last_lsn, length=built.length)
@@ -358,6 +373,8 @@ class ShippingSession:
             event = await self._next_event()
             if isinstance(event, Acknowledge):
                 self._on_acknowledge(event)
+            elif isinstance(event, Compared):
+                self._source.outlet.answered(event)
             elif isinstance(event, Configure):
                 self._source.configured(event.configuration)
             elif isinstance(event, Refused):
@@ -398,14 +415,15 @@ class ShippingSession:
         return self._pending_events.popleft()
 
     async def _send(self, *buffers: Bytes) -> None:
-        limit = self._source.settings.bandwidth_limit
-        slice_bytes = max(1, int(limit * _PACE_S)) if limit else OBJECT_BYTES_MAX
+        """In slices, so that another limit holds within a second, also for an object that is being sent."""
         self._is_sending = True
         for buffer in buffers:
-            view = memoryview(buffer)
-            for at in range(0, len(view), slice_bytes):
-                piece = view[at : at + slice_bytes]
+            rest = memoryview(buffer)
+            while rest:
+                limit = self._source.settings.bandwidth_limit
+                piece = rest[: max(1, int(limit * _PACE_S)) if limit else OBJECT_CHUNK_BYTES]
                 await self._stream.send_all(piece)
+                rest = rest[len(piece) :]
                 if limit:
                     await trio.sleep(len(piece) / limit)
         self._is_sending = False
@@ -419,17 +437,3 @@ class ShippingSession:
                 await self._stream.send_all(self._session.send(Goodbye(reason=reason)))
             except AsrfsError:
                 return
-
-
-def _check_welcome(welcome: Welcome) -> None:
-    """Raise ProtocolError for a WELCOME that makes no sense."""
-    if welcome.protocol != PROTOCOL_VERSION:
-        raise ProtocolError(f"the store speaks protocol {welcome.protocol}, this program {PROTOCOL_VERSION}")
-    if len(welcome.session_salt) != SALT_BYTES or min(welcome.acknowledged_lsn, welcome.acknowledged_time_ns) < 0:
-        raise ProtocolError("the store's WELCOME has a salt or LSN that cannot be")
-    try:
-        digest = bytes.fromhex(welcome.last_digest)
-    except ValueError:
-        digest = b"?"
-    if len(digest) not in (0, DIGEST_BYTES):
-        raise ProtocolError("the store's WELCOME has a digest that cannot be")

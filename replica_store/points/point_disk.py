@@ -128,6 +128,11 @@ class PointDisk:
         self._gather(buffer, start - offset, lengths, objects_of(found.ref), positions)
         return bytes(buffer)
 
+    def stored(self, offset: int, end: int) -> Window:
+        """What was written of `[offset, end)`, multiples of 512; the rest reads as zeros and costs nothing."""
+        found = self.state.layers.between(offset, end)
+        return self._window(found.start, found.end - found.start, found.ref, np.zeros(len(found), np.int64))
+
     def windows(self, bytes_max: int) -> Iterator[Window]:
         """All extents, in the order in which their bytes are stored, in windows of up to `bytes_max` bytes.
 

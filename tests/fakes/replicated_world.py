@@ -29,7 +29,7 @@ from asrfs.model.positions import Cursor
 from asrfs.protocol.messages import ObjectBegin
 from asrfs.protocol.session import ObjectReceived
 from asrfs.replication import filler as filler_room
-from asrfs.replication import trimmer
+from asrfs.replication import stretch_reader, trimmer
 from asrfs.replication.object_builder import BuiltObject, MachineKeys, ObjectBuilder
 from asrfs.replication.reconciliation import Side, check_same_history
 from asrfs.replication.rewind import cursor_at
@@ -87,6 +87,7 @@ class ReplicatedWorld:
         self.applied = AppliedWorld(host, rng)
         self.keys = MachineKeys(MACHINE_ID, store.history.keys.index_key, store.history.keys.payload_key)
         self.session: _Session | None = None
+        self.folded_share = 0.4
         self._heal_with(host)
         self.looks: list[PairLook] | None = None
         self._host_storage, self._model, self._store_storage = host.storage, host.model, store.storage
@@ -313,12 +314,18 @@ class ReplicatedWorld:
         self.session = _Session(ingester, salt, position.digest or NO_DIGEST)
 
     def ship(self, objects_max: int = 1000, *, bytes_max: int = 3 * BLOCK, loses_answer: bool = False) -> None:
-        """Up to so many log objects of what is durable, in batches; raises what the store or the host refused."""
+        """Up to so many log objects of what is durable, in batches, some of them folded; raises what the store or the
+        host refused."""
         if self.session is None:
             self.connect()
         session = self.session
         assert session is not None
-        with closing(JournalReader(self.host.journal_storage, MACHINE_ID)) as reader:
+        with (
+            closing(JournalReader(self.host.journal_storage, MACHINE_ID)) as reader,
+            mock.patch.object(stretch_reader, "BYTES_LEAST", 0),
+            mock.patch.object(stretch_reader, "FOLDED_BYTES_MAX", self.rng.choice((4, 12, 4096)) * BLOCK),
+            mock.patch.object(stretch_reader, "SAVED_SHARE_LEAST", self.rng.choice((0.0, 0.2))),
+        ):
             builder = ObjectBuilder(reader)
             cursor = self.applied.positions.current.acknowledged
             while objects_max > 0:
@@ -356,6 +363,7 @@ class ReplicatedWorld:
             session_salt=session.salt,
             previous_digest=session.digest,
             bytes_max=bytes_max,
+            folds=self.rng.random() < self.folded_share,
         )
 
     def _deliver(self, session: _Session, batch: list[BuiltObject], loses_answer: bool) -> None:

@@ -18,10 +18,12 @@ from asrfs.format.log_object import Index, ObjectHeader, decode_object_header
 from asrfs.format.map_checkpoint import MapHeader, SealedMap
 from asrfs.format.record import WriteFrame
 from asrfs.journal.block_map import BlockMap
+from asrfs.journal.columns import Table
 from asrfs.journal.disk import JournaledDisk
 from asrfs.journal.writer import Journal
 from asrfs.model.extents import BLOCK_BYTES, widen_to_blocks
 from asrfs.protocol.session import ObjectReceived
+from asrfs.replication import folding, stretch_reader
 from asrfs.storage.interface import Bytes
 from replica_store.ingest import ingester as ingester_room
 from replica_store.ingest.ingester import Ingester, Position
@@ -160,6 +162,11 @@ def _plant(apply: Callable[[pytest.MonkeyPatch], None], part: str, cases: int, s
     return Plant(f"model-{apply.__name__.replace('_', '-')}", text, "model", cases, apply, shows=shows, only=(part,))
 
 
+def _plant_for(test: str, apply: Callable[[pytest.MonkeyPatch], None], shows: str) -> Plant:
+    return Plant(apply.__name__.replace("_", "-"), (apply.__doc__ or "").strip(), test, 1, apply, shows=shows)
+
+
+_FOLDED = "tests/t3_model/test_folded_backlog.py::test_i5_i9_a_folded_backlog_is_exact_wherever_there_is_a_state"
 _NOT_EXACT = "I9: slot|does not have the log object"
 
 
@@ -189,6 +196,21 @@ def gap_object_opens_no_gap(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(room, "entry_of", entry)
 
 
+def folds_through_points(patch: pytest.MonkeyPatch) -> None:
+    """A stretch goes on behind a marker."""
+    patch.setattr(stretch_reader, "_up_to_marker", lambda part: (part.headers, False))
+
+
+def folds_without_skipping(patch: pytest.MonkeyPatch) -> None:
+    """A record whose first blocks are left out is sent with the bytes of these."""
+
+    def fold(headers: Table) -> folding.Kept:
+        kept = folding.fold(headers)
+        return kept._replace(skipped=np.zeros_like(kept.skipped))
+
+    patch.setattr(stretch_reader, "fold", fold)
+
+
 PLANTS = (
     _plant(checkpoint_of_another_history, "maps", 20, _NOT_EXACT),
     _plant(checkpoint_with_a_broken_seal, "maps", 40, _NOT_EXACT),
@@ -204,5 +226,7 @@ PLANTS = (
     _plant(session_of_an_object_not_compared, "pair", 60, "an old object was acknowledged"),
     _plant(cut_inside_a_stretch, "store", 60, "no state that may be shown"),
     _plant(gap_object_opens_no_gap, "pair", 10, "I5"),
+    _plant_for(_FOLDED, folds_through_points, "cannot be those of a stretch|points never vanish"),
+    _plant_for(_FOLDED, folds_without_skipping, "I9: disk"),
     _plant(acknowledges_without_a_row, "pair", 10, "what was acknowledged is not there|refused although"),
 )

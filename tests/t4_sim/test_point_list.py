@@ -33,6 +33,7 @@ def verbs() -> AgentVerbs:
     verbs.points = PointLog(CrashStorage(), "points.jsonl")
     verbs.points._points = {f"{lsn:032x}": _point(lsn) for lsn in range(1, POINTS + 1)}
     verbs.progress = Progress(Positions(acknowledged=Cursor(lsn=POINTS // 2)))
+    verbs.dirty = DirtyMapFile(CrashStorage(), "dirty.map")
     verbs.threads = trio.CapacityLimiter(1)
     verbs.dirty = DirtyMapFile(CrashStorage(), "dirty.map")
     return verbs
