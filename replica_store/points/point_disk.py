@@ -128,10 +128,18 @@ class PointDisk:
         self._gather(buffer, start - offset, lengths, objects_of(found.ref), positions)
         return bytes(buffer)
 
-    def stored(self, offset: int, end: int) -> Window:
-        """What was written of `[offset, end)`, multiples of 512; the rest reads as zeros and costs nothing."""
+    def stored(self, offset: int, end: int, room: bytearray) -> Window:
+        """What was written of `[offset, end)`, multiples of 512; the rest reads as zeros and costs nothing.
+
+        The bytes are put into `room`, which grows to what is needed: memory that is there already costs far less than
+        fresh memory.
+        """
         found = self.state.layers.between(offset, end)
-        return self._window(found.start, found.end - found.start, found.ref, np.zeros(len(found), np.int64))
+        lengths = found.end - found.start
+        if (more := int(lengths.sum()) - len(room)) > 0:
+            room.extend(bytes(more))
+        self._gather(room, np.cumsum(lengths) - lengths, lengths, objects_of(found.ref), positions_of(found.ref))
+        return Window(found.start, lengths, memoryview(room))
 
     def windows(self, bytes_max: int) -> Iterator[Window]:
         """All extents, in the order in which their bytes are stored, in windows of up to `bytes_max` bytes.

@@ -121,7 +121,7 @@ def test_what_cannot_be_read_is_equal_to_nothing(rng: random.Random) -> None:
     region = Region(len(content), 0, 1)
     disks = [disk for disk in history.disks_at(history.id, history.lsn) if disk.slot == 0]
     state = build_states(history, history.id, history.lsn, disks)[0]
-    leaves = leaf_digests(PointDisk(state, FrameCache(history)), region)
+    leaves = leaf_digests(PointDisk(state, FrameCache(history)), region, bytearray())
     sound = leaves_of(content, region)
     damaged = [leaf for leaf in range(10) if leaves[32 * leaf : 32 * leaf + 32] != sound[32 * leaf : 32 * leaf + 32]]
     assert damaged == [4]
