@@ -134,6 +134,7 @@ def describe_object(content: bytes, path: str) -> dict[str, Any]:
         "first_time": format_time(header.first_time_ns),
         "last_time": format_time(header.last_time_ns),
         "records": header.record_count,
+        "is_stretch": header.is_stretch,
         "bytes": len(content),
         "payload_raw_bytes": header.payload_raw_length,
         "frames": header.frame_count,

@@ -34,6 +34,7 @@ class HostVerbs(frame.Verbs):
         "status": "status:status",
         "pause": "pause:pause",
         "resume": "pause:resume",
+        "resync": "resync:resync",
         "set": "settings:set_settings",
         "settings": "settings:show_settings",
         "inspect": "inspect:inspect",

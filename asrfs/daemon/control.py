@@ -12,6 +12,7 @@ belongs to I/O, and commands need none. `control_trio.py` has the same for tasks
 from __future__ import annotations
 
 import array
+import errno
 import logging
 import os
 import socket
@@ -25,7 +26,15 @@ from typing import Any, Protocol
 
 import msgspec
 
-from asrfs.errors import AsrfsError, AuthenticationError, BadInputError, FormatError, TemporaryError, error_class
+from asrfs.errors import (
+    AsrfsError,
+    AuthenticationError,
+    BadInputError,
+    FormatError,
+    NoSpaceError,
+    TemporaryError,
+    error_class,
+)
 
 MESSAGE_BYTES_MAX = 1 << 20
 CALL_SECONDS_MAX = 30.0
@@ -34,6 +43,7 @@ LENGTH_BYTES = _LENGTH.size
 _CREDENTIALS = struct.Struct("3i")
 _CONNECTIONS_MAX = 64
 _ACCEPT_RETRY_S = 0.1
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +104,8 @@ def raise_if_refused(reply: Fields) -> Fields:
     """Return a reply that is `ok`, without that key; raise what the other side raised for any other."""
     if reply.pop("ok", False) is True:
         return reply
-    raise error_class(reply.get("exit_code", 1))(str(reply.get("error", "the request failed")))
+    kind = NoSpaceError if reply.get("errno") in _NO_SPACE else error_class(reply.get("exit_code", 1))
+    raise kind(str(reply.get("error", "the request failed")))
 
 
 def refusal(error: BaseException) -> Fields:

@@ -31,7 +31,7 @@ from asrfs.journal.map_keeper import MapKeeper
 from asrfs.journal.recovery import Recovered, recover
 from asrfs.journal.writer import Journal
 from asrfs.model.clock import Clock
-from asrfs.model.machine import NO_SLOT, DiskConfig, DiskRecord, MachineConfig, encode_disk
+from asrfs.model.machine import NO_SLOT, DiskConfig, DiskRecord, MachineConfig, encode_disk, grown
 from asrfs.model.marker import decode_marker
 from asrfs.model.names import id_bytes, is_id
 from asrfs.model.positions import Positions
@@ -171,7 +171,19 @@ class ServedMachine:
                     self.volume.add(config.name, config.slot, late)
                 continue
             if not config.removed:
+                self._grow(config)
                 self.volume.add(config.name, config.slot, self._served[config.slot].disk)
+
+    def _grow(self, config: DiskConfig) -> None:
+        """Let the disk have its present size; under `_changing`, when its DISK record says so. Raises OSError."""
+        disk = self._served[config.slot].disk
+        if disk.size_bytes == config.size_bytes:
+            return
+        disk.make_room(config.size_bytes)
+        if config.growing_from is not None:
+            self.journal.sync()
+            self._state.edit_machine(lambda machine: grown(machine, config))
+        disk.size_bytes = config.size_bytes
 
     def _serve(self, config: DiskConfig) -> None:
         served = self._served.get(config.slot)
@@ -180,7 +192,8 @@ class ServedMachine:
             return
         image = self._images.pop(config.slot, None) or self._open_image(config)
         block_map = self._maps.setdefault(config.slot, BlockMap())
-        disk = JournaledDisk(config.slot, config.size_bytes, image, self.journal, block_map)
+        size_bytes = config.growing_from or config.size_bytes
+        disk = JournaledDisk(config.slot, size_bytes, image, self.journal, block_map)
         self._served[config.slot] = _Served(config, disk, image)
 
     def _withdraw(self, config: DiskConfig) -> None:

@@ -21,6 +21,9 @@ from asrfs.model.quantities import parse_duration, parse_size
 
 QUOTA_BYTES_MIN = 256 << 20
 """Four segments: less could not hold what is being written, applied and shipped."""
+QUOTA_BYTES_LEAST = 128 << 20
+"""Two segments: where there is no room for that, writes fail for want of space in any case."""
+QUOTA_SHARE_OF_ROOM = 0.8
 OBJECT_BYTES_MIN = 64 << 10
 OBJECT_BYTES_MAX = 32 << 20
 SCAN_RATE_MIN = 1 << 20
@@ -47,11 +50,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy = Policy()
     unfollowed: tuple[str, ...] = ()
 
-    def quota_bytes(self, provisioned_bytes: int) -> int:
-        """Journal quota of a machine whose disks have `provisioned_bytes` together."""
-        if self.journal_quota_bytes is not None:
-            return self.journal_quota_bytes
-        return max(QUOTA_BYTES_MIN, int(provisioned_bytes * self.journal_quota_percent / 100))
+    def quota_bytes(self, provisioned_bytes: int, room_bytes: int) -> int:
+        """Journal quota of a machine whose disks have `provisioned_bytes` together.
+
+        `room_bytes`: what the journal holds and what is free beside it. A share of that is never exceeded, whatever
+        was chosen.
+        """
+        quota = self.journal_quota_bytes
+        if quota is None:
+            quota = max(QUOTA_BYTES_MIN, int(provisioned_bytes * self.journal_quota_percent / 100))
+        return max(QUOTA_BYTES_LEAST, min(quota, int(room_bytes * QUOTA_SHARE_OF_ROOM)))
 
 
 _OWN_TEXTS = {

@@ -8,6 +8,9 @@ itself, then sealed with AES-256-GCM; the whole clear header is authenticated wi
 different keys, both derived from the machine's keys and the session's salt, so a pair of key and nonce never repeats:
 a session ships an LSN once, and a new session has a new salt.
 
+An object of version 2 is a stretch: it stands for all LSNs from its first to its last, but has records of some of them
+only. So just the state behind its last record exists, and no place inside may be shown.
+
 Here is what objects look like and how they are read; `object_encoder.py` makes them.
 """
 
@@ -32,6 +35,8 @@ from asrfs.format.record import CARRIES_EXTENT_BYTES, READS_AS_ZEROS, Kind
 
 OBJECT_MAGIC = b"ASROBJ1\n"
 OBJECT_VERSION = 1
+"""Of an object that has a record of each of its LSNs."""
+STRETCH_VERSION = 2
 OBJECT_HEADER_BYTES = 256
 OBJECT_BYTES_MAX = 64 << 20
 DIGEST_BYTES = 32
@@ -47,7 +52,7 @@ NO_DIGEST = bytes(DIGEST_BYTES)
 
 SEAL_BYTES = 16
 INDEX_FRAME = 0xFFFFFFFF
-_HEADER = struct.Struct("<16sII32sQQQQ32sQIIIIQ")
+_HEADER = struct.Struct("<16sII32sQQQQ32sQIIIIQI")
 _PREFIX = struct.Struct("<8sI")
 FRAME = struct.Struct("<II")
 _NONCE = struct.Struct("<QI")
@@ -64,7 +69,10 @@ Bytes = bytes | bytearray | memoryview
 
 
 class ObjectHeader(NamedTuple):
-    """Clear header. LSN and time ranges are inclusive; `session_salt` also names the session that shipped it."""
+    """Clear header. LSN and time ranges are inclusive; `session_salt` also names the session that shipped it.
+
+    `stretch_count`: how many records a stretch has; 0 where there is one for each LSN.
+    """
 
     machine_id: bytes
     version: int
@@ -81,10 +89,16 @@ class ObjectHeader(NamedTuple):
     frame_count: int
     frame_raw_bytes: int
     frames_length: int
+    stretch_count: int = 0
+
+    @property
+    def is_stretch(self) -> bool:
+        """Whether only the state behind its last record exists."""
+        return self.version == STRETCH_VERSION
 
     @property
     def record_count(self) -> int:
-        return self.last_lsn - self.first_lsn + 1
+        return self.stretch_count if self.is_stretch else self.last_lsn - self.first_lsn + 1
 
     @property
     def index_offset(self) -> int:
@@ -109,10 +123,11 @@ class ObjectKeys:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """Columns of the records, in LSN order: record i has LSN `first_lsn + i`. All arrays have the same length.
+    """Columns of the records, in LSN order. All arrays have the same length.
 
-    `payload_position` is the byte at which the record's payload begins: in the concatenated raw payload for WRITE and
-    FILL, in `notes` for MARKER and DISK (whose payload length is then `note_length`, else 0).
+    Record i has LSN `first_lsn + i`, or in a stretch `stretch_lsn[i]`: `lsn` is right for both. `payload_position` is
+    the byte at which the record's payload begins: in the concatenated raw payload for WRITE and FILL, in `notes` for
+    MARKER and DISK (whose payload length is then `note_length`, else 0).
     """
 
     first_lsn: int
@@ -124,6 +139,22 @@ class Index:
     kind: npt.NDArray[np.uint16]
     slot: npt.NDArray[np.uint16]
     notes: bytes
+    stretch_lsn: npt.NDArray[np.uint64] | None = None
+
+    @property
+    def is_stretch(self) -> bool:
+        return self.stretch_lsn is not None
+
+    @property
+    def lsn(self) -> npt.NDArray[np.uint64]:
+        """LSN of each record."""
+        if self.stretch_lsn is not None:
+            return self.stretch_lsn
+        return np.arange(self.first_lsn, self.first_lsn + len(self), dtype=np.uint64)
+
+    @property
+    def last_lsn(self) -> int:
+        return int(self.stretch_lsn[-1]) if self.stretch_lsn is not None else self.first_lsn + len(self) - 1
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -143,7 +174,7 @@ _COLUMNS: tuple[tuple[str, type[np.generic]], ...] = (
     ("kind", np.uint16),
     ("slot", np.uint16),
 )
-_RECORD_BYTES = sum(np.dtype(dtype).itemsize for _, dtype in _COLUMNS)
+_STRETCH_COLUMNS: tuple[tuple[str, type[np.generic]], ...] = (("lsn", np.uint64), *_COLUMNS)
 
 
 def derive_keys(index_key: bytes, payload_key: bytes, machine_id: bytes, epoch: int, session_salt: bytes) -> ObjectKeys:
@@ -173,10 +204,14 @@ def decode_object_header(buffer: Bytes, where: str) -> ObjectHeader:
     if crc32c(body) != crc:
         raise FormatError(f"{where}: the header of the log object does not match its checksum")
     header = ObjectHeader._make(_HEADER.unpack_from(body))
-    if header.version != OBJECT_VERSION:
+    if header.version not in (OBJECT_VERSION, STRETCH_VERSION):
         raise FormatError(f"{where}: log object format {header.version} is not known to this program: upgrade it")
-    if not 0 < header.first_lsn <= header.last_lsn or header.record_count > RECORDS_MAX:
+    if not 0 < header.first_lsn <= header.last_lsn or not 0 < header.record_count <= RECORDS_MAX:
         raise FormatError(f"{where}: impossible LSN range {header.first_lsn}..{header.last_lsn}")
+    if header.stretch_count and not header.is_stretch:
+        raise FormatError(
+            f"{where}: LSN {header.first_lsn}..{header.last_lsn} cannot have a number of records of its own"
+        )
     frames_needed = -(-header.payload_raw_length // header.frame_raw_bytes) if header.frame_raw_bytes else -1
     if (
         frames_needed != header.frame_count
@@ -251,7 +286,8 @@ class FrameTable:
 
 def encode_index(index: Index) -> bytes:
     """The raw index: counts, columns, notes."""
-    columns = [np.ascontiguousarray(getattr(index, name), dtype=dtype).tobytes() for name, dtype in _COLUMNS]
+    layout = _STRETCH_COLUMNS if index.is_stretch else _COLUMNS
+    columns = [np.ascontiguousarray(getattr(index, name), dtype=dtype).tobytes() for name, dtype in layout]
     return b"".join([_COUNTS.pack(len(index), len(index.notes)), *columns, index.notes])
 
 
@@ -260,15 +296,19 @@ def _decode_index(header: ObjectHeader, raw: bytes, where: str) -> Index:
     if len(raw) < _COUNTS.size:
         raise FormatError(f"{where}: too short")
     count, notes_length = _COUNTS.unpack_from(raw)
-    if count != header.record_count or len(raw) != _COUNTS.size + count * _RECORD_BYTES + notes_length:
+    layout = _STRETCH_COLUMNS if header.is_stretch else _COLUMNS
+    record_bytes = sum(np.dtype(dtype).itemsize for _, dtype in layout)
+    if count != header.record_count or len(raw) != _COUNTS.size + count * record_bytes + notes_length:
         raise FormatError(f"{where}: holds {count} records instead of {header.record_count}")
     at = _COUNTS.size
     columns: dict[str, Any] = {}
-    for name, dtype in _COLUMNS:
+    for name, dtype in layout:
         columns[name] = np.frombuffer(raw, dtype=dtype, count=count, offset=at)
         at += columns[name].nbytes
-    index = Index(first_lsn=header.first_lsn, notes=raw[at:], **columns)
+    index = Index(first_lsn=header.first_lsn, notes=raw[at:], stretch_lsn=columns.pop("lsn", None), **columns)
     _check_index(header, index, where)
+    if index.stretch_lsn is not None:
+        _check_stretch(header, index, index.stretch_lsn, where)
     return index
 
 
@@ -304,6 +344,25 @@ def _check_index(header: ObjectHeader, index: Index, where: str) -> None:
         raise FormatError(f"{where}: its columns contradict each other")
     if int(index.time_ns[0]) != header.first_time_ns or int(index.time_ns[-1]) != header.last_time_ns:
         raise FormatError(f"{where}: times differ from the header's")
+
+
+def _check_stretch(header: ObjectHeader, index: Index, lsn: npt.NDArray[np.uint64], where: str) -> None:
+    """Each record has an LSN of its own, within the stretch, the last one the last. Only DISK records may share that
+    one, one a slot: what holds at the end of records that were given up has no LSNs of its own. A MARKER names a state
+    that exists, so there is none before the last LSN."""
+    is_last = lsn == np.uint64(header.last_lsn)
+    shares = np.flatnonzero(lsn[1:] == lsn[:-1]) + 1
+    at_end = index.slot[is_last]
+    sound = (
+        int(lsn[0]) >= header.first_lsn
+        and int(lsn[-1]) == header.last_lsn
+        and bool((lsn[1:] >= lsn[:-1]).all())
+        and (not len(shares) or bool(is_last[shares].all() and (index.kind[is_last] == Kind.DISK).all()))
+        and (not len(shares) or len(np.unique(at_end)) == len(at_end))
+        and not (index.kind[~is_last] == Kind.MARKER).any()
+    )
+    if not sound:
+        raise FormatError(f"{where}: its records cannot be those of a stretch")
 
 
 def _unpack(packed: Bytes, raw_length: int, where: str) -> bytes:

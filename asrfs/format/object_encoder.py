@@ -21,6 +21,7 @@ from asrfs.format.log_object import (
     OBJECT_HEADER_BYTES,
     OBJECT_VERSION,
     SEAL_BYTES,
+    STRETCH_VERSION,
     Bytes,
     Index,
     ObjectHeader,
@@ -59,7 +60,7 @@ class ObjectEncoder:
         keys: ObjectKeys,
         level: int | None = ZSTD_LEVEL,
     ) -> tuple[bytes, memoryview]:
-        """Build one log object: its digest, and all of it, trailer included.
+        """Build one log object, a stretch if the index is one: its digest, and all of it, trailer included.
 
         `payloads` are the WRITE and FILL payloads in LSN order, `level` that of zstd, or None to pack nothing but the
         index. The object is the caller's until `give_back`.
@@ -70,11 +71,11 @@ class ObjectEncoder:
         table = b"".join(FRAME.pack(len(frame) + SEAL_BYTES, flags) for frame, flags in packed)
         header = ObjectHeader(
             machine_id=machine_id,
-            version=OBJECT_VERSION,
+            version=STRETCH_VERSION if index.is_stretch else OBJECT_VERSION,
             epoch=epoch,
             session_salt=session_salt,
             first_lsn=index.first_lsn,
-            last_lsn=index.first_lsn + len(index) - 1,
+            last_lsn=index.last_lsn,
             first_time_ns=int(index.time_ns[0]),
             last_time_ns=int(index.time_ns[-1]),
             previous_digest=previous_digest,
@@ -84,6 +85,7 @@ class ObjectEncoder:
             frame_count=len(packed),
             frame_raw_bytes=FRAME_RAW_BYTES,
             frames_length=sum(len(frame) + SEAL_BYTES for frame, _ in packed),
+            stretch_count=len(index) if index.is_stretch else 0,
         )
         clear = encode_object_header(header)
         content = self._room(header.object_length)

@@ -49,6 +49,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     """Store's answer. The host goes on at `acknowledged_lsn + 1`, sealing with keys derived from `session_salt`.
 
     `acknowledged_time_ns`: time of record `acknowledged_lsn`, 0 for none. The host compares it with that of its own.
+    `takes_stretches`: it knows log objects of version 2; a store of before that would call one damaged.
     `compares`: how many COMPAREs may be unanswered at once; 0: it cannot compare, and would end the session.
     """
 
@@ -59,6 +60,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     acknowledged_lsn: Number
     acknowledged_time_ns: Number
     last_digest: str
+    takes_stretches: bool = False
     compares: Annotated[int, msgspec.Meta(ge=0, le=COMPARES_MAX)] = 0
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import trio
 
 from asrfs.errors import AsrfsError, IntegrityError, TemporaryError
+from asrfs.model.dirty_map import GivenUp
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.applier import Applier
 from asrfs.replication.disk_server import DiskServer
@@ -31,7 +32,8 @@ T = TypeVar("T")
 
 
 class ApplierTask:
-    """`journal_turn` is shared with the shipper, which may go back to segments that are not freed yet."""
+    """`journal_turn` is shared with the shipper, which may go back to segments that are not freed yet. `given_up`: by
+    the dirty map that is saved."""
 
     def __init__(
         self,
@@ -43,6 +45,7 @@ class ApplierTask:
         alarms: Alarms,
         threads: trio.CapacityLimiter,
         journal_turn: trio.Lock,
+        given_up: Callable[[], GivenUp] = GivenUp,
     ) -> None:
         self._applier = applier
         self._trimmer = trimmer
@@ -53,6 +56,7 @@ class ApplierTask:
         self._threads = threads
         self._journal_turn = journal_turn
         self.exact = ExactImages(positions, progress)
+        self._given_up = given_up
         self._hurry_lsn = 0
         self._dropped = Limit(0, -1)
         self._trimmed = Limit(0, 0)
@@ -116,11 +120,11 @@ class ApplierTask:
             self._dropped = dropped
 
     async def _trim(self) -> None:
-        limit = freeable(self._positions, self._dropped)
+        limit = freeable(self._positions, self._given_up(), self._dropped)
         if limit.segment <= self._trimmed.segment or limit.lsn <= 0:
             return
         async with self._journal_turn:
-            limit = freeable(self._positions, self._dropped)
+            limit = freeable(self._positions, self._given_up(), self._dropped)
             await self._in_thread(self._trimmer.trim, limit, time.monotonic())
         self._trimmed = limit
 

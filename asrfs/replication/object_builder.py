@@ -1,14 +1,18 @@
 """Turns durable records of the journal into log objects. Blocks (zstd, AES, BLAKE3); runs in a thread.
 
 An object holds consecutive records of one epoch and ends at the wanted size, at the last durable record, or right
-after a MARKER, so that a recovery point never waits for what comes behind it. Payload checksums are verified here:
-a journal that went bad raises IntegrityError and its bytes never leave the host.
+after a MARKER, so that a recovery point never waits for what comes behind it. Of a long backlog a stretch may be made,
+without what was overwritten on the way. A gap object stands for records that were
+given up: it is a stretch that says only which disks there are and that content of theirs is missing.
+
+Payload checksums are verified here: a journal that went bad raises IntegrityError and its bytes never leave the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -18,7 +22,9 @@ from asrfs.format.object_encoder import ZSTD_LEVEL, ObjectEncoder
 from asrfs.format.record import Kind
 from asrfs.journal.columns import Columns
 from asrfs.journal.reader import JournalReader, Slabs
+from asrfs.model.machine import DiskRecord, encode_disk
 from asrfs.model.positions import Cursor
+from asrfs.replication.stretch_reader import StretchReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,7 @@ class ObjectBuilder:
     def __init__(self, reader: JournalReader) -> None:
         self._reader = reader
         self._slabs = Slabs()
+        self._stretches = StretchReader(reader)
         self._encoder = ObjectEncoder()
 
     def build(
@@ -65,12 +72,19 @@ class ObjectBuilder:
         previous_digest: bytes,
         bytes_max: int,
         level: int | None = ZSTD_LEVEL,
+        folds: bool = False,
     ) -> BuiltObject | None:
         """The object of the records after `cursor`, none above `durable_lsn`; None when there are none. `level`: of
-        zstd, or None.
+        zstd, or None. `folds`: as a stretch up to the next marker, or as far as it gets, if what is left out pays.
 
         Raises IntegrityError for a corrupt journal, OSError when it cannot be read.
         """
+        seal = partial(self._seal, keys, session_salt, previous_digest)
+        if folds:
+            stretch = self._stretches.read(cursor, durable_lsn, session_salt=session_salt, object_size=bytes_max)
+            if stretch is not None:
+                assert stretch.index.last_lsn == stretch.cursor.lsn <= durable_lsn, "only durable records are shipped"
+                return seal(stretch.epoch, stretch.index, stretch.payloads, stretch.cursor, level)
         until_lsn = min(durable_lsn, cursor.lsn + RECORDS_MAX)
         batch = self._reader.read(cursor, until_lsn, bytes_max, self._slabs)
         if not batch.parts:
@@ -78,29 +92,63 @@ class ObjectBuilder:
         marker_lsn = _first_marker(batch.parts)
         if marker_lsn is not None and marker_lsn < batch.cursor.lsn:
             batch = self._reader.read(cursor, marker_lsn, bytes_max, self._slabs)
-        epoch = self._reader.epoch(cursor)
         index = index_of(batch.parts)
-        if index.first_lsn != cursor.lsn + 1 or batch.cursor.lsn != index.first_lsn + len(index) - 1:
+        if index.first_lsn != cursor.lsn + 1 or batch.cursor.lsn != index.last_lsn:
             raise IntegrityError(f"the journal goes on with LSN {index.first_lsn} where LSN {cursor.lsn + 1} was due")
         assert batch.cursor.lsn <= durable_lsn, "only durable records are shipped"
+        payloads = [payload for part in batch.parts for payload in part.payloads(part.carries_bytes())]
+        return seal(self._reader.epoch(cursor), index, payloads, batch.cursor, level)
+
+    def build_gap(
+        self,
+        first_lsn: int,
+        through: Cursor,
+        disks: Sequence[DiskRecord],
+        *,
+        epoch: int,
+        keys: MachineKeys,
+        session_salt: bytes,
+        previous_digest: bytes,
+    ) -> BuiltObject:
+        """The object of the records from `first_lsn` up to `through`, which were given up and are not read.
+
+        `disks`: all the machine ever had, as they are at `through`, by slot; whichever is there has a gap.
+        """
+        assert 0 < first_lsn <= through.lsn, "a gap has records that were given up"
+        assert disks, "a gap is one of disks"
+        assert all(disk.gap or disk.removed for disk in disks), "I5: what was given up is missing from every disk"
+        index = gap_index(first_lsn, through, disks)
+        return self._seal(keys, session_salt, previous_digest, epoch, index, [], through, ZSTD_LEVEL)
+
+    def _seal(
+        self,
+        keys: MachineKeys,
+        session_salt: bytes,
+        previous_digest: bytes,
+        epoch: int,
+        index: Index,
+        payloads: Sequence[memoryview],
+        cursor: Cursor,
+        level: int | None,
+    ) -> BuiltObject:
         digest, content = self._encoder.encode(
             machine_id=keys.machine_id,
             epoch=epoch,
             session_salt=session_salt,
             previous_digest=previous_digest,
             index=index,
-            payloads=[payload for part in batch.parts for payload in part.payloads(part.carries_bytes())],
+            payloads=payloads,
             keys=keys.of_session(epoch, session_salt),
             level=level,
         )
         return BuiltObject(
             first_lsn=index.first_lsn,
-            last_lsn=batch.cursor.lsn,
+            last_lsn=index.last_lsn,
             first_time_ns=int(index.time_ns[0]),
             digest=digest,
             pieces=[content],
             length=len(content),
-            cursor=batch.cursor,
+            cursor=cursor,
         )
 
     def give_back(self, built: BuiltObject) -> None:
@@ -127,6 +175,25 @@ def index_of(parts: Sequence[Columns]) -> Index:
         kind=headers["kind"],
         slot=headers["slot"],
         notes=b"".join(payload for part in parts for payload in part.payloads(part.has_note())),
+    )
+
+
+def gap_index(first_lsn: int, through: Cursor, disks: Sequence[DiskRecord]) -> Index:
+    """Columns of a stretch whose only records are what holds for the disks at its end."""
+    notes = [encode_disk(disk) for disk in disks]
+    sizes = np.array([len(note) for note in notes], np.uint64)
+    count = len(disks)
+    return Index(
+        first_lsn=first_lsn,
+        time_ns=np.full(count, through.time_ns, np.uint64),
+        offset=np.zeros(count, np.uint64),
+        length=np.zeros(count, np.uint64),
+        payload_position=np.cumsum(sizes, dtype=np.uint64) - sizes,
+        note_length=sizes.astype(np.uint32),
+        kind=np.full(count, Kind.DISK, np.uint16),
+        slot=np.array([disk.slot for disk in disks], np.uint16),
+        notes=b"".join(notes),
+        stretch_lsn=np.full(count, through.lsn, np.uint64),
     )
 
 

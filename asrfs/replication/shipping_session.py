@@ -18,16 +18,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 import trio
 
 from asrfs.errors import AsrfsError, IntegrityError, TemporaryError
-from asrfs.format.log_object import DIGEST_BYTES, NO_DIGEST, OBJECT_BYTES_MAX, SALT_BYTES
+from asrfs.format.log_object import NO_DIGEST
 from asrfs.format.object_encoder import ZSTD_LEVEL, ZSTD_LEVEL_FAST
 from asrfs.journal.reader import JournalReader
 from asrfs.model.configuration import HostConfiguration
+from asrfs.model.dirty_map import GivenUp
 from asrfs.model.positions import Cursor
 from asrfs.protocol.frames import Bytes, ProtocolError
 from asrfs.protocol.messages import (
+    OBJECT_CHUNK_BYTES,
     PROTOCOL_VERSION,
     Acknowledge,
     Compare,
@@ -51,9 +54,10 @@ from asrfs.replication.reconciliation import (
     StoreLostError,
     check_same_history,
     check_same_record,
+    check_welcome,
     refusal,
 )
-from asrfs.replication.rewind import cursor_at
+from asrfs.replication.rewind import check_kept, cursor_at
 from asrfs.storage.interface import Storage
 from asrfs.transport.stream import ByteStream
 
@@ -64,6 +68,8 @@ GREETING_S_MAX = 20.0
 OBJECTS_UNACKNOWLEDGED_MAX = 4
 _TOGETHER_BYTES = 64 << 10
 _PACE_S = 0.25
+FOLD_BACKLOG_BYTES = 64 << 20
+"""With so much of the journal behind, what was overwritten meanwhile is left out."""
 _FAST_BYTES_PER_S = 48 << 20
 """Above this, level 1 of zstd would take a tenth to a quarter of a processor."""
 
@@ -91,8 +97,9 @@ def _follow_nothing(_configuration: HostConfiguration) -> None:
 class Source:
     """What sessions ship from; outlives them. `journal_turn` is held while segments are freed or gone back to.
 
-    `configured` is told what the store wants of this host, unchecked, and returns at once. `group_port` and
-    `group_address` are said to the store when a session begins: where other members of a group reach this machine.
+    `configured` is told what the store wants of this host, unchecked, and returns at once. `given_up`: by
+    the dirty map that is saved. `group_port` and `group_address` are said to the store when a session begins: where
+    other members of a group reach this machine.
     """
 
     machine_id: bytes
@@ -107,6 +114,7 @@ class Source:
     journal_turn: trio.Lock
     hurry_lsn: int = 0
     configured: Callable[[HostConfiguration], None] = _follow_nothing
+    given_up: Callable[[], GivenUp] = GivenUp
     group_port: int = 0
     group_address: str = ""
     outlet: Outlet = field(default_factory=Outlet)
@@ -125,6 +133,7 @@ class ShippingSession:
         self._on_welcome = on_welcome
         self._session = Session("host")
         self._salt = b""
+        self._takes_stretches = False
         self._digest = NO_DIGEST
         self._cursor = source.positions.current.acknowledged
         self._slots = trio.Semaphore(OBJECTS_UNACKNOWLEDGED_MAX)
@@ -135,6 +144,7 @@ class ShippingSession:
         self._cut_at = -math.inf
         self._pace = Pace()
         self._is_sending = False
+        self._takes_stretches = False
         self.welcomed = False
         self.objects_acknowledged = 0
 
@@ -180,7 +190,7 @@ class ShippingSession:
         if isinstance(event, Refused):
             raise refusal(event.code, event.text)
         assert isinstance(event, Welcome), "the protocol's table allows nothing else here"
-        _check_welcome(event)
+        check_welcome(event)
         self.welcomed = True
         return event
 
@@ -196,24 +206,31 @@ class ShippingSession:
             )
             cursor = ours.acknowledged
             if welcome.acknowledged_lsn != cursor.lsn:
-                cursor = await self._locate(welcome.acknowledged_lsn)
+                cursor = await self._locate(welcome)
+            if (given_up := source.given_up()).covers(cursor.lsn):
+                await source.in_thread(check_kept, source.journal, source.machine_id, given_up.through.lsn, cursor.lsn)
             check_same_record(cursor.lsn, cursor.time_ns, welcome.acknowledged_time_ns)
             source.positions.change(acknowledged=cursor, last_digest=welcome.last_digest)
             if cursor.lsn < source.positions.saved.acknowledged.lsn:  # also when an earlier session could not save it
                 await source.in_thread(source.positions.save)
         source.progress.note_acknowledged(cursor)
         self._cursor = cursor
-        self._salt = welcome.session_salt
+        self._salt, self._takes_stretches = welcome.session_salt, welcome.takes_stretches
         self._digest = bytes.fromhex(welcome.last_digest) or NO_DIGEST
 
-    async def _locate(self, lsn: int) -> Cursor:
-        source = self._source
-        start = source.positions.current.acknowledged
+    async def _locate(self, welcome: Welcome) -> Cursor:
+        """Where the store stands. In what was given up there is no place any more: then it is only a number, the time
+        is the store's word, and a gap object is what goes on from there."""
+        source, lsn = self._source, welcome.acknowledged_lsn
+        given_up, ours = source.given_up(), source.positions.current.acknowledged
+        start = given_up.needed_behind(ours)
         try:
             return await source.in_thread(cursor_at, source.journal, source.machine_id, source.reader, start, lsn)
-        except StoreLostError:
-            raise
         except IntegrityError as error:
+            if given_up.covers(lsn):
+                return msgspec.structs.replace(ours, lsn=lsn, time_ns=welcome.acknowledged_time_ns)
+            if isinstance(error, StoreLostError):
+                raise
             raise CorruptJournalError(str(error)) from None
 
     # ---- streaming ----------------------------------------------------------------------------------------
@@ -241,23 +258,47 @@ class ShippingSession:
             scope.cancel()
 
     async def _build(self, channel: trio.MemorySendChannel[BuiltObject | Compare]) -> None:
-        source = self._source
         while True:
             await self._slots.acquire()
+            built = await self._next_object()
+            assert built.first_lsn == self._cursor.lsn + 1, "I4: no gap"
+            self._cursor, self._digest = built.cursor, built.digest
+            await channel.send(built)
+
+    async def _next_object(self) -> BuiltObject:
+        """Of the next records, once that is due; of what was given up at once."""
+        source = self._source
+        while not (given_up := source.given_up()).covers(self._cursor.lsn):
             await self._wait_until_due()
             try:
                 built = await source.in_thread(self._build_next, self._level())
             except IntegrityError as error:
+                if source.given_up().covers(self._cursor.lsn):
+                    continue  # it was freed while it was read
                 raise CorruptJournalError(str(error)) from None
             if built is None:
                 raise TemporaryError("the journal has no records where durable ones are due")
-            assert built.first_lsn == self._cursor.lsn + 1, "I4: no gap"
             self._pace.note(bytes_between(self._cursor, built.cursor), trio.current_time())
-            self._cursor, self._digest = built.cursor, built.digest
-            await channel.send(built)
+            return built
+        if not self._takes_stretches:
+            raise ProtocolError("the store is of before stretches and cannot be told what was given up: upgrade it")
+        return await source.in_thread(self._build_gap, given_up)
+
+    def _build_gap(self, given_up: GivenUp) -> BuiltObject:
+        source = self._source
+        return source.builder.build_gap(
+            self._cursor.lsn + 1,
+            given_up.through,
+            given_up.disks,
+            epoch=source.progress.epoch,
+            keys=self._keys,
+            session_salt=self._salt,
+            previous_digest=self._digest,
+        )
 
     def _build_next(self, level: int | None) -> BuiltObject | None:
         source = self._source
+        is_far_behind = bytes_between(self._cursor, source.progress.durable) >= FOLD_BACKLOG_BYTES
         return source.builder.build(
             self._cursor,
             source.progress.durable.lsn,
@@ -266,6 +307,7 @@ class ShippingSession:
             previous_digest=self._digest,
             bytes_max=source.settings.object_size,
             level=level,
+            folds=is_far_behind and self._takes_stretches,
         )
 
     def _level(self) -> int | None:
@@ -373,14 +415,15 @@ class ShippingSession:
         return self._pending_events.popleft()
 
     async def _send(self, *buffers: Bytes) -> None:
-        limit = self._source.settings.bandwidth_limit
-        slice_bytes = max(1, int(limit * _PACE_S)) if limit else OBJECT_BYTES_MAX
+        """In slices, so that another limit holds within a second, also for an object that is being sent."""
         self._is_sending = True
         for buffer in buffers:
-            view = memoryview(buffer)
-            for at in range(0, len(view), slice_bytes):
-                piece = view[at : at + slice_bytes]
+            rest = memoryview(buffer)
+            while rest:
+                limit = self._source.settings.bandwidth_limit
+                piece = rest[: max(1, int(limit * _PACE_S)) if limit else OBJECT_CHUNK_BYTES]
                 await self._stream.send_all(piece)
+                rest = rest[len(piece) :]
                 if limit:
                     await trio.sleep(len(piece) / limit)
         self._is_sending = False
@@ -394,17 +437,3 @@ class ShippingSession:
                 await self._stream.send_all(self._session.send(Goodbye(reason=reason)))
             except AsrfsError:
                 return
-
-
-def _check_welcome(welcome: Welcome) -> None:
-    """Raise ProtocolError for a WELCOME that makes no sense."""
-    if welcome.protocol != PROTOCOL_VERSION:
-        raise ProtocolError(f"the store speaks protocol {welcome.protocol}, this program {PROTOCOL_VERSION}")
-    if len(welcome.session_salt) != SALT_BYTES or min(welcome.acknowledged_lsn, welcome.acknowledged_time_ns) < 0:
-        raise ProtocolError("the store's WELCOME has a salt or LSN that cannot be")
-    try:
-        digest = bytes.fromhex(welcome.last_digest)
-    except ValueError:
-        digest = b"?"
-    if len(digest) not in (0, DIGEST_BYTES):
-        raise ProtocolError("the store's WELCOME has a digest that cannot be")

@@ -24,7 +24,8 @@ def point() -> None:
 @point_options
 @pass_invocation
 def list_points(invocation: Invocation, /, machine: str, **options: Any) -> None:
-    """Listed points of MACHINE, oldest first. Any LSN or time between them can be recovered too."""
+    """Listed points of MACHINE, oldest first. What lies between can be recovered by lsn:N or time:T, too, but for
+    records that came as one stretch."""
     wanted = filter_of(options, SystemClock())
     with invocation.open_vault() as vault:
         points = wanted.choose(vault.points(vault.machine(machine).id))

@@ -164,6 +164,7 @@ class StoreSession:
                 acknowledged_lsn=position.lsn,
                 acknowledged_time_ns=position.time_ns,
                 last_digest=position.digest_hex,
+                takes_stretches=True,
                 compares=self._store.comparing.at_once,
             )
         )

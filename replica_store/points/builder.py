@@ -35,7 +35,7 @@ from replica_store.points.kept_maps import load_runs
 from replica_store.points.painting import MapPainter
 from replica_store.points.point_disk import DiskState, FrameCache, PointDisk
 from replica_store.points.run import Run, stack, weight_of
-from replica_store.points.selector import AtTime, choose_lsn, lsn_at_time, object_at_time, parse_selector
+from replica_store.points.selector import AtTime, check_exists, choose_lsn, lsn_at_time, object_at_time, parse_selector
 
 RUN_WEIGHT = 1 << 20
 """Of a run that is painted at once: bounds memory; see `run.weight_of`."""
@@ -59,16 +59,18 @@ class Cut:
 
 
 def resolve(history: History, machine_name: str, selector_text: str) -> Cut:
-    """The cut a selector means now. Raises BadInputError, NotFoundError, RefusedError (inside a gap)."""
+    """The cut a selector means now. Raises BadInputError, NotFoundError (also inside a stretch), RefusedError (inside a
+    gap)."""
     selector = parse_selector(selector_text)
     machine = history.machine(machine_name)
     points = history.points(machine.id)
     received = history.received_lsn(machine.id)
     if isinstance(selector, AtTime):
         found = object_at_time(selector.time_ns, history.objects_of(machine.id, received))
-        times_ns = history.object_index(found)[1].time_ns
-        lsn = lsn_at_time(selector.time_ns, found.first_lsn, times_ns)
-        cut = Cut(machine, lsn, int(times_ns[lsn - found.first_lsn]), found.epoch, _point_at(points, lsn))
+        lsn = found.last_lsn
+        if not found.is_stretch:
+            lsn = lsn_at_time(selector.time_ns, found.first_lsn, history.object_index(found)[1].time_ns)
+        cut = _cut(history, machine, lsn, _point_at(points, lsn))
     else:
         lsn = choose_lsn(selector, points, received)
         cut = _cut(history, machine, lsn, _point_at(points, lsn))
@@ -150,24 +152,24 @@ def paint_runs(
     weight_max: int,
     progress: Progress | None = None,
 ) -> Iterator[dict[int, Run]]:
-    """What the objects say of some disks up to `lsn`, by slot, in stretches of about `weight_max`.
+    """What the objects say of some disks up to `lsn`, by slot, in runs of about `weight_max`.
 
     `after`: by slot, up to which LSN a disk is known already; records up to there are left out.
     """
     at = dict(after)
-    stretch = _Stretch(at)
+    painter = _RunPainter(at)
     for done, row in enumerate(rows):
-        stretch.add(history, row, lsn)
+        painter.add(history, row, lsn)
         if progress is not None:
             progress(done + 1, len(rows))
-        if stretch.weight >= weight_max or row is rows[-1]:
-            painted = stretch.finish(min(row.last_lsn, lsn))
+        if painter.weight >= weight_max or row is rows[-1]:
+            painted = painter.finish(min(row.last_lsn, lsn))
             at.update((slot, run.lsn) for slot, run in painted.items())
             yield painted
-            stretch = _Stretch(at)
+            painter = _RunPainter(at)
 
 
-class _Stretch:
+class _RunPainter:
     """Log objects that become one run of each disk. `after`: where these begin."""
 
     def __init__(self, after: Mapping[int, int]) -> None:
@@ -181,7 +183,7 @@ class _Stretch:
         header, index = history.object_index(row)
         _check_extents(index, header.payload_raw_length, row.name)
         for slot, painter in self._painters.items():
-            chosen = slice(max(0, self._after[slot] + 1 - row.first_lsn), lsn + 1 - row.first_lsn)
+            chosen = _records_of(index, self._after[slot], lsn)
             if chosen.start < len(index):
                 _add_object(painter, index, chosen, slot, len(self._rows))
         self._rows.append(row)
@@ -211,6 +213,14 @@ class _Stretch:
         return runs
 
 
+def _records_of(index: Index, after_lsn: int, lsn: int) -> slice:
+    """Which records lie behind `after_lsn` and at or below `lsn`; no LSN inside a stretch."""
+    if index.is_stretch:
+        assert index.last_lsn <= lsn and not index.first_lsn <= after_lsn < index.last_lsn, "I9: a stretch is cut"
+        return slice(0 if after_lsn < index.first_lsn else len(index), len(index))
+    return slice(max(0, after_lsn + 1 - index.first_lsn), lsn + 1 - index.first_lsn)
+
+
 def _point_at(points: Sequence[Point], lsn: int) -> Point | None:
     return next((point for point in points if point.lsn == lsn), None)
 
@@ -221,13 +231,16 @@ def _cut(history: History, machine: Machine, lsn: int, point: Point | None) -> C
     row = history.object_with(machine.id, lsn)
     if row is None:
         raise IntegrityError(f"no log object of machine {machine.name} holds LSN {lsn}: run `replica-store rebuild`")
+    check_exists(lsn, row)
+    if row.is_stretch:
+        return Cut(machine, lsn, row.last_time_ns, row.epoch, None)
     time_ns = int(history.object_index(row)[1].time_ns[lsn - row.first_lsn])
     return Cut(machine, lsn, time_ns, row.epoch, None)
 
 
 def check_whole(rows: Sequence[LogObject], after_lsn: int, lsn: int) -> None:
-    """Raise IntegrityError unless the objects hold every record from `after_lsn + 1` to `lsn` once: a hole would be a
-    wrong image."""
+    """Raise IntegrityError unless the objects hold every record from `after_lsn + 1` to `lsn` once, and no stretch is
+    cut: a hole would be a wrong image."""
     expected = after_lsn + 1
     if rows and rows[0].first_lsn <= after_lsn:
         expected = rows[0].first_lsn
@@ -237,6 +250,11 @@ def check_whole(rows: Sequence[LogObject], after_lsn: int, lsn: int) -> None:
                 f"the history has no log object for LSN {expected} to {row.first_lsn - 1}: run `replica-store rebuild`"
             )
         expected = row.last_lsn + 1
+        if row.is_stretch and (row.first_lsn <= after_lsn or lsn < row.last_lsn):
+            raise IntegrityError(
+                f"records {row.first_lsn} to {row.last_lsn} came as one stretch, so nothing begins or ends within: "
+                "run `replica-store rebuild`"
+            )
     if expected <= lsn:
         raise IntegrityError(f"the history ends at LSN {expected - 1} instead of {lsn}: run `replica-store rebuild`")
 
@@ -249,7 +267,7 @@ def _check_extents(index: Index, payload_bytes: int, where: str) -> None:
     odd |= index.offset + index.length > EXTENT_END_MAX
     if odd.any():
         i = int(np.argmax(odd))
-        raise FormatError(f"{where}: the extent of LSN {index.first_lsn + i} cannot be one of a disk")
+        raise FormatError(f"{where}: the extent of LSN {index.lsn[i]} cannot be one of a disk")
     if payload_bytes >= POSITION_BYTES_END:
         raise FormatError(f"{where}: the payload from LSN {index.first_lsn} on is impossibly long")
 

@@ -21,7 +21,7 @@ class Machine(Protocol):
 
 
 class LogObject(Protocol):
-    """A log object of the listed history. LSNs and times are inclusive."""
+    """A log object of the listed history. LSNs and times are inclusive. Of a stretch only the last LSN exists."""
 
     @property
     def name(self) -> str: ...
@@ -37,6 +37,8 @@ class LogObject(Protocol):
     def last_time_ns(self) -> int: ...
     @property
     def digest(self) -> bytes: ...
+    @property
+    def is_stretch(self) -> bool: ...
 
 
 class Point(Protocol):
@@ -111,7 +113,7 @@ class History(ObjectReader, Protocol):
         """In LSN order, all that hold a record behind `after_lsn` and at or below `up_to_lsn`."""
 
     def object_with(self, machine_id: str, lsn: int) -> LogObject | None:
-        """The one that holds record `lsn`."""
+        """The one that holds record `lsn`, or stands for it."""
 
     def disks_at(self, machine_id: str, lsn: int) -> Sequence[DiskRecord]:
         """The newest DISK record at or below the LSN of each slot."""

@@ -4,7 +4,7 @@
     latest-processed    the newest listed point
     latest-application  the newest listed application-consistent point
     ID or NAME          a listed point; of several with one name the newest
-    lsn:N               the state just after record N
+    lsn:N               the state just after record N, where the store has one: see `check_exists`
     time:T              the last state at or before T (RFC 3339, up to nanoseconds)
 
 Deciding needs no disk: the caller hands in the listed points, the received LSN and the times of log objects. `time:`
@@ -75,7 +75,15 @@ class TimedObject(Protocol):
     """What choosing needs to know of a log object."""
 
     @property
+    def first_lsn(self) -> int: ...
+    @property
+    def last_lsn(self) -> int: ...
+    @property
     def first_time_ns(self) -> int: ...
+    @property
+    def last_time_ns(self) -> int: ...
+    @property
+    def is_stretch(self) -> bool: ...
 
 
 P = TypeVar("P", bound=ListedPoint)
@@ -134,21 +142,36 @@ def choose_lsn(selector: Newest | AtLsn | AtPoint, points: Sequence[ListedPoint]
 
 
 def object_at_time(time_ns: int, objects: Sequence[O]) -> O:
-    """The last of the objects, which are in LSN order, that begins at or before the time. Raises NotFoundError.
+    """The last of the objects, which are in LSN order, with a state at or before the time. Raises NotFoundError.
 
     Times never go back within an epoch, but a new epoch comes from another host's clock: the later LSN counts.
     """
     for candidate in reversed(objects):
-        if candidate.first_time_ns <= time_ns:
+        if _first_state_ns(candidate) <= time_ns:
             return candidate
     if not objects:
         raise NotFoundError(f"nothing has been received yet, so there is no state at {format_time(time_ns)}")
-    begin = format_time(objects[0].first_time_ns)
+    begin = format_time(_first_state_ns(objects[0]))
     raise NotFoundError(f"the history begins at {begin}, after {format_time(time_ns)}: choose a later time")
 
 
+def check_exists(lsn: int, found: TimedObject) -> None:
+    """Raise NotFoundError when the object, which stands for `lsn`, is a stretch that has no state there."""
+    if found.is_stretch and lsn != found.last_lsn:
+        before = f"LSN {found.first_lsn - 1} and " if found.first_lsn > 1 else ""
+        raise NotFoundError(
+            f"the store has no state at LSN {lsn}: records {found.first_lsn} to {found.last_lsn} came as one stretch: "
+            f"choose {before}LSN {found.last_lsn}"
+        )
+
+
+def _first_state_ns(found: TimedObject) -> int:
+    return found.last_time_ns if found.is_stretch else found.first_time_ns
+
+
 def lsn_at_time(time_ns: int, first_lsn: int, record_times_ns: npt.NDArray[np.uint64]) -> int:
-    """LSN of the last record at or before the time, of an object that begins with `first_lsn` at or before it."""
+    """LSN of the last record at or before the time, of an object that begins with `first_lsn` at or before it and has a
+    record of each LSN."""
     # As uint64: a Python int would make numpy compare as float64, which has no nanoseconds left.
     count = int(np.searchsorted(record_times_ns, np.uint64(min(time_ns, (1 << 64) - 1)), side="right"))
     assert count > 0

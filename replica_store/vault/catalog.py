@@ -32,7 +32,7 @@ from replica_store.vault.schema import TABLES, UPGRADES, VERSION
 BUSY_S = 15.0
 
 _MACHINE = "id, name, epoch, serial, revoked, enrolled_ns, generation, sealed_keys"
-_OBJECT = "machine_id, epoch, first_lsn, last_lsn, first_time_ns, last_time_ns, digest, length, nonce"
+_OBJECT = "machine_id, epoch, first_lsn, last_lsn, first_time_ns, last_time_ns, digest, length, nonce, is_stretch"
 _DISK = "slot, id, name, size_bytes, removed, gap"
 
 
@@ -201,10 +201,10 @@ class Catalog:
             last = self.last_object(row.machine_id)
             assert row.first_lsn == (last.last_lsn if last else 0) + 1, "I3: a history has no gap"
             self.change(
-                f"INSERT INTO objects ({_OBJECT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+                f"INSERT INTO objects ({_OBJECT}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
                 (
                     *(row.machine_id, row.epoch, row.first_lsn, row.last_lsn, row.first_time_ns, row.last_time_ns),
-                    *(row.digest, row.length, row.nonce),
+                    *(row.digest, row.length, row.nonce, row.is_stretch),
                 ),
             )
             for disk in entry.disks:
@@ -261,7 +261,7 @@ class Catalog:
         return checked_object(ObjectRow(*rows[0])) if rows else None
 
     def object_with(self, machine_id: str, lsn: int) -> ObjectRow | None:
-        """The log object that holds record `lsn`."""
+        """The log object that holds record `lsn`, or stands for it."""
         rows = self.select(
             f"SELECT {_OBJECT} FROM objects WHERE machine_id = ? AND first_lsn <= ? "  # noqa: S608
             "ORDER BY first_lsn DESC LIMIT 1",

@@ -33,13 +33,15 @@ def entry_of(header: ObjectHeader, index: Index, digest: bytes, nonce: str, wher
         digest=digest,
         length=header.object_length,
         nonce=nonce,
+        is_stretch=header.is_stretch,
     )
     disks: list[DiskRow] = []
     points: list[PointRow] = []
     completions: list[PointRow] = []
     confirmations: list[PointRow] = []
+    lsns = index.lsn
     for i in np.flatnonzero((index.kind == Kind.MARKER) | (index.kind == Kind.DISK)).tolist():
-        lsn = header.first_lsn + i
+        lsn = int(lsns[i])
         try:
             if index.kind[i] == Kind.DISK:
                 disks.append(DiskRow(machine_id, lsn, _disk(index, i)))
@@ -68,7 +70,7 @@ def check_extents(index: Index, disks: Iterable[DiskRecord], where: str) -> None
     if len(bad):
         i = int(bad[0])
         raise FormatError(
-            f"{where}: LSN {index.first_lsn + i} touches {int(index.offset[i])}+{int(index.length[i])} "
+            f"{where}: LSN {index.lsn[i]} touches {int(index.offset[i])}+{int(index.length[i])} "
             f"of slot {int(index.slot[i])}, which no disk of this machine has"
         )
 

@@ -7,6 +7,7 @@ names of objects, sizes of images and labels of directories. A row that cannot b
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from asrfs.errors import BadInputError, IntegrityError
 from asrfs.format.log_object import DIGEST_BYTES, OBJECT_BYTES_MAX
@@ -18,7 +19,7 @@ from replica_store.vault.rows import LinkRow, MachineRow, ObjectRow
 _NONCE = re.compile(r"[0-9a-f]{8}")
 EPOCH_END = 1 << 32
 _MACHINE = (str, str, int, str, int, int, bytes)
-_OBJECT = (str, int, int, int, int, int, bytes, int, str)
+_OBJECT = (str, int, int, int, int, int, bytes, int, str, int)
 _DISK = (int, str, str, int)
 _LINK = (int, int, int, int)
 
@@ -36,7 +37,7 @@ def checked_machine(row: MachineRow) -> MachineRow:
 def checked_object(row: ObjectRow) -> ObjectRow:
     columns = (row.machine_id, row.epoch, row.first_lsn, row.last_lsn, row.first_time_ns, row.last_time_ns)
     sound = (
-        are((*columns, row.digest, row.length, row.nonce), _OBJECT)
+        are((*columns, row.digest, row.length, row.nonce, row.is_stretch), _OBJECT)
         and is_id(row.machine_id)
         and 0 < row.first_lsn <= row.last_lsn
         and 0 <= row.first_time_ns <= row.last_time_ns
@@ -44,10 +45,11 @@ def checked_object(row: ObjectRow) -> ObjectRow:
         and 0 < row.length <= OBJECT_BYTES_MAX
         and len(row.digest) == DIGEST_BYTES
         and _NONCE.fullmatch(row.nonce) is not None
+        and row.is_stretch in (False, True)
     )
     if not sound:
         raise impossible("log object", f"{row.first_lsn}")
-    return row
+    return replace(row, is_stretch=bool(row.is_stretch))
 
 
 def checked_disk(record: DiskRecord) -> DiskRecord:

@@ -33,7 +33,7 @@ class MachineRow:
 
 @dataclass(frozen=True, slots=True)
 class ObjectRow:
-    """A log object of the history."""
+    """A log object of the history. `is_stretch`: of its LSNs only the last exists, the others have no state."""
 
     machine_id: str
     epoch: int
@@ -44,6 +44,7 @@ class ObjectRow:
     digest: bytes
     length: int
     nonce: str
+    is_stretch: bool = False
 
     @property
     def name(self) -> str:

@@ -6,8 +6,8 @@ it open goes on reading; columns are always named, because their order depends o
 
 from __future__ import annotations
 
-VERSION = 2
-"""1 knew less of points, and no policies."""
+VERSION = 3
+"""1 knew less of points, and no policies; 2 knew no stretches."""
 
 _HISTORY_TABLES = """
 CREATE TABLE machines (
@@ -39,6 +39,7 @@ CREATE TABLE objects (
     digest BLOB NOT NULL,           -- BLAKE3 of the object, which the next object names
     length INTEGER NOT NULL,        -- bytes
     nonce TEXT NOT NULL,            -- the part of the object's name that is not said by the columns above
+    is_stretch INTEGER NOT NULL DEFAULT 0, -- 1: of its LSNs only the last exists, the others have no state
     PRIMARY KEY (machine_id, first_lsn)
 ) STRICT, WITHOUT ROWID;
 
@@ -154,7 +155,11 @@ ALTER TABLE points ADD COLUMN ready INTEGER;
 ALTER TABLE points ADD COLUMN unfinished INTEGER NOT NULL DEFAULT 0;
 """
 
-UPGRADES = {1: _MORE_OF_POINTS + _POLICY_TABLES + _GROUP_TABLES}
+_STRETCHES = """
+ALTER TABLE objects ADD COLUMN is_stretch INTEGER NOT NULL DEFAULT 0;
+"""
+
+UPGRADES = {1: _MORE_OF_POINTS + _POLICY_TABLES + _GROUP_TABLES, 2: _STRETCHES}
 """By the version a catalog has: what makes it one of the next."""
 
 REBUILDABLE = ("machines", "objects", "points", "disks", "policies", "assignments", "groups", "confirmations")

@@ -185,8 +185,8 @@ def _records_in_frame(header: ObjectHeader, index: Index, i: int) -> tuple[int, 
     """First and last LSN with payload in frame i."""
     start, end = i * header.frame_raw_bytes, (i + 1) * header.frame_raw_bytes
     lsns = [
-        header.first_lsn + n
-        for n, kind in enumerate(index.kind.tolist())
+        lsn
+        for n, (lsn, kind) in enumerate(zip(index.lsn.tolist(), index.kind.tolist(), strict=True))
         if kind in CARRIES_EXTENT_BYTES
         and int(index.payload_position[n]) < end
         and int(index.payload_position[n]) + int(index.length[n]) > start

@@ -294,6 +294,7 @@ def check_header(header: ObjectHeader, row: ObjectRow, where: str) -> None:
     """Raise IntegrityError unless this is the object the catalog means."""
     found = (header.machine_id.hex(), header.epoch, header.first_lsn, header.last_lsn, header.object_length)
     is_it = found == (row.machine_id, row.epoch, row.first_lsn, row.last_lsn, row.length)
+    is_it = is_it and header.is_stretch == row.is_stretch
     if not is_it or (header.first_time_ns, header.last_time_ns) != (row.first_time_ns, row.last_time_ns):
         raise IntegrityError(
             f"{where}: holds LSN {header.first_lsn}..{header.last_lsn} of machine {header.machine_id.hex()}, "

@@ -225,11 +225,11 @@ class Connection:
             self._send(self._exchange.earlier)
         for _ in range(rng.randint(0, 3)):
             if self._sent_lsn < history.last_lsn and len(self._in_flight) < WINDOW:
-                last = min(self._sent_lsn + rng.randint(1, 3), history.last_lsn)
-                built = history.build(self._sent_lsn + 1, last, self._salt, self._digest)
+                first = self._sent_lsn + 1
+                built = history.next_object(first, rng.randint(1, 3), self._salt, self._digest, rng)
                 self._exchange.built[built.digest.hex()] = built
                 self._in_flight.append(built)
-                self._sent_lsn, self._digest = last, built.digest
+                self._sent_lsn, self._digest = built.begin.last_lsn, built.digest
                 self._send(built)
             if rng.random() < 0.3:
                 self._say("host", Heartbeat(appended_lsn=history.last_lsn, durable_lsn=rng.randrange(1 << 60)))

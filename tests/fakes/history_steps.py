@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from asrfs.errors import AsrfsError, NotFoundError, RefusedError
 from asrfs.format.record import Kind
 from asrfs.model.extents import BLOCK_BYTES
+from asrfs.model.quantities import format_time
 from replica_store.points.builder import disks_of, open_disks, resolve
 from replica_store.points.point_disk import FrameCache, PointDisk
 from tests.fakes.memory_history import MemoryHistory, random_extent
@@ -56,15 +60,22 @@ class HistoryWriter:
                 offset, length = 0, size
             self.history.zero(slot, offset, length, Kind.ZERO if what == "zero" else Kind.DISCARD)
         elif what == "remove":
-            self.history.disk(slot, self._names[slot], size, removed=True)
+            self.history.disk(slot, self._names[slot], size, removed=True, gap=self.history.has_gap(slot))
             self.live.remove(slot)
         elif what == "resize":
-            self.history.disk(slot, self._names[slot], rng.choice(SIZES))
+            self.history.disk(slot, self._names[slot], rng.choice(SIZES), gap=self.history.has_gap(slot))
         elif what == "restart":
             for each in self.live:
-                self.history.disk(each, self._names[each], len(self.history.model[each]))
+                gap = self.history.has_gap(each)
+                self.history.disk(each, self._names[each], len(self.history.model[each]), gap=gap)
         elif what == "marker":
             self.history.marker()
+        elif what == "fold":
+            self.history.seal_folded()
+        elif what == "give up":
+            self.history.give_up()
+        elif what == "heal":
+            self.history.heal()
         else:
             self.history.seal()
 
@@ -72,23 +83,73 @@ class HistoryWriter:
 STEPS = (
     *("write",) * 6,
     *("fill", "zero", "discard", "discard", "add", "remove", "resize", "restart", "marker", "seal", "seal"),
+    *("fold", "give up", *("heal",) * 4),
 )
 FRAME_BYTES = (512, 4096, 12288, 131072)
 
 
-def check_every_lsn(steps: Sequence[str], seed: int, frame_bytes: int) -> int:
-    """Play the steps, then read every LSN back; how many there were."""
+READ_BACK, NO_STATE, IN_GAP = "LSN read back", "LSN inside a stretch refused", "LSN in a gap refused"
+EVENTS = (READ_BACK, NO_STATE, IN_GAP)
+
+
+def check_every_lsn(steps: Sequence[str], seed: int, frame_bytes: int) -> Counter[str]:
+    """Play the steps, then read every LSN back that may be shown; what happened."""
     writer = HistoryWriter(frame_bytes, seed)
     writer.add(SIZES[seed % len(SIZES)])
     for what in steps:
         writer.step(what)
     history = writer.history
+    history.heal()  # so that the end can be compared in any case
     history.seal()
     frames = FrameCache(history, 64 << 10)
     rng = random.Random(seed)
+    check_points(history)
+    events: Counter[str] = Counter()
     for lsn in range(1, history.lsn + 1):
-        check_at(history, lsn, rng, frames)
-    return history.lsn
+        what = try_at(history, lsn)
+        events[what] += 1
+        if what == READ_BACK:
+            check_at(history, lsn, rng, frames)
+    return events
+
+
+def check_points(history: MemoryHistory) -> None:
+    """I5: every point that is listed has a state, and no gap lies under it."""
+    for point in history.points(history.id):
+        assert resolve(history, history.name, point.id).lsn == point.lsn
+        assert history.nearest(point.lsn) == [point.lsn], "I5: a point inside a stretch"
+
+
+def try_at(history: MemoryHistory, lsn: int) -> str:
+    """Whether there is a state at an LSN that may be shown. Where there is none it is refused, and what is said of the
+    nearest is true; a time then means the last state before."""
+    text = f"lsn:{lsn}"
+    nearest = history.nearest(lsn)
+    if nearest != [lsn]:
+        said = refused_with(NotFoundError, history, text)
+        assert [int(each) for each in re.findall(r"LSN (\d+)", said)] == [lsn, *nearest]
+        return NO_STATE
+    if history.gap_at(history.id, lsn) is not None:
+        assert "gap" in refused_with(RefusedError, history, text)
+        return IN_GAP
+    at_time = resolve_time(history, lsn)
+    assert at_time is None or at_time == lsn
+    return READ_BACK
+
+
+def refused_with(error: type[AsrfsError], history: MemoryHistory, selector: str) -> str:
+    try:
+        cut = resolve(history, history.name, selector)
+    except error as refused:
+        return str(refused)
+    raise AssertionError(f"I9: {selector} was taken for LSN {cut.lsn}, which has no state that may be shown")
+
+
+def resolve_time(history: MemoryHistory, lsn: int) -> int | None:
+    """What the time just before that of the next record means; None for the last, and where epochs overlap."""
+    if lsn == history.lsn or history.time_at(lsn + 1) <= history.time_at(lsn) or history.epoch > 1:
+        return None
+    return resolve(history, history.name, f"time:{format_time(history.time_at(lsn + 1) - 1)}").lsn
 
 
 def check_at(history: MemoryHistory, lsn: int, rng: random.Random, frames: FrameCache) -> dict[int, PointDisk]:

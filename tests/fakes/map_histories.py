@@ -45,7 +45,7 @@ def make_as_it_grows(history: MemoryHistory, rng: random.Random) -> None:
         if rng.random() < 0.7:
             make_maps(history, history.id)
         else:
-            lsn = rng.randint(1, rows[at].last_lsn)
+            lsn = history.nearest(rng.randint(1, rows[at].last_lsn))[-1]
             disks = history.disks_at(history.id, lsn)
             for slot, state in build_states(history, history.id, lsn, disks).items():
                 leave_runs(history, history.id, slot, state.runs)
@@ -113,6 +113,8 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 def check_every_lsn_of(history: MemoryHistory, rng: random.Random, events: Counter[str]) -> None:
     frames = FrameCache(history, 64 << 10)
     for lsn in range(1, history.lsn + 1):
+        if history.nearest(lsn) != [lsn] or history.gap_at(history.id, lsn) is not None:
+            continue
         disks = [disk for disk in history.disks_at(history.id, lsn) if not disk.removed]
         history.indexes_read = 0
         states = build_states(history, history.id, lsn, disks)

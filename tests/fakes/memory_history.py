@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from unittest import mock
 
+import msgspec
 import numpy as np
 
 from asrfs.errors import NotFoundError
@@ -21,6 +22,7 @@ from asrfs.format.record import Kind
 from asrfs.model.extents import BLOCK_BYTES, widen_to_blocks
 from asrfs.model.machine import NO_SLOT, DiskRecord, decode_disk, encode_disk
 from asrfs.model.marker import Consistency, MarkerRecord, encode_marker
+from tests.fakes.folding import Dirty, folded, up_to_markers
 from tests.fakes.memory_maps import MemoryMaps
 
 INDEX_KEY = bytes(range(32))
@@ -44,6 +46,7 @@ class MemoryObject:
     first_time_ns: int
     last_time_ns: int
     digest: bytes
+    is_stretch: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class MemoryPoint:
     protected: bool = False
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Record:
     time_ns: int
     kind: Kind
@@ -91,6 +94,7 @@ class MemoryHistory:
     _objects: dict[str, bytes] = field(default_factory=dict)
     _disks: list[tuple[int, DiskRecord]] = field(default_factory=list)
     _points: list[MemoryPoint] = field(default_factory=list)
+    _dirty: Dirty = field(default_factory=Dirty)
     _digest: bytes = log_object.NO_DIGEST
 
     # ---- writing ---------------------------------------------------------------------------------------------------
@@ -128,22 +132,55 @@ class MemoryHistory:
 
     def seal(self) -> None:
         """Cut a log object of what waits."""
+        if self._pending:
+            first, self._pending, records = self.lsn - len(self._pending) + 1, [], self._pending
+            self._put(records, first, None)
+
+    def seal_folded(self) -> None:
+        """Cut stretches of what waits, one up to each marker, without what is overwritten in them."""
+        first, self._pending, records = self.lsn - len(self._pending) + 1, [], self._pending
+        for first_lsn, part in up_to_markers(first, records):
+            kept = folded(first_lsn, part)
+            self._put([record for _, record in kept], first_lsn, [lsn for lsn, _ in kept])
+
+    def give_up(self) -> None:
+        """What waits is never sent: a gap object stands for it, of which `heal` sends the content."""
         if not self._pending:
             return
-        records, self._pending = self._pending, []
-        first = self.lsn - len(records) + 1
+        first, self._pending, records = self.lsn - len(self._pending) + 1, [], self._pending
+        before = {disk.slot: disk.size_bytes for disk in self.disks_at(self.id, first - 1) if not disk.removed}
+        present = [msgspec.structs.replace(disk, gap=True) for disk in self.disks_at(self.id, self.lsn)]
+        self._dirty.give_up(records, before)
+        self._points = [point for point in self._points if point.lsn < first]
+        self._disks = [row for row in self._disks if row[0] < first] + [(self.lsn, disk) for disk in present]
+        notes = [_Record(self.time_ns, Kind.DISK, disk.slot, 0, 0, encode_disk(disk)) for disk in present]
+        self._put(notes, first, [self.lsn] * len(notes))
+
+    def heal(self) -> None:
+        """Send what was given up as FILL records, and close the gap of every disk."""
+        for disk in self.disks_at(self.id, self.lsn):
+            if disk.gap and not disk.removed:
+                for offset, length in self._dirty.take(disk.slot, disk.size_bytes):
+                    self.write(disk.slot, offset, bytes(self.model[disk.slot][offset : offset + length]), Kind.FILL)
+                self.disk(disk.slot, disk.name, disk.size_bytes)
+
+    def has_gap(self, slot: int) -> bool:
+        return any(disk.gap for disk in self.disks_at(self.id, self.lsn) if disk.slot == slot)
+
+    def _put(self, records: Sequence[_Record], first: int, lsns: Sequence[int] | None) -> None:
+        last = lsns[-1] if lsns is not None else first + len(records) - 1
         with mock.patch.object(object_encoder, "FRAME_RAW_BYTES", self.frame_bytes):
             self._digest, content = object_encoder.ObjectEncoder().encode(
                 machine_id=bytes.fromhex(self.id),
                 epoch=self.epoch,
                 session_salt=bytes(32),
                 previous_digest=self._digest,
-                index=_index_of(first, records),
+                index=_index_of(first, records, lsns),
                 payloads=[record.payload for record in records if record.kind in (Kind.WRITE, Kind.FILL)],
                 keys=self._keys(self.epoch),
             )
         times = records[0].time_ns, records[-1].time_ns
-        row = MemoryObject(f"{first:016x}", self.epoch, first, self.lsn, *times, self._digest)
+        row = MemoryObject(f"{first:016x}", self.epoch, first, last, *times, self._digest, lsns is not None)
         self._rows.append(row)
         self._objects[row.name] = bytes(content)
 
@@ -220,7 +257,16 @@ class MemoryHistory:
         return sealed if self.hidden_after is None else min(sealed, self.hidden_after)
 
     def gap_at(self, machine_id: str, lsn: int) -> str | None:
-        return next((f"first copy of disk {disk.name}" for disk in self.disks_at(machine_id, lsn) if disk.gap), None)
+        disks = [disk for disk in self.disks_at(machine_id, lsn) if disk.gap and not disk.removed]
+        return f"first copy of disk {disks[0].name}" if disks else None
+
+    def nearest(self, lsn: int) -> list[int]:
+        """The LSNs around one that have a state, or that one."""
+        row = self.object_with(self.id, lsn)
+        assert row is not None
+        if lsn == row.last_lsn or not row.is_stretch:
+            return [lsn]
+        return [each for each in (row.first_lsn - 1, row.last_lsn) if each]
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
@@ -280,7 +326,8 @@ def _apply(state: dict[int, bytearray], record: _Record) -> None:
         state[record.slot][record.offset : end] = record.payload or bytes(record.length)
 
 
-def _index_of(first_lsn: int, records: Sequence[_Record]) -> Index:
+def _index_of(first_lsn: int, records: Sequence[_Record], lsns: Sequence[int] | None = None) -> Index:
+    """`lsns`: of a stretch."""
     is_note = [record.kind in (Kind.MARKER, Kind.DISK) for record in records]
     positions, places = [], {True: 0, False: 0}
     for note, record in zip(is_note, records, strict=True):
@@ -296,4 +343,5 @@ def _index_of(first_lsn: int, records: Sequence[_Record]) -> Index:
         kind=np.array([record.kind for record in records], np.uint16),
         slot=np.array([record.slot for record in records], np.uint16),
         notes=b"".join(record.payload for note, record in zip(is_note, records, strict=True) if note),
+        stretch_lsn=None if lsns is None else np.array(lsns, np.uint64),
     )

@@ -9,17 +9,19 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from asrfs.format.log_object import NO_DIGEST, Index, ObjectKeys, derive_keys
 from asrfs.format.object_encoder import ObjectEncoder
 from asrfs.format.record import CARRIES_EXTENT_BYTES, Kind
-from asrfs.model.machine import NO_SLOT, DiskRecord, encode_disk
+from asrfs.model.machine import NO_SLOT, DiskRecord, decode_disk, encode_disk
 from asrfs.model.marker import MarkerRecord, encode_marker
 from asrfs.protocol.messages import PROTOCOL_VERSION, Hello, Message, ObjectBegin, Refused, Welcome
 from asrfs.protocol.session import Event, Session
 from asrfs.transport.stream import ByteStream, LinkError
 from replica_store.vault.keys import MachineKeys
+from tests.fakes.folding import folded
 
 BLOCK = 4096
 BEGIN_NS = 1_700_000_000_000_000_000
@@ -56,6 +58,8 @@ class HostHistory:
     epoch: int = 1
     seed: int = 1
     records: list[HostRecord] = field(default_factory=list)
+    given_up: list[tuple[int, int]] = field(default_factory=list)
+    """First and last LSN of records that are not there any more: a gap object stands for them."""
 
     def __post_init__(self) -> None:
         self._rng = random.Random(self.seed)
@@ -97,19 +101,68 @@ class HostHistory:
         *,
         machine_id: str | None = None,
         epoch: int | None = None,
+        is_folded: bool = False,
     ) -> BuiltObject:
-        """The log object of these records, sealed for the session with this salt."""
+        """The log object of these records, sealed for the session with this salt. `is_folded`: as a stretch."""
         records = self.records[first_lsn - 1 : last_lsn]
+        lsns = None
+        if is_folded:
+            kept = folded(first_lsn, records)
+            lsns, records = [lsn for lsn, _ in kept], [record for _, record in kept]
+        return self._seal(_index(first_lsn, records, lsns), records, salt, previous_digest, machine_id, epoch)
+
+    def build_gap(self, first_lsn: int, last_lsn: int, salt: bytes, previous_digest: bytes = NO_DIGEST) -> BuiltObject:
+        """The log object that stands for records that were given up."""
+        time_ns = self.records[last_lsn - 1].time_ns
+        disks = [msgspec.structs.replace(disk, gap=True) for disk in self.disks_at(last_lsn).values()]
+        records = [HostRecord(Kind.DISK, disk.slot, 0, 0, encode_disk(disk), time_ns) for disk in disks]
+        return self._seal(_index(first_lsn, records, [last_lsn] * len(disks)), records, salt, previous_digest)
+
+    def next_object(
+        self, first_lsn: int, records_max: int, salt: bytes, previous_digest: bytes, rng: random.Random
+    ) -> BuiltObject:
+        """What goes on from there: the gap object where records were given up, now and then a stretch that ends behind
+        the next marker, else some records."""
+        for begin, end in self.given_up:
+            if begin == first_lsn:
+                return self.build_gap(begin, end, salt, previous_digest)
+        is_folded = rng.random() < 0.2
+        last = min(first_lsn + records_max * (1 + 3 * is_folded) - 1, self.last_lsn)
+        last = min([last, *(begin - 1 for begin, _ in self.given_up if begin > first_lsn)])
+        markers = [lsn for lsn in range(first_lsn, last) if self.records[lsn - 1].kind == Kind.MARKER]
+        if is_folded and markers:
+            last = markers[0]
+        return self.build(first_lsn, last, salt, previous_digest, is_folded=is_folded)
+
+    def disks_at(self, lsn: int) -> dict[int, DiskRecord]:
+        """What the newest DISK record of each slot says."""
+        noted = [decode_disk(record.payload) for record in self.records[:lsn] if record.kind == Kind.DISK]
+        newest = {disk.slot: disk for disk in noted}
+        return {slot: newest[slot] for slot in sorted(newest)}
+
+    def give_up(self, first_lsn: int) -> None:
+        """No record from there on will ever be sent."""
+        self.given_up.append((first_lsn, self.last_lsn))
+
+    def _seal(
+        self,
+        index: Index,
+        records: list[HostRecord],
+        salt: bytes,
+        previous_digest: bytes,
+        machine_id: str | None = None,
+        epoch: int | None = None,
+    ) -> BuiltObject:
         digest, content = ObjectEncoder().encode(
             machine_id=bytes.fromhex(machine_id or self.machine_id),
             epoch=self.epoch if epoch is None else epoch,
             session_salt=salt,
             previous_digest=previous_digest,
-            index=_index(first_lsn, records),
+            index=index,
             payloads=[record.payload for record in records if record.kind in CARRIES_EXTENT_BYTES],
             keys=self.session_keys(salt),
         )
-        begin = ObjectBegin(first_lsn=first_lsn, last_lsn=last_lsn, length=len(content))
+        begin = ObjectBegin(first_lsn=index.first_lsn, last_lsn=index.last_lsn, length=len(content))
         return BuiltObject(begin, [content], digest)
 
     def hello(self, acknowledged_lsn: int = 0, last_digest: str = "") -> Hello:
@@ -125,7 +178,8 @@ class HostHistory:
         )
 
 
-def _index(first_lsn: int, records: list[HostRecord]) -> Index:
+def _index(first_lsn: int, records: list[HostRecord], lsns: list[int] | None = None) -> Index:
+    """`lsns`: of a stretch."""
     positions, at_payload, at_notes, notes = [], 0, 0, []
     for record in records:
         if record.kind in CARRIES_EXTENT_BYTES:
@@ -148,6 +202,7 @@ def _index(first_lsn: int, records: list[HostRecord]) -> Index:
         kind=np.array([record.kind for record in records], np.uint16),
         slot=np.array([record.slot for record in records], np.uint16),
         notes=b"".join(notes),
+        stretch_lsn=None if lsns is None else np.array(lsns, np.uint64),
     )
 
 

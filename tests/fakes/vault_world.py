@@ -7,6 +7,7 @@ one, or gone and made again from the objects.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -34,6 +35,7 @@ from replica_store.vault.rows import ObjectRow
 from replica_store.vault.schema import REBUILDABLE
 from replica_store.vault.vault import Vault, describe
 from tests.fakes.crash_storage import CrashStorage
+from tests.fakes.folding import Dirty
 from tests.fakes.journal_world import MACHINE_ID as HOST_MACHINE_ID
 from tests.fakes.memory_catalog import MemoryCatalog
 from tests.fakes.memory_maps import MemoryMaps
@@ -165,10 +167,9 @@ class VaultWorld:
             batch = []
             for _ in range(rng.randint(1, 3)):
                 if lsn < self.history.last_lsn:
-                    last = min(lsn + rng.randint(1, 4), self.history.last_lsn)
-                    built = self.history.build(lsn + 1, last, salt, digest)
+                    built = self.history.next_object(lsn + 1, rng.randint(1, 4), salt, digest, rng)
                     batch.append(ObjectReceived(built.begin, built.content))
-                    lsn, digest = last, built.digest
+                    lsn, digest = built.begin.last_lsn, built.digest
             taken = ingester.take(batch)
             self.note(taken.acknowledged)
             if taken.error is not None:
@@ -199,8 +200,9 @@ class VaultWorld:
         assert received >= self.acknowledged, f"I3: LSN {self.acknowledged} was acknowledged, {received} is here"
         assert received <= self.history.last_lsn, f"I1: LSN {received} is here, but not at its host"
         points = self.vault.points(MACHINE_ID)
-        assert [point.lsn for point in points] == listed(self.history, received), "I5"
         rows = self.vault.objects_of(MACHINE_ID, received)
+        stretches = [(row.first_lsn, row.last_lsn) for row in rows if row.is_stretch]
+        assert [point.lsn for point in points] == listed(self.history, received, stretches), "I5"
         state = (received, *((row.name, self.vault.objects.read(row.name)) for row in rows))
         if state not in self.verified:
             if rng.random() < 0.5:  # else what another life left is found as it is
@@ -243,7 +245,8 @@ def open_vault(root: Path, storage: CrashStorage, catalog: MemoryCatalog) -> Rem
 
 
 def make_history(history: HostHistory, rng: random.Random) -> None:
-    """Two disks, one of them with a gap that is filled, points before, within and behind it."""
+    """Two disks, one of them with a gap that is filled, points before, within and behind it; then records that are
+    given up and healed."""
     history.disk(0, size_bytes=BLOCKS * BLOCK)
     for slot in (0, 1):
         if slot:
@@ -256,17 +259,44 @@ def make_history(history: HostHistory, rng: random.Random) -> None:
             if number % 3 == 2:
                 history.append(Kind.ZERO, 0, rng.randrange(BLOCKS - 3) * BLOCK, 2 * BLOCK, b"")
                 history.marker(f"point-{slot}-{number}")
+    _give_up_and_heal(history, rng)
 
 
-def listed(history: HostHistory, received: int) -> list[int]:
-    """LSNs of the points that may be shown when so much is here: those outside every gap."""
+def _give_up_and_heal(history: HostHistory, rng: random.Random) -> None:
+    """A few records that change both disks, lost with their point; what they changed is sent again."""
+    first, dirty = history.last_lsn + 1, Dirty()
+    for slot in (0, 1, 0):
+        history.write(2, slot=slot, offset=rng.randrange(BLOCKS - 3) * BLOCK)
+    history.append(Kind.ZERO, 1, rng.randrange(BLOCKS - 3) * BLOCK, 2 * BLOCK, b"")
+    history.marker("lost")
+    history.write(1, slot=1, offset=0)
+    history.give_up(first)
+    dirty.give_up(history.records[first - 1 :], {})
+    for slot, content in state_at(history, history.last_lsn).items():
+        for offset, length in dirty.take(slot, len(content)):
+            history.append(Kind.FILL, slot, offset, length, content[offset : offset + length])
+    history.marker("inside-too")
+    for slot in (0, 1):
+        history.disk(slot, size_bytes=BLOCKS * BLOCK)
+        history.write(1, slot=0, offset=0)
+        history.marker(f"healed-{slot}")
+
+
+def listed(history: HostHistory, received: int, stretches: Sequence[tuple[int, int]] = ()) -> list[int]:
+    """LSNs of the points that may be shown when so much is here: those outside every gap. `stretches`: first and last
+    LSN of those that have no state inside."""
     found = []
     gaps: set[int] = set()
     for lsn, record in enumerate(history.records[:received], 1):
+        if lost := [end for begin, end in history.given_up if begin <= lsn <= end]:
+            if lsn == lost[0]:
+                gaps = {slot for slot, disk in history.disks_at(lsn).items() if not disk.removed}
+            continue
         if record.kind == Kind.DISK:
             disk = decode_disk(record.payload)
             (gaps.add if disk.gap else gaps.discard)(disk.slot)
-        if record.kind == Kind.MARKER and not gaps:
+        is_inside = any(first <= lsn < last for first, last in stretches)
+        if record.kind == Kind.MARKER and not gaps and not is_inside:
             found.append(lsn)
     return found
 

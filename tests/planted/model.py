@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
@@ -12,20 +14,25 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 from asrfs.disk.interface import check_extent
 from asrfs.format import map_checkpoint
-from asrfs.format.log_object import decode_object_header
+from asrfs.format.log_object import Index, ObjectHeader, decode_object_header
 from asrfs.format.map_checkpoint import MapHeader, SealedMap
 from asrfs.format.record import WriteFrame
 from asrfs.journal.block_map import BlockMap
+from asrfs.journal.columns import Table
 from asrfs.journal.disk import JournaledDisk
 from asrfs.journal.writer import Journal
 from asrfs.model.extents import BLOCK_BYTES, widen_to_blocks
 from asrfs.protocol.session import ObjectReceived
+from asrfs.replication import folding, stretch_reader
 from asrfs.storage.interface import Bytes
+from replica_store.ingest import ingester as ingester_room
 from replica_store.ingest.ingester import Ingester, Position
-from replica_store.points import kept_maps, map_maker
+from replica_store.points import builder, kept_maps, map_maker
 from replica_store.points.extent_map import without_zeros
-from replica_store.points.history import History
+from replica_store.points.history import History, LogObject
 from replica_store.points.run import Run
+from replica_store.vault import scrub, survey
+from replica_store.vault.contents import entry_of
 from replica_store.vault.map_files import MapName
 from replica_store.vault.rows import Entry
 from tests.planted import Plant
@@ -155,7 +162,54 @@ def _plant(apply: Callable[[pytest.MonkeyPatch], None], part: str, cases: int, s
     return Plant(f"model-{apply.__name__.replace('_', '-')}", text, "model", cases, apply, shows=shows, only=(part,))
 
 
+def _plant_for(test: str, apply: Callable[[pytest.MonkeyPatch], None], shows: str) -> Plant:
+    return Plant(apply.__name__.replace("_", "-"), (apply.__doc__ or "").strip(), test, 1, apply, shows=shows)
+
+
+_FOLDED = "tests/t3_model/test_folded_backlog.py::test_i5_i9_a_folded_backlog_is_exact_wherever_there_is_a_state"
 _NOT_EXACT = "I9: slot|does not have the log object"
+
+
+def cut_inside_a_stretch(patch: pytest.MonkeyPatch) -> None:
+    """A stretch is read like any other object: up to the record that is asked for."""
+    sound = builder.check_whole
+
+    def check(rows: Sequence[LogObject], after_lsn: int, lsn: int) -> None:
+        sound(rows, after_lsn, max(lsn, rows[-1].last_lsn) if rows else lsn)
+
+    def records(index: Index, after_lsn: int, lsn: int) -> slice:
+        return slice(int(np.searchsorted(index.lsn, after_lsn + 1)), int(np.searchsorted(index.lsn, lsn + 1)))
+
+    patch.setattr(builder, "check_exists", lambda lsn, found: None)
+    patch.setattr(builder, "check_whole", check)
+    patch.setattr(builder, "_records_of", records)
+
+
+def gap_object_opens_no_gap(patch: pytest.MonkeyPatch) -> None:
+    """What a stretch says of disks is taken for what the catalog knows already."""
+
+    def entry(header: ObjectHeader, *arguments: Any) -> Entry:
+        made = entry_of(header, *arguments)
+        return replace(made, disks=()) if header.is_stretch and not header.frame_count else made
+
+    for room in (ingester_room, survey, scrub):
+        patch.setattr(room, "entry_of", entry)
+
+
+def folds_through_points(patch: pytest.MonkeyPatch) -> None:
+    """A stretch goes on behind a marker."""
+    patch.setattr(stretch_reader, "_up_to_marker", lambda part: (part.headers, False))
+
+
+def folds_without_skipping(patch: pytest.MonkeyPatch) -> None:
+    """A record whose first blocks are left out is sent with the bytes of these."""
+
+    def fold(headers: Table) -> folding.Kept:
+        kept = folding.fold(headers)
+        return kept._replace(skipped=np.zeros_like(kept.skipped))
+
+    patch.setattr(stretch_reader, "fold", fold)
+
 
 PLANTS = (
     _plant(checkpoint_of_another_history, "maps", 20, _NOT_EXACT),
@@ -170,5 +224,9 @@ PLANTS = (
     _plant(discard_leaves_its_edges, "threads", 10, "were journaled"),
     _plant(promises_what_came_meanwhile, "threads", 30, "was durable|was promised|is missing or damaged"),
     _plant(session_of_an_object_not_compared, "pair", 60, "an old object was acknowledged"),
+    _plant(cut_inside_a_stretch, "store", 60, "no state that may be shown"),
+    _plant(gap_object_opens_no_gap, "pair", 10, "I5"),
+    _plant_for(_FOLDED, folds_through_points, "cannot be those of a stretch|points never vanish"),
+    _plant_for(_FOLDED, folds_without_skipping, "I9: disk"),
     _plant(acknowledges_without_a_row, "pair", 10, "what was acknowledged is not there|refused although"),
 )

@@ -323,6 +323,10 @@ TABLES_1 = (
     "CREATE TABLE points (machine_id TEXT NOT NULL REFERENCES machines (id), lsn INTEGER NOT NULL, id TEXT NOT NULL, "
     "epoch INTEGER NOT NULL, time_ns INTEGER NOT NULL, consistency TEXT NOT NULL, group_name TEXT, name TEXT, "
     "hold_ms REAL, note TEXT, protected INTEGER NOT NULL, PRIMARY KEY (machine_id, lsn)) STRICT, WITHOUT ROWID",
+    "CREATE TABLE objects (machine_id TEXT NOT NULL REFERENCES machines (id), first_lsn INTEGER NOT NULL, "
+    "last_lsn INTEGER NOT NULL, epoch INTEGER NOT NULL, first_time_ns INTEGER NOT NULL, last_time_ns INTEGER NOT NULL, "
+    "digest BLOB NOT NULL, length INTEGER NOT NULL, nonce TEXT NOT NULL, PRIMARY KEY (machine_id, first_lsn)) "
+    "STRICT, WITHOUT ROWID",
 )
 """Of the first version, those that later ones changed or refer to."""
 
@@ -335,24 +339,38 @@ def test_a_catalog_of_the_first_version_is_brought_to_this_one(scratch: Path, wr
         old.execute(statement)
     old.execute("INSERT INTO machines VALUES (?, 'web1', 1, 'abc', 0, 5, 1, x'00')", (ID,))
     old.execute("INSERT INTO points VALUES (?, 3, ?, 1, 30, 'crash', NULL, 'noon', 0.5, NULL, 0)", (ID, f"{3:032x}"))
+    old.execute("INSERT INTO objects VALUES (?, 1, 5, 1, 10, 50, ?, 500, '0badcafe')", (ID, bytes([5]) * 32))
     old.execute("PRAGMA user_version = 1")
     old.commit()
     old.close()
     new = Catalog.create(str(scratch / "new.sqlite3"))
     statement = (
         "SELECT m.name, c.name, c.type, c.pk FROM sqlite_schema m, pragma_table_info(m.name) c "
-        "WHERE m.type = 'table' AND m.name IN ('machines', 'points', 'policies', 'assignments', 'generations') "
-        "ORDER BY 1, 2"
+        "WHERE m.type = 'table' AND m.name IN "
+        "('machines', 'points', 'objects', 'policies', 'assignments', 'generations') ORDER BY 1, 2"
     )
     for _ in range(2):
         catalog = Catalog(path, writable=writable)
         said = MarkerRecord(id=f"{3:032x}", name="noon", hold_ms=0.5)
         assert catalog.points(ID) == [PointRow(ID, 3, 1, 30, said)]
+        assert catalog.objects_of(ID, 9) == [ObjectRow(ID, 1, 1, 5, 10, 50, bytes([5]) * 32, 500, "0badcafe")]
         assert catalog.configuration_generation() == 0
         assert catalog.select(statement) == new.select(statement)
         assert catalog.select("PRAGMA user_version") == [(schema.VERSION,)]
         catalog.close()
     new.close()
+
+
+def test_which_objects_are_stretches_is_kept(catalog: Catalog) -> None:
+    rows = [
+        ObjectRow(ID, 1, first, first + 4, first, first + 4, bytes([first]) * 32, 500, "0badcafe", is_stretch)
+        for first, is_stretch in ((1, False), (6, True))
+    ]
+    append(catalog, *map(Entry, rows))
+    assert catalog.objects_of(ID, 9) == rows
+    assert [catalog.object_with(ID, lsn) for lsn in (5, 6, 8)] == [rows[0], rows[1], rows[1]]
+    found = catalog.last_object(ID)
+    assert found == rows[1] and found is not None and found.is_stretch is True
 
 
 def test_the_generation_of_what_hosts_are_told_only_rises(catalog: Catalog) -> None:

@@ -28,7 +28,7 @@ from asrfs.format.segment import SEGMENT_HEADER_BYTES
 from asrfs.journal.reader import JournalReader
 from asrfs.journal.recovery import recover
 from asrfs.journal.writer import Journal
-from asrfs.model.machine import NO_SLOT
+from asrfs.model.machine import NO_SLOT, DiskRecord, decode_disk
 from asrfs.model.positions import Cursor, Positions
 from asrfs.replication.object_builder import BuiltObject, MachineKeys, ObjectBuilder
 from tests.fakes.crash_storage import CrashStorage
@@ -180,6 +180,46 @@ def test_an_object_holds_one_epoch(rng: random.Random) -> None:
         cursor = built.cursor
     journal.close()
     assert epochs == [(1, 1, 2), (2, 3, 3)]
+
+
+def test_a_gap_object_says_which_disks_have_a_gap_and_nothing_else(world: JournalWorld, rng: random.Random) -> None:
+    """It stands between objects of records: the one before names it, the one after goes on from it."""
+    for _ in range(6):
+        world.disks[0].write(0, rng.randbytes(BLOCK))
+    world.sync()
+    before = build(world, Cursor(), until=2)
+    kept = build(world, Cursor(), until=5)
+    assert before is not None and kept is not None
+    disks = [
+        DiskRecord(slot=0, id="0" * 32, name="root", size_bytes=1 << 30, gap=True),
+        DiskRecord(slot=1, id="1" * 32, name="old", size_bytes=1 << 20, removed=True),
+        DiskRecord(slot=4, id="4" * 32, name="old", size_bytes=1 << 40, gap=True),
+    ]
+    reader = JournalReader(world.journal_storage, MACHINE_ID)
+    built = ObjectBuilder(reader).build_gap(
+        3, kept.cursor, disks, epoch=1, keys=KEYS, session_salt=SALT, previous_digest=before.digest
+    )
+    reader.close()
+    header, index, payload = open_object(built)
+    assert (header.first_lsn, header.last_lsn, header.record_count, header.is_stretch) == (3, 5, 3, True)
+    assert (built.first_lsn, built.last_lsn, built.cursor) == (3, 5, kept.cursor)
+    assert header.first_time_ns == header.last_time_ns == kept.cursor.time_ns
+    assert header.previous_digest == before.digest
+    assert index.lsn.tolist() == [5, 5, 5]
+    assert [decode_disk(index.note(i)) for i in range(3)] == disks
+    assert payload == b""
+    after = build(world, built.cursor, previous=built.digest)
+    assert after is not None and after.first_lsn == 6
+
+
+def test_a_gap_object_without_a_gap_is_never_built(world: JournalWorld) -> None:
+    disk = DiskRecord(slot=0, id="0" * 32, name="root", size_bytes=1 << 30)
+    reader = JournalReader(world.journal_storage, MACHINE_ID)
+    with pytest.raises(AssertionError, match="I5"):
+        ObjectBuilder(reader).build_gap(
+            1, Cursor(lsn=4), [disk], epoch=1, keys=KEYS, session_salt=SALT, previous_digest=NO_DIGEST
+        )
+    reader.close()
 
 
 class Seals:

@@ -11,6 +11,7 @@ from asrfs.errors import BadInputError, IntegrityError, NotFoundError, RefusedEr
 from asrfs.format.record import Kind
 from asrfs.model.quantities import format_time
 from replica_store.points import builder, selector
+from replica_store.points.point_disk import FrameCache
 from replica_store.points.selector import AtLsn, AtPoint, AtTime, Newest, parse_selector
 from tests.fakes.memory_history import BEGIN_NS, MemoryHistory
 
@@ -192,3 +193,73 @@ def test_i9_a_hole_in_the_catalog_is_noticed() -> None:
     del history._rows[1]
     with pytest.raises(IntegrityError, match="ends at LSN 2"):
         builder.build_states(history, history.id, 7, disks)
+
+
+def test_i9_inside_a_stretch_there_is_no_state() -> None:
+    """Records 4 to 7 came as one, and 8 to 9 behind a point: what lies within is refused, the nearest are named."""
+    history = MemoryHistory()
+    history.disk(0, "root", 8192)
+    history.seal()
+    history.write(0, 0, bytes([1]) * 4096)
+    history.write(0, 0, bytes([2]) * 4096)
+    history.seal()
+    for number in range(3, 6):
+        history.write(0, 0, bytes([number]) * 4096)
+    history.marker("noon")
+    history.write(0, 4096, bytes([7]) * 4096)
+    history.write(0, 4096, bytes([8]) * 4096)
+    history.seal_folded()
+    for lsn, nearest in ((4, "3 and LSN 7"), (6, "3 and LSN 7"), (8, "7 and LSN 9")):
+        with pytest.raises(NotFoundError, match=f"at LSN {lsn}: .* choose LSN {nearest}$"):
+            builder.resolve(history, "web1", f"lsn:{lsn}")
+    (noon,) = history.points(history.id)
+    times = {1: 1, 2: 2, 3: 3, 4: 3, 5: 3, 6: 3, 7: 7, 8: 7, 9: 9}
+    for lsn, expected in times.items():
+        cut = builder.resolve(history, "web1", f"time:{format_time(history.time_at(lsn))}")
+        assert (cut.lsn, cut.time_ns) == (expected, history.time_at(expected))
+    for text, lsn in {"latest": 9, "noon": 7, "lsn:7": 7, "lsn:3": 3, "latest-processed": 7}.items():
+        cut = builder.resolve(history, "web1", text)
+        assert (cut.lsn, cut.time_ns) == (lsn, history.time_at(lsn))
+        assert cut.point == (noon if lsn == 7 else None)
+    disks = history.disks_at(history.id, 9)
+    for lsn in (4, 8):  # nor is one made by whoever has not asked for it by a selector
+        with pytest.raises(IntegrityError, match="one stretch"):
+            builder.build_states(history, history.id, lsn, disks)
+
+
+def test_a_history_that_begins_with_a_stretch() -> None:
+    history = MemoryHistory()
+    history.disk(0, "root", 8192)
+    history.write(0, 0, bytes([1]) * 4096)
+    history.seal_folded()
+    with pytest.raises(NotFoundError, match=r"choose LSN 2$"):
+        builder.resolve(history, "web1", "lsn:1")
+    with pytest.raises(NotFoundError, match="history begins"):
+        builder.resolve(history, "web1", f"time:{format_time(history.time_at(1))}")
+    assert builder.resolve(history, "web1", f"time:{format_time(history.time_at(2))}").lsn == 2
+
+
+def test_i5_records_that_were_given_up_open_a_gap_until_they_are_healed() -> None:
+    history = MemoryHistory()
+    history.disk(0, "root", 8192)
+    before = history.marker("before")
+    history.seal()
+    history.write(0, 0, bytes([1]) * 4096)
+    history.marker("lost")
+    history.write(0, 4096, bytes([2]) * 4096)
+    history.give_up()
+    inside = history.marker("inside")
+    history.heal()
+    after = history.marker("after")
+    history.seal()
+    assert history.points(history.id) == [before, after]
+    for text in ("lsn:3", "lsn:4"):
+        with pytest.raises(NotFoundError, match=r"choose LSN 2 and LSN 5$"):
+            builder.resolve(history, "web1", text)
+    for text in ("lsn:5", f"lsn:{inside.lsn}", f"time:{format_time(history.time_at(5))}"):
+        with pytest.raises(RefusedError, match="gap"):
+            builder.resolve(history, "web1", text)
+    assert builder.resolve(history, "web1", f"time:{format_time(history.time_at(4))}").lsn == 2
+    cut = builder.resolve(history, "web1", "after")
+    disk = builder.open_disks(history, cut, ["root"], FrameCache(history))["root"]
+    assert disk.read(0, 8192) == history.state_at(after.lsn)[0] == bytes([1]) * 4096 + bytes([2]) * 4096

@@ -193,6 +193,7 @@ MACHINE = MachineRow(ID, "web1", 1, "1", False, 0, 1, b"")
         *({"machine_id": "../x"}, {"nonce": "../../x"}, {"nonce": "0badcafe\n"}, {"first_lsn": 0}, {"last_lsn": 0}),
         *({"machine_id": None}, {"nonce": None}, {"first_lsn": "x"}, {"last_lsn": 5.5}, {"digest": None}),
         *({"epoch": -1}, {"length": 0}, {"length": 1 << 40}, {"digest": b""}, {"first_time_ns": 60}),
+        *({"is_stretch": 2}, {"is_stretch": None}),
     ],
 )
 def test_rows_of_objects_that_cannot_be(changes: dict[str, object]) -> None:

@@ -17,6 +17,7 @@ from asrfs.errors import BadInputError
 from asrfs.model.marker import FAILED_CHARACTERS_MAX
 from asrfs.model.point_filter import PointFilter
 from asrfs.model.positions import Cursor, Positions
+from asrfs.replication.dirty_map_file import DirtyMapFile
 from asrfs.replication.progress import Progress
 from tests.fakes.crash_storage import CrashStorage
 
@@ -31,6 +32,7 @@ def verbs() -> AgentVerbs:
     verbs.points = PointLog(CrashStorage(), "points.jsonl")
     verbs.points._points = {f"{lsn:032x}": _point(lsn) for lsn in range(1, POINTS + 1)}
     verbs.progress = Progress(Positions(acknowledged=Cursor(lsn=POINTS // 2)))
+    verbs.dirty = DirtyMapFile(CrashStorage(), "dirty.map")
     verbs.threads = trio.CapacityLimiter(1)
     return verbs
 

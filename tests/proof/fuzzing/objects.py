@@ -22,7 +22,7 @@ import zstandard
 from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from asrfs.format import log_object
+from asrfs.format import log_object, object_encoder
 from asrfs.format.log_object import OBJECT_HEADER_BYTES, Index, ObjectHeader, ObjectKeys
 from asrfs.format.record import CARRIES_EXTENT_BYTES, Kind
 from asrfs.protocol.messages import ObjectBegin
@@ -32,7 +32,7 @@ from replica_store.points.point_disk import FrameCache
 from replica_store.vault.rows import log_object_name
 from replica_store.vault.scrub import scrub
 from replica_store.vault.survey import Surveyed, survey
-from tests.fakes.scripted_host import HostHistory
+from tests.fakes.scripted_host import BuiltObject, HostHistory
 from tests.proof.fuzzing.mutations import (
     Strike,
     as_msgpack,
@@ -44,7 +44,7 @@ from tests.proof.fuzzing.mutations import (
 from tests.proof.fuzzing.sessions import SALT, StoreWorld
 from tests.proof.fuzzing.target import Target, Trial, refused
 
-_HEADER_BITS = (0, 32, 32, 0, 64, 64, 64, 64, 0, 64, 32, 32, 32, 32, 64)
+_HEADER_BITS = (0, 32, 32, 0, 64, 64, 64, 64, 0, 64, 32, 32, 32, 32, 64, 32)
 _COLUMN_BITS = {
     "time_ns": 64,
     "offset": 64,
@@ -98,15 +98,16 @@ class Sample:
     keys: ObjectKeys
 
     @classmethod
-    def of(cls, history: HostHistory, first: int, last: int, frame_bytes: int = _FRAME_BYTES) -> Sample:
-        with mock.patch.object(log_object, "FRAME_RAW_BYTES", frame_bytes):
-            content = history.build(first, last, SALT).content
+    def of(cls, history: HostHistory, build: Callable[[], BuiltObject], frame_bytes: int = _FRAME_BYTES) -> Sample:
+        with mock.patch.object(object_encoder, "FRAME_RAW_BYTES", frame_bytes):
+            content = build().content
         keys = history.session_keys(SALT)
         header = log_object.decode_object_header(content, "sample")
         nonce = struct.Struct("<QI").pack
         clear = content[:OBJECT_HEADER_BYTES]
         at = header.index_offset
         sealed = content[at : at + header.index_length]
+        first = header.first_lsn
         packed = AESGCM(keys.index).decrypt(nonce(first, 0xFFFFFFFF), sealed, content[:at])
         frames = []
         at += header.index_length
@@ -205,10 +206,13 @@ def _broken_index(rng: random.Random, sample: Sample, kind: str, strike: Strike)
         return log_object.encode_index(_with_broken_note(rng, index, strike))
     strike("field")
     columns = {}
-    for name in rng.sample(sorted(_COLUMN_BITS), rng.choice((1, 1, 2))):
+    bits = _COLUMN_BITS | ({"stretch_lsn": 64} if index.is_stretch else {})
+    for name in rng.sample(sorted(bits), rng.choice((1, 1, 2))):
         column = np.array(getattr(index, name))
         at = rng.randrange(len(column))
-        column[at] = extreme(rng, _COLUMN_BITS[name]) if rng.random() < 0.7 else rng.randrange(8) * 4096 & 0xFFFF
+        column[at] = extreme(rng, bits[name]) if rng.random() < 0.7 else rng.randrange(8) * 4096 & 0xFFFF
+        if name == "stretch_lsn" and rng.random() < 0.5:
+            column[at] = rng.randint(0, sample.parts.header.last_lsn + 1)
         columns[name] = column
     return log_object.encode_index(replace(index, **columns))
 
@@ -261,6 +265,10 @@ def _check_bounds(sample: Sample, content: bytes) -> None:
             assert start + length <= header.payload_raw_length, f"record {i} reads beyond the payload"
         elif int(index.note_length[i]):
             assert start + int(index.note_length[i]) <= len(index.notes), f"record {i} reads beyond the notes"
+    lsns = index.lsn.tolist()
+    assert lsns == sorted(lsns) and header.first_lsn <= lsns[0] and lsns[-1] == header.last_lsn
+    inside = [lsn for lsn in lsns if lsn != header.last_lsn]
+    assert len(set(inside)) == len(inside), "two records have one LSN"
 
 
 def _read_disks(world: StoreWorld, lsn: int) -> None:
@@ -358,11 +366,17 @@ def _target(name: str, weight: int, make: Callable[[], Any], trial: Callable[...
         with StoreWorld.open(scratch) as world:
             history = make_history(world)
             last = history.last_lsn
-            samples = [Sample.of(history, 1, last), Sample.of(history, 1, 5, 128 << 10), Sample.of(history, 1, 2)]
+            samples = [
+                Sample.of(history, lambda: history.build(1, last, SALT)),
+                Sample.of(history, lambda: history.build(1, 5, SALT), 128 << 10),
+                Sample.of(history, lambda: history.build(1, 2, SALT)),
+                Sample.of(history, lambda: history.build(1, last, SALT, is_folded=True)),
+                Sample.of(history, lambda: history.build_gap(1, last, SALT)),
+            ]
             for sample in samples:
                 assert sample.parts.sealed(sample.keys) == sample.content, "taken apart and put together"
-            _store_and_read(world, samples[0], samples[0].content)
-            assert world.stored(), "the object itself is a good one"
+                _store_and_read(world, sample, sample.content)
+                assert world.stored(), "the object itself is a good one"
             more = [made] if (made := make()) is not None else []
             yield lambda rng, strike: trial(samples, world, *more, rng, strike)
 

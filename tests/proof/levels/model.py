@@ -9,7 +9,7 @@ from itertools import count
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import get_state_machine_test
 
-from tests.fakes import broken_exchange, disk_machine, journal_race, map_histories
+from tests.fakes import broken_exchange, disk_machine, history_steps, journal_race, map_histories
 from tests.fakes.broken_exchange import exchange_over_broken_connections
 from tests.fakes.disk_machine import DiskAgainstBytes
 from tests.fakes.history_steps import FRAME_BYTES, STEPS, check_every_lsn
@@ -28,7 +28,6 @@ PAIR_BATCH = 8
 THREADS_BATCH = 2
 GUEST_STEPS = 60
 """Of each of the threads in each of three lives."""
-EVERY_LSN = "every LSN of a history read back"
 
 
 def cases(context: Context) -> Iterator[Case]:
@@ -74,9 +73,9 @@ def _disk(context: Context, number: int, notes: Notes) -> None:
 def _store(context: Context, label: str, notes: Notes) -> None:
     """A history of 50 steps, every LSN of it read back."""
     rng = context.rng(label)
-    lsns = check_every_lsn(rng.choices(STEPS, k=STEPS_A_HISTORY), rng.getrandbits(32), rng.choice(FRAME_BYTES))
+    events = check_every_lsn(rng.choices(STEPS, k=STEPS_A_HISTORY), rng.getrandbits(32), rng.choice(FRAME_BYTES))
     notes.count()
-    notes.fired(EVERY_LSN, lsns)
+    _note(notes, events)
 
 
 def _maps(context: Context, label: str, notes: Notes) -> None:
@@ -110,7 +109,13 @@ LEVEL = Level(
     unit="histories of 50 steps",
     submission=2_000,
     release=100_000,
-    faults=(*disk_machine.EVENTS, EVERY_LSN, *map_histories.EVENTS, *broken_exchange.EVENTS, *journal_race.EVENTS),
+    faults=(
+        *disk_machine.EVENTS,
+        *history_steps.EVENTS,
+        *map_histories.EVENTS,
+        *broken_exchange.EVENTS,
+        *journal_race.EVENTS,
+    ),
     cases=cases,
     is_divisible=True,
 )
