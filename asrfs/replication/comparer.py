@@ -22,7 +22,7 @@ from typing import Protocol
 
 import trio
 
-from asrfs.errors import AsrfsError, IntegrityError, NotFoundError, RefusedError, TemporaryError
+from asrfs.errors import AsrfsError, IntegrityError, NotFoundError, TemporaryError
 from asrfs.model.digest_tree import (
     NODE_LEAVES,
     TREE_DIGEST_BYTES,
@@ -161,7 +161,7 @@ class Comparer:
             await self.progress.wait_until(lambda exact=exact: self.progress.acknowledged.lsn >= exact)  # type: ignore[misc]
             try:
                 return await self._differing(disk, region, leaves, exact)
-            except (NotFoundError, RefusedError):
+            except NotFoundError:
                 await trio.sleep(RETRY_S)  # the store has no state at this LSN, only at others
         raise TemporaryError(f"the store has no state of disk {disk.name} that could be compared: try again later")
 

@@ -24,6 +24,7 @@ from asrfs.protocol.messages import Compare, Compared, region_of
 from replica_store.points.builder import build_states
 from replica_store.points.history import History
 from replica_store.points.point_disk import DiskState, FrameCache, PointDisk
+from replica_store.points.selector import check_exists
 
 FRAMES_BYTES = 2 << 20
 """Opened frames that are kept: those at the border of two regions. Few, so that their memory is used again at once."""
@@ -55,6 +56,8 @@ class Comparer:
         lsn = wanted.lsn or received
         if lsn > received:
             raise TemporaryError(f"LSN {lsn} has not been received yet: the store has {received}")
+        if (row := self._history.object_with(machine_id, lsn)) is not None:
+            check_exists(lsn, row)
         disk = self._disk(machine_id, wanted, lsn)
         known, self._state = self._state, None
         is_base = known is not None and self._machine_id == machine_id and known.lsn <= lsn
