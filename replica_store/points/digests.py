@@ -94,11 +94,8 @@ def leaf_digests(disk: PointDisk, region: Region, room: bytearray) -> bytes:
 def _digest(disk: PointDisk, region: Region, begin: int, end: int, room: bytearray) -> bytes:
     """Digests of the region's leaves, those outside of `[begin, end)` as if they were zeros."""
     digester = LeafDigester(region)
-    window = disk.stored(begin, end, room)
-    at = 0
-    for offset, length in zip(window.offsets.tolist(), window.lengths.tolist(), strict=True):
-        digester.add(offset, window.buffer[at : at + length])
-        at += length
+    for offset, content in disk.stored(begin, end, room):
+        digester.add(offset, content)
     return digester.finish()
 
 
