@@ -122,7 +122,7 @@ def described(disks: Sequence[DiskConfig], found: Comparison, seconds: float) ->
     """The document of `asrfs verify`. `extents` in bytes; of many the first."""
     rows = []
     for disk in disks:
-        chunks = found.different.get(disk.slot, [])
+        chunks = found.different.get(disk.slot, ())
         rows.append(
             {
                 "name": disk.name,
