@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import structlog
@@ -17,7 +16,7 @@ import trio
 
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import AsrfsError, TemporaryError
-from asrfs.model.digest_tree import LEAF_BYTES, leaf_count
+from asrfs.model.digest_tree import extents_of, leaf_count
 from asrfs.model.machine import DiskConfig
 from asrfs.replication.comparer import Comparer, Comparison
 
@@ -123,7 +122,7 @@ def described(disks: Sequence[DiskConfig], found: Comparison, seconds: float) ->
     """The document of `asrfs verify`. `extents` in bytes; of many the first."""
     rows = []
     for disk in disks:
-        chunks = found.different.get(disk.slot, [])
+        chunks = found.different.get(disk.slot, ())
         rows.append(
             {
                 "name": disk.name,
@@ -139,12 +138,3 @@ def described(disks: Sequence[DiskConfig], found: Comparison, seconds: float) ->
         "seconds": round(seconds, 3),
         "disks": rows,
     }
-
-
-def extents_of(chunks: Sequence[int], size_bytes: int) -> list[tuple[int, int]]:
-    """`(offset, length)` of chunks (ascending), neighbours as one."""
-    if not chunks:
-        return []
-    breaks = [i for i, (one, following) in enumerate(pairwise(chunks), 1) if following != one + 1]
-    runs = [chunks[first:last] for first, last in pairwise([0, *breaks, len(chunks)])]
-    return [(run[0] * LEAF_BYTES, min((run[-1] + 1) * LEAF_BYTES, size_bytes) - run[0] * LEAF_BYTES) for run in runs]

@@ -11,6 +11,7 @@ and nobody reads it to know.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from blake3 import blake3
@@ -179,3 +180,12 @@ def numbers_of(bitmap: bytes) -> list[int]:
     """What `bitmap_of` was made of, ascending."""
     bits = int.from_bytes(bitmap, "little")
     return [number for number in range(bits.bit_length()) if bits >> number & 1]
+
+
+def extents_of(chunks: Sequence[int], size_bytes: int) -> list[tuple[int, int]]:
+    """`(offset, length)` of chunks (ascending), neighbours as one."""
+    if not chunks:
+        return []
+    breaks = [i for i, (one, following) in enumerate(pairwise(chunks), 1) if following != one + 1]
+    runs = [chunks[first:last] for first, last in pairwise([0, *breaks, len(chunks)])]
+    return [(run[0] * LEAF_BYTES, min((run[-1] + 1) * LEAF_BYTES, size_bytes) - run[0] * LEAF_BYTES) for run in runs]

@@ -16,13 +16,14 @@ A connection that is lost is waited for, and a region asked about again: what wa
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
 
-from asrfs.errors import AsrfsError, IntegrityError, NotFoundError, RefusedError, TemporaryError
+from asrfs.errors import AsrfsError, IntegrityError, NotFoundError, TemporaryError
 from asrfs.model.digest_tree import (
     NODE_LEAVES,
     TREE_DIGEST_BYTES,
@@ -45,7 +46,7 @@ AHEAD = 4
 """Regions digested here that wait for the store: both sides work at once."""
 PATIENCE_S = 600.0
 """For so long a lost connection is waited for."""
-RETRY_S = 0.5
+RETRY_S, RETRY_S_MAX = 0.5, 30.0
 ROUNDS_MAX = 8
 
 Step = Callable[[int, int], None]
@@ -64,10 +65,11 @@ class Digester(Protocol):
 
 @dataclass(slots=True)
 class Comparison:
-    """`different`: by slot the numbers of the chunks that differ, ascending; slots without any are not there."""
+    """`different`: by slot the numbers of the chunks that differ, ascending, 8 bytes each; slots without any are not
+    there."""
 
     chunks_compared: int = 0
-    different: dict[int, list[int]] = field(default_factory=dict)
+    different: dict[int, array[int]] = field(default_factory=dict)
     bytes_sent: int = 0
 
     @property
@@ -99,6 +101,7 @@ class Comparer:
         done = 0
         slots = trio.Semaphore(AHEAD)
         failures: list[AsrfsError] = []
+        found: dict[tuple[int, int], array[int]] = {}
 
         async def ask(disk: DiskConfig, region: Region, leaves: bytes) -> None:
             nonlocal done
@@ -110,7 +113,7 @@ class Comparer:
                 return
             slots.release()
             if chunks:
-                result.different.setdefault(disk.slot, []).extend(chunks)
+                found[disk.slot, region.first] = array("Q", chunks)
             done += region.end - region.offset
             step(done, total)
 
@@ -125,8 +128,8 @@ class Comparer:
                 nursery.cancel_scope.cancel()
         if failures:
             raise failures[0]
-        for chunks in result.different.values():
-            chunks.sort()
+        for (slot, _), chunks in sorted(found.items()):  # answers come in any order
+            result.different.setdefault(slot, array("Q")).extend(chunks)
         result.bytes_sent = self.outlet.bytes_sent - sent_before
         return result
 
@@ -137,15 +140,14 @@ class Comparer:
         settled = Comparison(found.chunks_compared)
         sent_before = self.outlet.bytes_sent
         regions = [
-            (disk, region, set(found.different.get(disk.slot, ())))
+            (disk, region)
             for disk in disks
             for region in regions_with(found.different.get(disk.slot, ()), disk.size_bytes)
         ]
         lsn = (await self.server.sync()).durable.lsn if regions else 0
-        for number, (disk, region, chunks) in enumerate(regions):
-            differing = await self._look_again(disk, region, lsn)
-            if really := sorted(chunks.intersection(differing)):
-                settled.different.setdefault(disk.slot, []).extend(really)
+        for number, (disk, region) in enumerate(regions):
+            if differing := await self._look_again(disk, region, lsn):
+                settled.different.setdefault(disk.slot, array("Q")).extend(differing)
             step(number + 1, len(regions))
         settled.bytes_sent = found.bytes_sent + self.outlet.bytes_sent - sent_before
         return settled
@@ -161,7 +163,7 @@ class Comparer:
             await self.progress.wait_until(lambda exact=exact: self.progress.acknowledged.lsn >= exact)  # type: ignore[misc]
             try:
                 return await self._differing(disk, region, leaves, exact)
-            except (NotFoundError, RefusedError):
+            except NotFoundError:
                 await trio.sleep(RETRY_S)  # the store has no state at this LSN, only at others
         raise TemporaryError(f"the store has no state of disk {disk.name} that could be compared: try again later")
 
@@ -183,14 +185,15 @@ class Comparer:
 
     async def _ask(self, request: Compare) -> Compared:
         """Asked again while the connection comes and goes."""
-        deadline = trio.current_time() + PATIENCE_S
+        deadline, delay = trio.current_time() + PATIENCE_S, RETRY_S
         while True:
             try:
                 return await self.outlet.ask(request)
             except (TemporaryError, NotFoundError) as error:  # or it has not heard of the disk yet
                 if trio.current_time() >= deadline or (request.lsn and isinstance(error, NotFoundError)):
                     raise
-            await trio.sleep(RETRY_S)
+            await trio.sleep(delay)
+            delay = min(2 * delay, RETRY_S_MAX)
             with trio.move_on_at(deadline):
                 await self.outlet.wait_open()
 

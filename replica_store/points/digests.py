@@ -24,9 +24,10 @@ from asrfs.protocol.messages import Compare, Compared, region_of
 from replica_store.points.builder import build_states
 from replica_store.points.history import History
 from replica_store.points.point_disk import DiskState, FrameCache, PointDisk
+from replica_store.points.selector import check_exists
 
-FRAMES_BYTES = 32 << 20
-"""Opened frames that are kept: neighbouring regions share those at their border."""
+FRAMES_BYTES = 2 << 20
+"""Opened frames that are kept: those at the border of two regions. Few, so that their memory is used again at once."""
 
 
 class Comparer:
@@ -35,6 +36,7 @@ class Comparer:
     def __init__(self, history: History) -> None:
         self._history = history
         self._frames = FrameCache(history, FRAMES_BYTES)
+        self._room = bytearray()
         self._machine_id = ""
         self._state: DiskState | None = None
 
@@ -43,7 +45,7 @@ class Comparer:
         try:
             region = region_of(wanted)
             disk = PointDisk(self._state_for(machine_id, wanted), self._frames)
-            leaves = leaf_digests(disk, region)
+            leaves = leaf_digests(disk, region, self._room)
         except (AsrfsError, OSError) as error:
             code = error.exit_code if isinstance(error, AsrfsError) else TemporaryError.exit_code
             return Compared(number=wanted.number, exit_code=code, text=" ".join(str(error).split())[:500])
@@ -54,6 +56,8 @@ class Comparer:
         lsn = wanted.lsn or received
         if lsn > received:
             raise TemporaryError(f"LSN {lsn} has not been received yet: the store has {received}")
+        if (row := self._history.object_with(machine_id, lsn)) is not None:
+            check_exists(lsn, row)
         disk = self._disk(machine_id, wanted, lsn)
         known, self._state = self._state, None
         is_base = known is not None and self._machine_id == machine_id and known.lsn <= lsn
@@ -69,32 +73,29 @@ class Comparer:
         raise NotFoundError(f"the store knows no such disk in slot {wanted.slot} at LSN {lsn}")
 
 
-def leaf_digests(disk: PointDisk, region: Region) -> bytes:
+def leaf_digests(disk: PointDisk, region: Region, room: bytearray) -> bytes:
     """Digests of all leaves of a region, of a disk that may be shorter or longer here; `NO_LEAF` where it cannot be
-    read."""
+    read. `room`: memory for what was written of it, to be handed in again."""
     try:
-        return _digest(disk, region, region.offset, region.end)
+        return _digest(disk, region, region.offset, region.end, room)
     except IntegrityError:
         digests = bytearray()
         for leaf in range(region.leaves):
             begin = region.offset + leaf * LEAF_BYTES
             end = min(begin + LEAF_BYTES, region.end)
             try:
-                whole = _digest(disk, region, begin, end)
+                whole = _digest(disk, region, begin, end, room)
                 digests += whole[leaf * TREE_DIGEST_BYTES : (leaf + 1) * TREE_DIGEST_BYTES]
             except IntegrityError:
                 digests += NO_LEAF
         return bytes(digests)
 
 
-def _digest(disk: PointDisk, region: Region, begin: int, end: int) -> bytes:
+def _digest(disk: PointDisk, region: Region, begin: int, end: int, room: bytearray) -> bytes:
     """Digests of the region's leaves, those outside of `[begin, end)` as if they were zeros."""
     digester = LeafDigester(region)
-    window = disk.stored(begin, end)
-    at = 0
-    for offset, length in zip(window.offsets.tolist(), window.lengths.tolist(), strict=True):
-        digester.add(offset, window.buffer[at : at + length])
-        at += length
+    for offset, content in disk.stored(begin, end, room):
+        digester.add(offset, content)
     return digester.finish()
 
 

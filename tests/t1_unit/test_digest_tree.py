@@ -21,6 +21,7 @@ from asrfs.model.digest_tree import (
     Region,
     bitmap_of,
     different,
+    extents_of,
     leaf_count,
     node_count,
     node_digests,
@@ -121,6 +122,16 @@ def test_nodes_are_digests_of_their_leaves() -> None:
 def test_a_bitmap_is_what_it_was_made_of(numbers: set[int]) -> None:
     assert numbers_of(bitmap_of(sorted(numbers), 32)) == sorted(numbers)
     assert len(bitmap_of(sorted(numbers), 32)) == 4
+
+
+def test_chunks_as_extents() -> None:
+    size = 10 * LEAF_BYTES + 512
+    assert extents_of([], size) == []
+    assert extents_of([1, 2, 5, 10], size) == [
+        (LEAF_BYTES, 2 * LEAF_BYTES),
+        (5 * LEAF_BYTES, LEAF_BYTES),
+        (10 * LEAF_BYTES, 512),
+    ]
 
 
 def test_what_differs_is_numbered() -> None:

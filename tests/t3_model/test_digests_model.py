@@ -98,6 +98,22 @@ def test_what_the_store_has_not_is_an_answer_too(rng: random.Random) -> None:
     assert comparer.answer(history.id, small).exit_code == 3, "before there was such a disk"
 
 
+def test_within_a_stretch_there_is_nothing_to_compare(rng: random.Random) -> None:
+    history = scattered_history(rng, 10)
+    first = history.lsn + 1
+    for _ in range(6):
+        history.write(0, 0, rng.randbytes(4096))
+    history.seal_folded()
+    comparer = Comparer(history)
+    content = history.state_at(history.lsn)[0]
+    region = Region(len(content), 0, 1)
+    for lsn in range(first, history.lsn):
+        assert comparer.answer(history.id, ask(content, region, lsn=lsn)).exit_code == 3
+    for lsn in (0, history.lsn):
+        answer = comparer.answer(history.id, ask(content, region, lsn=lsn))
+        assert (answer.exit_code, answer.differs) == (0, b"\0")
+
+
 def test_a_disk_of_another_size_here_ends_in_zeros(rng: random.Random) -> None:
     """The host's disk has grown, and the record of that is on its way; or it is shorter than the store's."""
     history = scattered_history(rng, 60)
@@ -121,7 +137,7 @@ def test_what_cannot_be_read_is_equal_to_nothing(rng: random.Random) -> None:
     region = Region(len(content), 0, 1)
     disks = [disk for disk in history.disks_at(history.id, history.lsn) if disk.slot == 0]
     state = build_states(history, history.id, history.lsn, disks)[0]
-    leaves = leaf_digests(PointDisk(state, FrameCache(history)), region)
+    leaves = leaf_digests(PointDisk(state, FrameCache(history)), region, bytearray())
     sound = leaves_of(content, region)
     damaged = [leaf for leaf in range(10) if leaves[32 * leaf : 32 * leaf + 32] != sound[32 * leaf : 32 * leaf + 32]]
     assert damaged == [4]
