@@ -12,9 +12,10 @@ from asrfs.terminal.output import pairs
 
 @click.command()
 @click.option("--now", is_flag=True, help="Whatever the time of the day, else what is large waits for resync_window.")
+@click.option("--full-scan", is_flag=True, help="Compare all disks with the replica first, and send what differs.")
 @click.option("--timeout", metavar="DURATION", help="Give up waiting after this long; exit code 1. It goes on.")
 @pass_invocation
-def resync(invocation: Invocation, now: bool, timeout: str | None) -> None:
+def resync(invocation: Invocation, now: bool, full_scan: bool, timeout: str | None) -> None:
     """Send what the store lacks, and return when it lacks nothing any more.
 
     Where records were given up because the journal came to its quota, the chunks they changed are sent. `asrfs status`
@@ -23,7 +24,7 @@ def resync(invocation: Invocation, now: bool, timeout: str | None) -> None:
     seconds = None if timeout is None else parse_duration(timeout)
     state = invocation.open_state()
     patience = FOREVER_S if seconds is None else seconds
-    document = call_agent(state, "resync", now=now, timeout=seconds, seconds_max=patience)
+    document = call_agent(state, "resync", now=now, full_scan=full_scan, timeout=seconds, seconds_max=patience)
     said = {
         "sent": format_size(document["bytes_sent"]),
         "seconds": document["seconds"],

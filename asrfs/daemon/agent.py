@@ -145,6 +145,7 @@ class Agent:
             settings=lambda: self._settings.current,
             maker=self._maker,
             shipper=self._shipper,
+            comparing=compare,
             threads=self._threads,
         )
         self._groups = self._make_groups()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import msgspec
@@ -13,11 +14,12 @@ from asrfs.daemon.protection import Healing, standing_of
 from asrfs.daemon.settings import Settings
 from asrfs.daemon.settings_in_force import minute_of_day
 from asrfs.daemon.state import StateDirectory
-from asrfs.errors import BadInputError, RefusedError, TemporaryError
+from asrfs.errors import RefusedError, TemporaryError
 from asrfs.journal.reader import JournalReader
 from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.model.names import id_bytes
 from asrfs.replication.alarms import Alarms
+from asrfs.replication.comparer import Comparer, Comparison
 from asrfs.replication.dirty_map_file import DirtyMapFile
 from asrfs.replication.disk_server import DiskServer
 from asrfs.replication.filler import Filler
@@ -32,7 +34,7 @@ ROOM_UNKNOWN = 1 << 62
 
 
 class AgentHealing:
-    """`dirty` is the agent's; `settings` gives those in force."""
+    """`dirty` is the agent's; `settings` gives those in force, `comparing` a comparer for as long as it is needed."""
 
     def __init__(
         self,
@@ -46,12 +48,14 @@ class AgentHealing:
         settings: Callable[[], Settings],
         maker: PointMaker,
         shipper: Shipper,
+        comparing: Callable[[], AbstractAsyncContextManager[Comparer]],
         threads: trio.CapacityLimiter,
     ) -> None:
         self._state = state
         self._dirty = dirty
         self._progress = progress
         self._threads = threads
+        self._comparing = comparing
         machine = state.load_machine()
         machine_id = id_bytes(machine.id)
         self._reader = JournalReader(DirectoryStorage(state.journal), machine_id, check_payloads=False)
@@ -104,14 +108,15 @@ class AgentHealing:
         return standing_of(self._dirty.map, self._dirty.given_up, machine, resyncer.phase, resyncer.failure, pace)
 
     async def on_resync(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Verb `resync`: heal, with `now` whatever the time of the day. Returns when nothing is missing any more, or
-        when what is left waits for its window."""
+        """Verb `resync`: heal, with `now` whatever the time of the day, with `full_scan` what comparing finds, too.
+
+        Returns when nothing is missing any more, or when what is left waits for its window.
+        """
         if not self.resyncer.is_enrolled():
             raise RefusedError("this machine is not enrolled with a store: use `asrfs enroll` first")
-        if request.get("full_scan"):
-            raise BadInputError("a full scan is not possible with this version")
         timeout = request.get("timeout")
         before, started = self._filler.filled_bytes, trio.current_time()
+        scanned = await self._scan() if request.get("full_scan") else None
         chunks = sum(self._dirty.map.dirty_chunks(slot) for slot in self._dirty.map.slots())
         await self.resyncer.order(now=bool(request.get("now")))
         failed_at = self.resyncer.failures
@@ -122,12 +127,22 @@ class AgentHealing:
         if scope.cancelled_caught:
             raise TemporaryError(f"the resync is not over after {float(timeout or 0):g} s; it goes on")
         return {
-            "chunks_compared": 0,
+            "chunks_compared": scanned.chunks_compared if scanned else 0,
             "chunks_different": chunks,
-            "bytes_sent": self._filler.filled_bytes - before,
+            "bytes_sent": self._filler.filled_bytes - before + (scanned.bytes_sent if scanned else 0),
             "seconds": round(trio.current_time() - started, 3),
             "waits_for_window": self.resyncer.phase == "window",
         }
+
+    async def _scan(self) -> Comparison:
+        """Compare all disks with the replica, and have the map say what differs."""
+        machine = await trio.to_thread.run_sync(self._state.load_machine, limiter=self._threads)
+        disks = machine.live_disks()
+        async with self._comparing() as comparer:
+            found = await comparer.compare(disks, _pass_over)
+            settled = await comparer.settle(disks, found, _pass_over)
+        await self._filler.mark_different(settled.different)
+        return settled
 
     def _is_over(self, failed_at: int) -> bool:
         return self.resyncer.looked and (
@@ -139,6 +154,10 @@ class AgentHealing:
 
     def _set_gaps(self, slots: Collection[int], gap: bool) -> MachineConfig:
         return self._state.edit_machine(lambda machine: with_gaps(machine, slots, gap))
+
+
+def _pass_over(_done: int, _total: int) -> None:
+    """Of who does not say how far it is."""
 
 
 def with_gaps(machine: MachineConfig, slots: Collection[int], gap: bool) -> MachineConfig:

@@ -13,15 +13,17 @@ store takes what it never heard of for zeros.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 import trio
 
 from asrfs.model.dirty_map import Reason
+from asrfs.model.extents import CHUNK_BYTES
 from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.replication.dirty_map_file import DirtyMapFile
 from asrfs.replication.disk_server import DiskServer
@@ -80,6 +82,17 @@ class Filler:
                 machine = await self._in_thread(self.set_gaps, closed, True)
                 await self.server.reread_disks()
         return machine
+
+    async def mark_different(self, chunks: Mapping[int, Sequence[int]]) -> None:
+        """Chunks, by slot, that comparing has found to differ. Raises OSError."""
+        map = self.dirty.map
+        async with self.dirty.turn:
+            for slot, numbers in chunks.items():
+                if len(numbers):
+                    map.enter(slot, Reason.DIFFERS)
+                    offsets = np.array(numbers, np.int64) * CHUNK_BYTES
+                    map.mark_all(slot, offsets, np.full(len(offsets), CHUNK_BYTES))
+            await self._in_thread(self.dirty.save)
 
     async def fill(self, disk: DiskConfig, may_go_on: Callable[[], bool]) -> None:
         """Send what is marked of a disk; it may return before that is all."""
