@@ -10,7 +10,7 @@ import click
 from asrfs.cli.agent import FOREVER_S, call_agent
 from asrfs.cli.invocation import Invocation, pass_invocation
 from asrfs.daemon import disks
-from asrfs.daemon.loop_devices import loop_devices_below
+from asrfs.daemon.loop_devices import loop_devices_below, take_size, wait_for_size
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import AsrfsError, BadInputError, RefusedError
 from asrfs.model.machine import DiskConfig
@@ -49,6 +49,32 @@ def list_disks(invocation: Invocation) -> None:
     described = [describe(state, each) for each in state.load_machine().live_disks()]
     rows = [[each["name"], format_size(each["size_bytes"]), each["image"], each["id"]] for each in described]
     invocation.answer(described, lambda out: out.print(table(("DISK", "SIZE", "IMAGE", "ID"), rows)))
+
+
+@disk.command()
+@click.argument("name", metavar="DISK")
+@click.argument("size", metavar="SIZE")
+@pass_invocation
+def resize(invocation: Invocation, name: str, size: str) -> None:
+    """Make DISK longer, also while it is served. Then grow its filesystem, with resize2fs or xfs_growfs."""
+    state = invocation.open_state()
+    grown = disks.resize(state, name, parse_size(size))
+    document = describe(state, grown) | {"loops": _show_to_loop_devices(state, grown)}
+    invocation.answer(document, lambda out: out.print(pairs(document)))
+
+
+def _show_to_loop_devices(state: StateDirectory, grown: DiskConfig) -> list[str]:
+    """Have the loop devices over a disk take its size; their paths."""
+    served = state.load_served()
+    if served is None or state.lock_holder("disk_server") is None:
+        return []
+    path = os.path.join(served.mount, f"{grown.name}.img")
+    found = [loop.device for loop in loop_devices_below(served.mount) if loop.backing_file == os.path.realpath(path)]
+    if found:
+        wait_for_size(path, grown.size_bytes)
+    for device in found:
+        take_size(device)
+    return found
 
 
 @disk.command()

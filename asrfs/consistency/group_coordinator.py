@@ -8,6 +8,8 @@ dies; from then on there is one as soon as the store has it and the marker of ev
 
 from __future__ import annotations
 
+import select
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 import structlog
 import trio
 
-from asrfs.consistency.cut import Cut, CutOrder, Outcome, Said
+from asrfs.consistency.cut import Cut, CutOrder, Outcome, Phase, Said
 from asrfs.consistency.group_member import Machine, Taking
 from asrfs.consistency.group_stream import GroupStream
 from asrfs.errors import AsrfsError, TemporaryError, foreign_line
@@ -29,6 +31,7 @@ from asrfs.protocol.group_messages import (
     Confirmed,
     Join,
     Joined,
+    Prepare,
     Settle,
     Settled,
     Word,
@@ -84,6 +87,8 @@ class GroupCoordinator:
         self._settling: dict[tuple[str, str], trio.Event] = {}
         self._roster_changed = trio.Event()
         self._own: Taking | None = None
+        self._own_said = Phase.DONE
+        """In which phase this machine said its last word about the point."""
         self._nursery: trio.Nursery | None = None
         self._log = structlog.get_logger("asrfs.group").bind(group=order.name)
 
@@ -96,7 +101,7 @@ class GroupCoordinator:
         """Be ready to cut, for ever."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            self._own = Taking(self._machine, self._order, lambda word: self._hear(self._machine.id, word), nursery)
+            self._own = Taking(self._machine, self._order, self._hear_own, nursery, self._attend)
             try:
                 await trio.sleep_forever()
             finally:
@@ -178,6 +183,32 @@ class GroupCoordinator:
             if cut.phase is not phase:
                 self._went_on.set()
 
+    def _hear_own(self, word: Word) -> None:
+        if self._cut is not None:
+            self._own_said = self._cut.phase
+        self._hear(self._machine.id, word)
+
+    def _attend(self, seconds_max: float) -> None:
+        """As `GroupStream.attend`, for this machine's own share: wait for what everyone else has to say before it is
+        its turn again, and hand that on."""
+        if self._cut is None:
+            return
+        # Who is late is given up in time, by the task that waits for that.
+        deadline = time.monotonic() + min(seconds_max, self._cut.wake_at - trio.current_time())
+        poll, streams = select.poll(), dict[int, GroupStream]()
+        for stream in self._streams.values():
+            if (fd := stream.fileno()) >= 0:
+                poll.register(fd, select.POLLIN)
+                streams[fd] = stream
+        while streams and self._cut is not None and self._cut.phase is self._own_said:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return
+            for fd, _ in poll.poll(left * 1000):
+                if not streams[fd].attend_at_hand():
+                    poll.unregister(fd)
+                    del streams[fd]
+
     def _say(self, member: str, word: Word) -> None:
         if member == self._machine.id:
             if self._own is None:
@@ -256,6 +287,14 @@ class GroupCoordinator:
         return TemporaryError(f"group {self._order.name} is not coordinated here any more: try again")
 
     def _say_all(self, said: Said) -> None:
+        if all(isinstance(word, Prepare) for _, word in said):  # who hears it first waits for who hears it last
+            for member, word in said:
+                if (stream := self._streams.get(member)) is not None:
+                    stream.seal(word)
+            for member, _ in said:
+                if (stream := self._streams.get(member)) is not None:
+                    stream.send_sealed()
+            said = [each for each in said if each[0] == self._machine.id]
         for member, word in said:
             self._say(member, word)
 

@@ -65,9 +65,12 @@ class HoldingServer(Protocol):
     async def hold(self, hold_id: str) -> Held:
         """Append the marker and hold every change behind it."""
 
+    def let_go(self, hold_id: str, quiet_s: float) -> None:
+        """The first half of `release`, done at once. Nothing is raised."""
+
     async def release(self, hold_id: str, quiet_s: float) -> tuple[bool, float]:
-        """Let go at once; then do nothing for `quiet_s`, and say whether it was holding until it let go, and for how
-        many milliseconds it did."""
+        """Let go, if that was not asked for yet; then do nothing for `quiet_s`, and say whether it was holding until it
+        let go, and for how many milliseconds it did."""
 
     async def make_durable(self) -> None:
         """Return when everything appended before the call is durable."""
@@ -187,10 +190,10 @@ class GroupShare:
 
     async def _let_go(self, point: str) -> tuple[bool, float]:
         """A disk server that does not answer lets go by itself; what it held is not known and taken for nothing."""
+        quiet_s = _LET_GO_S * len(self._names.members) if self._consistency == "crash" else 0.0
+        self._server.let_go(point, quiet_s)
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _RELEASE_S_MAX):
             try:
-                is_frozen = self._consistency != "crash"
-                quiet_s = 0.0 if is_frozen else _LET_GO_S * len(self._names.members)
                 return await self._server.release(point, quiet_s)
             except (AsrfsError, OSError):
                 return False, 0.0

@@ -15,7 +15,7 @@ import trio
 from asrfs.errors import AsrfsError
 from asrfs.protocol.group_messages import Beat, Word
 from asrfs.protocol.group_session import GroupRole, GroupSession, GroupState
-from asrfs.transport.stream import ByteStream, LinkError, SecureStream
+from asrfs.transport.stream import Bytes, ByteStream, LinkError, SecureStream
 
 BEAT_S = 2.0
 SILENCE_S_MAX = 3 * BEAT_S
@@ -34,6 +34,9 @@ class GroupStream:
         self._reading = trio.CancelScope()
         self._on_word: Callable[[Word], None] | None = None
         self._failure: AsrfsError | None = None
+        self._secure = stream if isinstance(stream, SecureStream) else None
+        """The same, where it can be used without waiting."""
+        self._is_sealed = False
         self._is_idle = True
         """Whether nothing waits to be sent: then a word goes out at once, while others are held for it."""
         self.idle = trio.Event()
@@ -42,20 +45,42 @@ class GroupStream:
     def say(self, word: Word) -> None:
         """To the peer, after what was said before. Where the connection is over or its queue full, the word is lost and
         the connection ends."""
+        self.seal(word)
+        self.send_sealed()
+
+    def seal(self, word: Word) -> None:
+        """The first half of `say`, and most of the work: for who has the same to say to many, of whom the first is
+        not to wait for the last. The second half has to follow at once."""
         session = self.session
         if not session.may_send(type(word)):
             return
         message = session.send(word)
         self._note_state()
+        if self._is_idle and self._secure is not None:
+            try:
+                self._secure.seal(message)
+                self._is_sealed = True
+            except AsrfsError:
+                self.close()
+        else:
+            self._enqueue(message)
+
+    def send_sealed(self) -> None:
+        """The second half of `say`."""
+        if not self._is_sealed:
+            return
+        self._is_sealed = False
+        assert self._secure is not None
         try:
-            if self._is_idle and isinstance(self._stream, SecureStream):
-                if self._stream.send_now(message):
-                    return
-                message = b""  # the stream has the rest
-            self._is_idle = False
-            self._queue.send_nowait(message)
+            if not self._secure.send_sealed():
+                self._enqueue(b"")  # the stream has the rest
         except AsrfsError:
             self.close()
+
+    def _enqueue(self, message: bytes) -> None:
+        self._is_idle = False
+        try:
+            self._queue.send_nowait(message)
         except trio.WouldBlock:
             self.close()
 
@@ -67,15 +92,28 @@ class GroupStream:
         """
         deadline = time.monotonic() + seconds_max
         try:
-            while isinstance(self._stream, SecureStream) and self.session.state is not GroupState.CLOSED:
+            while self._secure is not None and self.session.state is not GroupState.CLOSED:
                 left = deadline - time.monotonic()
-                if left <= 0 or self._take(self._stream.receive_now(left)):
-                    return
-                if self._stream.has_ended:
+                if left <= 0 or self._take(self._secure.receive_now(left)) or self._secure.has_ended:
                     return
         except AsrfsError as error:
             self._failure = error
             self.close()
+
+    def fileno(self) -> int:
+        """To wait for what `attend_at_hand` hands on; -1 where that is not possible."""
+        return -1 if self._secure is None or self.session.state is GroupState.CLOSED else self._secure.fileno()
+
+    def attend_at_hand(self) -> bool:
+        """`attend` to what is there already. False: this connection comes to its end, which `converse` notices."""
+        if self._secure is None:
+            return False
+        try:
+            self._take(self._secure.take())
+        except AsrfsError as error:
+            self._failure = error
+            self.close()
+        return not self._secure.has_ended and self.session.state is not GroupState.CLOSED
 
     def close(self) -> None:
         """End `converse` soon."""
@@ -112,14 +150,17 @@ class GroupStream:
                 return
             self._take(received)
 
-    def _take(self, received: bytes | bytearray) -> bool:
+    def _take(self, received: Bytes) -> bool:
         """Hand on what these bytes say: whether that was anything."""
-        words = [word for word in self.session.receive(received) if not isinstance(word, Beat)]
+        is_any = False
+        words = self.session.receive(received)
         self._note_state()
         assert self._on_word is not None
         for word in words:
-            self._on_word(word)
-        return bool(words)
+            if not isinstance(word, Beat):
+                is_any = True
+                self._on_word(word)
+        return is_any
 
     def _note_state(self) -> None:
         is_idle = self.session.state is GroupState.IDLE

@@ -3,12 +3,13 @@
     ticker      asks the disk server where the history stands        ─▶ Progress
     applier     durable records ─▶ images ─▶ positions ─▶ maps dropped ─▶ segments freed
     shipper     durable records ─▶ log objects ─▶ store ─▶ positions
-    filler      adopted content ─▶ FILL records
+    quota       records that are too many ─▶ dirty map
+    resyncer    dirty map, adopted content ─▶ FILL records
     housekeeping, control socket
 
-It runs at lower priority than the disk server and may die at any instant: everything it knows is in `positions.json`
-and in the journal. Its event loop never blocks; files, checksums and ciphers belong to a few threads. Told to stop, it
-applies everything durable first, and if the disk server has ended by then, the whole journal.
+It runs at lower priority than the disk server and may die at any instant: all it knows is in `positions.json`,
+`dirty.map` and the journal. Its event loop never blocks; files, checksums and ciphers belong to a few threads. Told to
+stop, it applies everything durable first, and if the disk server has ended by then, the whole journal.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import random
 import signal
 import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -29,38 +31,38 @@ from asrfs.consistency.maker import PointMaker, PointRequest
 from asrfs.consistency.points import Point, PointLog
 from asrfs.consistency.scheduler import Scheduler
 from asrfs.daemon.agent_groups import AgentGroups
+from asrfs.daemon.agent_healing import AgentHealing
 from asrfs.daemon.agent_images import StateImages
 from asrfs.daemon.agent_log import start_agent_log
 from asrfs.daemon.agent_status import (
     Facts,
+    OldestUnacknowledged,
     images_of,
-    oldest_unacknowledged_ns,
-    provisioned_bytes,
     status,
 )
-from asrfs.daemon.agent_verbs import AgentVerbs, through_a_restart
+from asrfs.daemon.agent_verbs import AgentVerbs, check_is_kept, through_a_restart
 from asrfs.daemon.control_trio import serve_control
+from asrfs.daemon.digesting import DigestProcess, comparing
 from asrfs.daemon.disk_server_client import DiskServerClient
 from asrfs.daemon.enrolment import Enrolment, certificate_of, load_enrolment, store_access
 from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.hardening import ignore_terminal, raise_file_limit
 from asrfs.daemon.health import process_alarms
 from asrfs.daemon.housekeeping import Housekeeping
-from asrfs.daemon.point_process import ORDER_FILE
 from asrfs.daemon.point_processes import PointProcesses
 from asrfs.daemon.settings_in_force import SettingsInForce
-from asrfs.daemon.state import CONFIGURATION_FILE, POINTS_FILE, StateDirectory
+from asrfs.daemon.state import CONFIGURATION_FILE, DIRTY_MAP_FILE, POINTS_FILE, StateDirectory
+from asrfs.daemon.verification import Verification
 from asrfs.errors import AsrfsError, RefusedError, TemporaryError
 from asrfs.format.record import RecordHeader
 from asrfs.journal.reader import JournalReader
-from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.model.marker import Consistency
 from asrfs.model.names import id_bytes
 from asrfs.replication.alarms import Alarms, in_order
 from asrfs.replication.applier import Applier
 from asrfs.replication.applier_task import ApplierTask
 from asrfs.replication.configuration_keeper import ConfigurationKeeper
-from asrfs.replication.filler import Filler
+from asrfs.replication.dirty_map_file import DirtyMapFile
 from asrfs.replication.link import Link
 from asrfs.replication.object_builder import ObjectBuilder
 from asrfs.replication.positions_file import PositionsFile
@@ -69,14 +71,14 @@ from asrfs.replication.shipper import Shipper, StoreAccess
 from asrfs.replication.shipping_session import Source
 from asrfs.replication.ticker import Ticker
 from asrfs.replication.trimmer import Trimmer
-from asrfs.storage.directory import DirectoryStorage, OpenFile, open_path
+from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import write_atomically
 from asrfs.storage.system_clock import SystemClock
 from asrfs.transport.backoff import Backoff
 
 NICE = 10
-THREADS = 5
-"""Applying, building, saving, filling and looking may go on at once; each is one thread's."""
+THREADS = 6
+"""Applying, building, saving, giving up, filling and looking may go on at once; each is one thread's."""
 FINAL_S_MAX = 600.0
 PAUSED_FILE = "run/paused"
 
@@ -108,7 +110,9 @@ class Agent:
         self._images = StateImages(state)
         self._server = DiskServerClient(state.socket_path("disk_server"))
         self._readers = [JournalReader(journal, machine_id) for _ in range(4)]
+        self._oldest = OldestUnacknowledged(self._readers[3])
         trimmer = Trimmer(journal, machine_id)
+        self._dirty = dirty = DirtyMapFile(self._files, DIRTY_MAP_FILE)
         self._ticker = Ticker(self._server, self._progress, self._alarms, lambda: self._settings.current.object_age)
         self._applier = ApplierTask(
             Applier(self._readers[0], self._positions, self._images, self._on_marker),
@@ -119,29 +123,30 @@ class Agent:
             self._alarms,
             self._threads,
             journal_turn,
-        )
-        source = Source(
-            machine_id=machine_id,
-            machine_name=self._machine.name,
-            journal=journal,
-            reader=self._readers[1],
-            builder=ObjectBuilder(self._readers[2]),
-            positions=self._positions,
-            progress=self._progress,
-            settings=self._settings.shipping(),
-            threads=self._threads,
-            journal_turn=journal_turn,
-            configured=self._configuration.offer,
-            group_port=self._settings.current.group_port,
-            group_address=self._settings.current.group_address,
+            lambda: dirty.given_up,
         )
         backoff = Backoff(random.Random())
         is_paused = self._files.exists(PAUSED_FILE)
+        source = self._make_source(journal, journal_turn)
         self._shipper = Shipper(source, self._store(), self._alarms, self._link, backoff, paused=is_paused)
         self._note_pause()
-        self._filler = self._make_filler()
+        digester = DigestProcess(state, lambda: self._settings.current.scan_rate)
+        compare = partial(comparing, digester, self._server, self._shipper, self._applier)
+        self._verification = Verification(state, compare, self._threads)
         self._point_processes = PointProcesses(state)
         self._maker = self._make_maker()
+        self._healing = AgentHealing(
+            state,
+            dirty,
+            server=self._server,
+            progress=self._progress,
+            positions=self._positions,
+            alarms=self._alarms,
+            settings=lambda: self._settings.current,
+            maker=self._maker,
+            shipper=self._shipper,
+            threads=self._threads,
+        )
         self._groups = self._make_groups()
         self._scheduler = Scheduler(
             self._machine.id,
@@ -155,9 +160,14 @@ class Agent:
         self._configuration.follow(self._settings.told)
         self._configuration.follow(self._groups.follow)
         self._housekeeping = Housekeeping(
-            state, trimmer, self._progress, self._alarms, self._threads, lambda: self._settings.current
+            state,
+            trimmer,
+            self._progress,
+            self._alarms,
+            self._threads,
+            lambda: self._settings.current,
+            self._healing.quota,
         )
-        self._first_unacknowledged: tuple[int, int | None] = (-1, None)
 
     async def run(self) -> int:
         """Work until told to stop; the exit code."""
@@ -169,14 +179,16 @@ class Agent:
                     self._applier.run,
                     self._applier.run_trimming,
                     self._shipper.run,
-                    self._filler.run,
+                    self._healing.quota.run,
+                    self._healing.resyncer.run,
+                    self._verification.run,
                     self._configuration.run,
                     self._groups.run,
                     self._settings.watch_calendar,
                     self._scheduler.run,
                     self._housekeeping.keep_spares,
                     self._housekeeping.watch_space,
-                    self._settle_points,
+                    self._point_processes.settle_interrupted,
                 ):
                     nursery.start_soon(task)
                 await nursery.start(serve_control, self._state.socket_path("agent"), self._verbs().table())
@@ -205,6 +217,7 @@ class Agent:
     def _close(self) -> None:
         self._server.close()
         self._images.close()
+        self._healing.close()
         for reader in self._readers:
             reader.close()
 
@@ -229,8 +242,11 @@ class Agent:
             points=self._points,
             maker=self._maker,
             groups=self._groups,
+            verification=self._verification,
             on_failure=lambda: self._settings.current.policy.on_failure,
             threads=self._threads,
+            dirty=self._dirty,
+            resync=self._healing.on_resync,
             status=self._status,
             set_paused=self._set_paused,
             reload=self._reload,
@@ -241,6 +257,24 @@ class Agent:
         on_failure = self._settings.current.policy.on_failure
         point, _ = await self._maker.make(PointRequest(consistency=consistency, on_failure=on_failure))
         return point
+
+    def _make_source(self, journal: DirectoryStorage, journal_turn: trio.Lock) -> Source:
+        return Source(
+            machine_id=id_bytes(self._machine.id),
+            machine_name=self._machine.name,
+            journal=journal,
+            reader=self._readers[1],
+            builder=ObjectBuilder(self._readers[2]),
+            positions=self._positions,
+            progress=self._progress,
+            settings=self._settings.shipping(),
+            threads=self._threads,
+            journal_turn=journal_turn,
+            configured=self._configuration.offer,
+            given_up=lambda: self._dirty.given_up,
+            group_port=self._settings.current.group_port,
+            group_address=self._settings.current.group_address,
+        )
 
     def _make_maker(self) -> PointMaker:
         async def mark(payload: bytes) -> tuple[int, int]:
@@ -274,36 +308,10 @@ class Agent:
     async def _settled(self, lsn: int) -> None:
         self._shipper.hurry(lsn)
         self._ticker.poke()
-        await self._progress.wait_until(lambda: self._progress.acknowledged.lsn >= lsn)
-
-    async def _settle_points(self) -> None:
-        """Run post hooks that a point has left which was interrupted by the death of all."""
-        if self._files.exists(ORDER_FILE):
-            try:
-                await self._point_processes.settle()
-            except AsrfsError as error:
-                log.error("post hooks of a point that was interrupted: %s", error)
-
-    def _make_filler(self) -> Filler:
-        def disks() -> tuple[DiskConfig, ...]:
-            return self._state.load_machine().live_disks()
-
-        def open_image(disk: DiskConfig) -> OpenFile:
-            return open_path(self._state.image_path(disk))
-
-        def close_gap(slot: int) -> None:
-            self._state.edit_machine(lambda machine: without_gap(machine, slot))
-
-        return Filler(
-            self._server,
-            self._progress,
-            self._positions,
-            self._threads,
-            disks,
-            close_gap,
-            open_image,
-            lambda: self._shipper.is_enrolled,
+        await self._progress.wait_until(
+            lambda: self._progress.acknowledged.lsn >= lsn or self._dirty.given_up.is_lost(lsn)
         )
+        check_is_kept(self._dirty.given_up, lsn)
 
     def _store(self) -> StoreAccess | None:
         """The way to the store, if the machine is enrolled and its keys can be read."""
@@ -360,10 +368,10 @@ class Agent:
 
     async def _status(self) -> dict[str, Any]:
         async with self._status_turn:
-            facts = await trio.to_thread.run_sync(self._facts, limiter=self._threads)
+            facts = await trio.to_thread.run_sync(self._facts, self._healing.bytes_per_s(), limiter=self._threads)
         return status(facts)
 
-    def _facts(self) -> Facts:
+    def _facts(self, filled_per_s: float) -> Facts:
         progress = self._progress
         machine = self._state.load_machine()
         positions = self._positions.current
@@ -378,9 +386,10 @@ class Agent:
             durable=progress.durable,
             epoch=progress.epoch,
             now_ns=SystemClock().time_ns(),
-            first_unacknowledged_ns=self._oldest_unacknowledged_ns(),
+            first_unacknowledged_ns=self._oldest.time_ns(progress.acknowledged, progress.durable),
             oldest_segment=self._housekeeping.oldest_segment,
-            quota_bytes=self._settings.current.quota_bytes(provisioned_bytes(machine)),
+            quota_bytes=self._healing.quota.quota_bytes,
+            healing=self._healing.standing(machine, filled_per_s),
             policy=self._settings.current.policy,
             link=self._link.state,
             link_reason=self._link.reason,
@@ -388,21 +397,6 @@ class Agent:
             alarms=in_order(alarms),
             groups=self._groups.groups.standing(),
         )
-
-    def _oldest_unacknowledged_ns(self) -> int | None:
-        """As `agent_status.oldest_unacknowledged_ns`, without reading the same record again and again."""
-        cursor = self._progress.acknowledged
-        lsn, time_ns = self._first_unacknowledged
-        if lsn != cursor.lsn or time_ns is None:
-            time_ns = oldest_unacknowledged_ns(self._readers[3], cursor, self._progress.durable)
-            self._first_unacknowledged = (cursor.lsn, time_ns)
-        return time_ns
-
-
-def without_gap(machine: MachineConfig, slot: int) -> MachineConfig:
-    """The machine with the gap of a disk closed."""
-    disks = tuple(msgspec.structs.replace(disk, gap=False) if disk.slot == slot else disk for disk in machine.disks)
-    return msgspec.structs.replace(machine, disks=disks)
 
 
 def serve(state: StateDirectory, *, apply_only: bool) -> int:

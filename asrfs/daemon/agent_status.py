@@ -11,7 +11,8 @@ from asrfs.daemon.control import call
 from asrfs.daemon.disk_server_client import host_positions
 from asrfs.daemon.enrolment import is_enrolled
 from asrfs.daemon.health import process_alarms, quota_alarms, rpo_alarms, space_alarms
-from asrfs.daemon.state import StateDirectory
+from asrfs.daemon.protection import Healing, protection, protection_alarms, resync_document, standing_of
+from asrfs.daemon.state import DIRTY_MAP_FILE, StateDirectory
 from asrfs.errors import AsrfsError
 from asrfs.fuse.mount import FILESYSTEM_TYPE, mount_at
 from asrfs.journal.reader import JournalReader
@@ -21,6 +22,7 @@ from asrfs.model.names import id_bytes
 from asrfs.model.policy import Policy
 from asrfs.model.positions import Cursor, Positions
 from asrfs.replication.alarms import Alarm, in_order
+from asrfs.replication.dirty_map_file import load_dirty_map
 from asrfs.replication.progress import bytes_between
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.system_clock import SystemClock
@@ -46,6 +48,7 @@ class Facts:
     first_unacknowledged_ns: int | None
     oldest_segment: int
     quota_bytes: int
+    healing: Healing
     link: str
     link_reason: str = ""
     policy: Policy = field(default_factory=Policy)
@@ -58,14 +61,17 @@ def status(facts: Facts) -> dict[str, Any]:
     """The document of `asrfs status --json`. The achieved RPO is None when it cannot be known."""
     applied, acknowledged = facts.positions.applied, facts.positions.acknowledged
     durable = facts.durable
-    state, reason = protection(facts)
+    state, reason = "unprotected", "not enrolled with a store"
+    if facts.is_enrolled:
+        state, reason = protection(facts.machine, acknowledged.lsn, facts.healing, facts.policy.resync_window)
     is_behind = durable.lsn > acknowledged.lsn
     since_ns = facts.first_unacknowledged_ns or acknowledged.time_ns
     rpo_s: float | None = 0.0
     if is_behind:
         rpo_s = max(0, facts.now_ns - since_ns) / NS_PER_S if since_ns else None
-    alarms = [*facts.alarms, *(rpo_alarms(rpo_s, facts.policy) if facts.is_enrolled else ())]
-    fills = {fill.slot: fill.offset for fill in facts.positions.fills}
+    alarms = [*facts.alarms, *protection_alarms(state, reason)]
+    if facts.is_enrolled:
+        alarms += rpo_alarms(rpo_s, facts.policy)
     return {
         "machine": facts.machine.name,
         "state": state,
@@ -92,26 +98,14 @@ def status(facts: Facts) -> dict[str, Any]:
                 "name": disk.name,
                 "size_bytes": disk.size_bytes,
                 "image": facts.images[disk.slot],
-                "dirty_bytes": max(0, disk.size_bytes - fills.get(disk.slot, 0)) if disk.gap else 0,
+                "dirty_bytes": facts.healing.dirty_bytes.get(disk.slot, 0),
             }
             for disk in facts.machine.live_disks()
         ],
+        "resync": resync_document(facts.healing),
         "groups": [dict(group) for group in facts.groups],
         "alarms": [alarm._asdict() for alarm in in_order(alarms)],
     }
-
-
-def protection(facts: Facts) -> tuple[str, str]:
-    """`(state, reason)` of the machine's protection."""
-    if not facts.is_enrolled:
-        return "unprotected", "not enrolled with a store"
-    filling = {fill.slot for fill in facts.positions.fills}
-    for disk in facts.machine.live_disks():
-        if disk.gap or disk.slot in filling:
-            return "initial-replication", f"the content disk {disk.name} was adopted with is being sent"
-    if facts.positions.acknowledged.lsn == 0:
-        return "initial-replication", "the store has nothing of this machine yet"
-    return "protected", ""
 
 
 def journal_bytes(oldest_segment: int, tail: Cursor) -> int:
@@ -143,12 +137,14 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
     processes = state.processes()
     oldest_segment = segments[0] if segments else 0
     settings = state.load_settings()
-    quota_bytes = settings.quota_bytes(provisioned_bytes(machine))
     used = journal_bytes(oldest_segment, durable)
+    total_bytes, free_bytes = space_of(state.journal)
+    quota_bytes = settings.quota_bytes(provisioned_bytes(machine), used + free_bytes)
+    dirty, given_up = load_dirty_map(DirectoryStorage(state.root), DIRTY_MAP_FILE)
     alarms = [
         *process_alarms(processes, has_mount=has_mount(state), agent_answers=False),
-        *quota_alarms(used, quota_bytes, durable.lsn - positions.acknowledged.lsn),
-        *space_alarms(state.root, *space_of(state.journal)),
+        *quota_alarms(used, quota_bytes),
+        *space_alarms(state.root, total_bytes, free_bytes),
     ]
     return Facts(
         machine=machine,
@@ -162,6 +158,7 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
         first_unacknowledged_ns=first_unacknowledged_ns,
         oldest_segment=oldest_segment,
         quota_bytes=quota_bytes,
+        healing=standing_of(dirty, given_up, machine),
         policy=settings.policy,
         link=AGENT_NOT_RUNNING if processes["agent"] is None else AGENT_SILENT,
         processes=processes,
@@ -178,6 +175,21 @@ def oldest_unacknowledged_ns(reader: JournalReader, acknowledged: Cursor, durabl
     except (AsrfsError, OSError):
         return None
     return batch.records[0][0].time_ns
+
+
+class OldestUnacknowledged:
+    """As `oldest_unacknowledged_ns`, without reading the same record again and again."""
+
+    def __init__(self, reader: JournalReader) -> None:
+        self._reader = reader
+        self._known: tuple[int, int | None] = (-1, None)
+
+    def time_ns(self, acknowledged: Cursor, durable: Cursor) -> int | None:
+        lsn, time_ns = self._known
+        if lsn != acknowledged.lsn or time_ns is None:
+            time_ns = oldest_unacknowledged_ns(self._reader, acknowledged, durable)
+            self._known = (acknowledged.lsn, time_ns)
+        return time_ns
 
 
 def images_of(state: StateDirectory, machine: MachineConfig) -> dict[int, str]:

@@ -16,10 +16,13 @@ from asrfs.consistency.points import Point, PointLog
 from asrfs.daemon.agent_groups import AgentGroups
 from asrfs.daemon.control import Fields
 from asrfs.daemon.control_trio import AsyncHandler
+from asrfs.daemon.verification import Verification
 from asrfs.errors import AsrfsError, BadInputError, RefusedError, TemporaryError
+from asrfs.model.dirty_map import GivenUp
 from asrfs.model.point_filter import PointFilter
 from asrfs.model.policy import OnFailure
 from asrfs.replication.applier_task import ApplierTask
+from asrfs.replication.dirty_map_file import DirtyMapFile
 from asrfs.replication.disk_server import DiskServer
 from asrfs.replication.link import Link
 from asrfs.replication.progress import Progress
@@ -50,8 +53,11 @@ class AgentVerbs:
     points: PointLog
     maker: PointMaker
     groups: AgentGroups
+    verification: Verification
     on_failure: Callable[[], OnFailure]
     threads: trio.CapacityLimiter
+    dirty: DirtyMapFile
+    resync: AsyncHandler
     status: Callable[[], Awaitable[dict[str, Any]]]
     set_paused: Callable[[bool], Awaitable[None]]
     reload: Callable[[], Awaitable[None]]
@@ -63,10 +69,12 @@ class AgentVerbs:
             "point_create": self.on_point_create,
             "point_list": self.on_point_list,
             "drain": self.on_drain,
+            "verify": self.on_verify,
             "apply": self.on_apply,
             "wait_acknowledged": self.on_wait_acknowledged,
             "pause": self.on_pause,
             "resume": self.on_resume,
+            "resync": self.resync,
             "reload": self.on_reload,
             "stop": self.on_stop,
         }
@@ -87,7 +95,7 @@ class AgentVerbs:
         self.hurry(point.lsn)
         if wait:
             try:
-                await self.wait_acknowledged(point.lsn, _timeout(request))
+                await self.wait_acknowledged(point.lsn, _timeout(request), is_point=True)
             except TemporaryError as error:
                 raise TemporaryError(
                     f"point {point.id} is made at LSN {point.lsn} and not at the store yet: {error}"
@@ -142,6 +150,13 @@ class AgentVerbs:
             "seconds": round(trio.current_time() - started, 3),
         }
 
+    async def on_verify(self, request: Fields) -> dict[str, Any]:
+        """Compare all disks with the replica: how far that is, or its outcome; to be asked again and again."""
+        self._check_enrolled()
+        if self.shipper.paused:
+            raise RefusedError("shipping to the store is paused: go on with `asrfs resume` first")
+        return await self.verification.ask(request.get("job"))
+
     async def on_apply(self, _request: Fields) -> dict[str, Any]:
         """Wait until the images hold what was appended at the call."""
         target = (await through_a_restart(self.server.positions)).appended_lsn
@@ -179,10 +194,17 @@ class AgentVerbs:
         self.shipper.hurry(lsn)
         self.ticker.poke()
 
-    async def wait_acknowledged(self, lsn: int, seconds_max: float) -> None:
-        """Raises TemporaryError, with the link's own words, when time runs out."""
+    async def wait_acknowledged(self, lsn: int, seconds_max: float, *, is_point: bool = False) -> None:
+        """Raises TemporaryError, with the link's own words, when time runs out; RefusedError for a point that the store
+        will never have."""
+
+        def is_over() -> bool:
+            return self.progress.acknowledged.lsn >= lsn or (is_point and self.dirty.given_up.is_lost(lsn))
+
         with trio.move_on_after(seconds_max):
-            await self.progress.wait_until(lambda: self.progress.acknowledged.lsn >= lsn)
+            await self.progress.wait_until(is_over)
+            if is_point:
+                check_is_kept(self.dirty.given_up, lsn)
             return
         why = f"{self.link.state}: {self.link.reason}" if self.link.reason else self.link.state
         raise TemporaryError(
@@ -196,7 +218,17 @@ class AgentVerbs:
 
     def _describe(self, point: Point) -> dict[str, Any]:
         document = point.described(self.machine_name)
-        return document | {"acknowledged": point.lsn <= self.progress.acknowledged.lsn}
+        is_lost = self.dirty.given_up.is_lost(point.lsn)
+        return document | {"acknowledged": point.lsn <= self.progress.acknowledged.lsn and not is_lost, "lost": is_lost}
+
+
+def check_is_kept(given_up: GivenUp, lsn: int) -> None:
+    """Raise RefusedError for a state of the machine that the store will never have."""
+    if given_up.is_lost(lsn):
+        raise RefusedError(
+            f"the point at LSN {lsn} will never be recoverable: records were given up, and until the resync is over "
+            "the store has no state of this machine: make a point when `asrfs status` says protected"
+        )
 
 
 async def through_a_restart(call: Callable[[], Awaitable[T]]) -> T:

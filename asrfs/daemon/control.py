@@ -12,6 +12,7 @@ belongs to I/O, and commands need none. `control_trio.py` has the same for tasks
 from __future__ import annotations
 
 import array
+import errno
 import logging
 import os
 import socket
@@ -25,7 +26,15 @@ from typing import Any, Protocol
 
 import msgspec
 
-from asrfs.errors import AsrfsError, AuthenticationError, BadInputError, FormatError, TemporaryError, error_class
+from asrfs.errors import (
+    AsrfsError,
+    AuthenticationError,
+    BadInputError,
+    FormatError,
+    NoSpaceError,
+    TemporaryError,
+    error_class,
+)
 
 MESSAGE_BYTES_MAX = 1 << 20
 CALL_SECONDS_MAX = 30.0
@@ -34,6 +43,9 @@ LENGTH_BYTES = _LENGTH.size
 _CREDENTIALS = struct.Struct("3i")
 _CONNECTIONS_MAX = 64
 _ACCEPT_RETRY_S = 0.1
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_REQUEST_BYTES = 4 << 10
+"""What is received at once: nearly every request is shorter."""
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +106,8 @@ def raise_if_refused(reply: Fields) -> Fields:
     """Return a reply that is `ok`, without that key; raise what the other side raised for any other."""
     if reply.pop("ok", False) is True:
         return reply
-    raise error_class(reply.get("exit_code", 1))(str(reply.get("error", "the request failed")))
+    kind = NoSpaceError if reply.get("errno") in _NO_SPACE else error_class(reply.get("exit_code", 1))
+    raise kind(str(reply.get("error", "the request failed")))
 
 
 def refusal(error: BaseException) -> Fields:
@@ -254,6 +267,16 @@ def _receive_body(stream: socket.socket, prefix: bytes) -> bytes:
     return _receive_exactly(stream, decode_length(prefix))
 
 
+def _cut_body(stream: socket.socket, received: bytes) -> tuple[bytes, bytes]:
+    """The body of the message that begins `received`, and what came behind it."""
+    if len(received) < LENGTH_BYTES:
+        received += _receive_exactly(stream, LENGTH_BYTES - len(received))
+    end = LENGTH_BYTES + decode_length(received[:LENGTH_BYTES])
+    if len(received) < end:
+        received += _receive_exactly(stream, end - len(received))
+    return received[LENGTH_BYTES:end], received[end:]
+
+
 def _receive_exactly(stream: socket.socket, length: int) -> bytes:
     pieces: list[bytes] = []
     while length:
@@ -314,8 +337,10 @@ class ControlServer:
         try:
             with stream:
                 check_peer(stream)
-                while prefix := stream.recv(_LENGTH.size):
-                    self._answer(stream, decode_body(_receive_body(stream, prefix)))
+                received = b""
+                while received := received or stream.recv(_REQUEST_BYTES):
+                    body, received = _cut_body(stream, received)
+                    self._answer(stream, decode_body(body))
         except (OSError, AsrfsError) as error:
             log.info("control connection ended: %s", error)
         finally:

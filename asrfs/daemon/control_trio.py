@@ -29,9 +29,9 @@ from asrfs.daemon.control import (
     unreachable,
     verb_of,
 )
-from asrfs.errors import AsrfsError, BadInputError
+from asrfs.errors import AsrfsError, BadInputError, TemporaryError
 
-_RECEIVE_BYTES = 64 << 10
+_SHORT_BYTES = 4 << 10
 
 log = logging.getLogger(__name__)
 
@@ -101,57 +101,65 @@ class PromptControlClient:
     def __init__(self, path: str) -> None:
         self._path = path
         self._socket: socket.socket | None = None
+        self._asked: socket.socket | None = None
+        """The connection on which an answer is due."""
+        self._poll = select.poll()
 
     def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        for stream in (self._socket, self._asked):
+            if stream is not None:
+                stream.close()
+        self._socket = self._asked = None
 
-    async def call(
-        self,
-        verb: str,
-        *,
-        patience_s: float = 0.0,
-        quiet_s: float = 0.0,
-        said: Callable[[], None] = lambda: None,
-        **fields: Any,
-    ) -> Fields:
-        """The reply. Raises what the other side raised, UnreachableError when it is away.
-
-        `said`: called when the request is on its way; `patience_s`: for how long every other task may then wait with
-        this one; `quiet_s`: look for the reply only after that.
-        """
+    def send(self, message: bytes) -> None:
+        """Ask. Nothing is waited for. Raises UnreachableError when the other side is away."""
         stream, self._socket = self._socket, None
         try:
             if stream is None:
-                stream = connect(self._path)
-                stream.setblocking(False)
-            message = encode_message({"verb": verb, **fields})
+                stream = self._open()
             if stream.send(message) < len(message):
                 raise ConnectionResetError("the connection takes no message")
-            said()
-            if patience_s:
-                _wait_blocking(stream, patience_s)
-            if quiet_s:
-                await trio.sleep(quiet_s)
-            body = await _receive_at_once(stream)
         except OSError:
             if stream is not None:
                 stream.close()
-            raise unreachable(self._path, ConnectionResetError("the connection was closed")) from None
+            raise self._broken() from None
+        self._asked = stream
+
+    async def receive(self, patience_s: float = 0.0) -> Fields:
+        """The reply to what was sent. Raises what the other side raised, UnreachableError when it went away.
+
+        `patience_s`: for how long every other task may wait with this one.
+        """
+        stream, self._asked = self._asked, None
+        if stream is None:
+            raise self._broken()
+        try:
+            if patience_s:
+                self._poll.poll(patience_s * 1000)
+            body = await _receive_at_once(stream)
+        except OSError:
+            stream.close()
+            raise self._broken() from None
         except BaseException:
-            if stream is not None:
-                stream.close()
+            stream.close()
             raise
         self._socket = stream
         return raise_if_refused(decode_body(body))
 
+    async def call(self, message: bytes, patience_s: float = 0.0) -> Fields:
+        """`send` and `receive`."""
+        self.send(message)
+        return await self.receive(patience_s)
 
-def _wait_blocking(stream: socket.socket, seconds_max: float) -> None:
-    """Until there is something to read, or for so long."""
-    poll = select.poll()
-    poll.register(stream, select.POLLIN)
-    poll.poll(seconds_max * 1000)
+    def _open(self) -> socket.socket:
+        stream = connect(self._path)
+        stream.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(stream, select.POLLIN)
+        return stream
+
+    def _broken(self) -> TemporaryError:
+        return unreachable(self._path, ConnectionResetError("the connection was closed"))
 
 
 async def _receive_at_once(stream: socket.socket) -> bytes:
@@ -159,7 +167,7 @@ async def _receive_at_once(stream: socket.socket) -> bytes:
     received = b""
     while len(received) < LENGTH_BYTES or len(received) < LENGTH_BYTES + decode_length(received[:LENGTH_BYTES]):
         try:
-            piece = stream.recv(_RECEIVE_BYTES)
+            piece = stream.recv(_SHORT_BYTES)
         except BlockingIOError:
             await trio.lowlevel.wait_readable(stream)
             continue

@@ -9,15 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 from asrfs.consistency.group_share import Held
-from asrfs.daemon.control import CALL_SECONDS_MAX, Fields, UnreachableError
+from asrfs.daemon.control import CALL_SECONDS_MAX, Fields, UnreachableError, encode_message
 from asrfs.daemon.control_trio import AsyncControlClient, PromptControlClient
-from asrfs.daemon.hardening import hurry, take_time
-from asrfs.errors import FormatError, TemporaryError
+from asrfs.daemon.hardening import AGENT_URGENCY, hurry, take_time
+from asrfs.errors import AsrfsError, FormatError, TemporaryError
 from asrfs.model.positions import Cursor
 from asrfs.replication.disk_server import HostPositions
 
-HOLD_PATIENCE_S = 0.005
-"""For so long the whole agent waits for a hold to begin: others hold meanwhile, and every switch of tasks is theirs."""
+PATIENCE_S = 0.1
+"""For so long at the most the whole agent waits for a hold to begin, and for its end to be told: others hold meanwhile,
+and every switch of tasks is theirs."""
+RELEASE_PATIENCE_S = 0.005
 
 
 class _Line:
@@ -57,6 +59,10 @@ class DiskServerClient:
         self._long = _Line(path)
         self._fill = _Line(path)
         self._hold = PromptControlClient(path)
+        self._armed = ("", b"")
+        """Of which point, and the message that has it held."""
+        self._let_go = ""
+        """Of which point the release was asked for and is not answered."""
 
     async def positions(self) -> HostPositions:
         return host_positions(await self._short.call("positions"))
@@ -70,27 +76,43 @@ class DiskServerClient:
 
     async def arm(self, hold_id: str, marker: bytes, seconds_max: float, not_after: float | None) -> None:
         fields = {"id": hold_id, "payload": marker, "seconds": seconds_max, "not_after": not_after}
-        await self._at_once("arm", **fields)
+        message = encode_message({"verb": "arm", **fields})
+        try:
+            await self._hold.call(message)
+        except UnreachableError:  # what the line was to is gone: the next one is asked the same, once
+            await self._hold.call(message)
+        self._armed = hold_id, encode_message({"verb": "hold", "id": hold_id})
         if not_after is None:  # else others may freeze for long before anybody holds
-            hurry()
+            hurry(AGENT_URGENCY)
 
     async def hold(self, hold_id: str) -> Held:
-        reply = await self._hold.call("hold", id=hold_id, patience_s=HOLD_PATIENCE_S)
+        armed, message = self._armed
+        if armed != hold_id:
+            message = encode_message({"verb": "hold", "id": hold_id})
+        reply = await self._hold.call(message, PATIENCE_S)
         return Held(int(reply["lsn"]), int(reply["time_ns"]), int(reply["epoch"]))
 
-    async def release(self, hold_id: str, quiet_s: float) -> tuple[bool, float]:
+    def let_go(self, hold_id: str, quiet_s: float) -> None:
         try:
-            reply = await self._at_once("release", id=hold_id, quiet_s=quiet_s, said=take_time)
+            self._hold.send(_release(hold_id, quiet_s))
+            self._let_go = hold_id
+        except AsrfsError:
+            pass  # `release` tries again
+
+    async def release(self, hold_id: str, quiet_s: float) -> tuple[bool, float]:
+        is_asked, self._let_go = self._let_go == hold_id, ""
+        message = _release(hold_id, quiet_s)
+        patience_s = min(quiet_s + RELEASE_PATIENCE_S, PATIENCE_S)
+        try:
+            try:
+                if not is_asked:
+                    self._hold.send(message)
+                reply = await self._hold.receive(patience_s)
+            except UnreachableError:  # as above
+                reply = await self._hold.call(message, patience_s)
         finally:
             take_time()
         return reply["holding"] is True, float(reply["hold_ms"])
-
-    async def _at_once(self, verb: str, **fields: Any) -> Fields:
-        """What the line was to is gone, and what it held with it: the next one is asked the same, once."""
-        try:
-            return await self._hold.call(verb, **fields)
-        except UnreachableError:
-            return await self._hold.call(verb, **fields)
 
     async def make_durable(self) -> None:
         await self._long.call("sync")
@@ -108,6 +130,10 @@ class DiskServerClient:
     def close(self) -> None:
         for line in (self._short, self._long, self._fill, self._hold):
             line.close()
+
+
+def _release(hold_id: str, quiet_s: float) -> bytes:
+    return encode_message({"verb": "release", "id": hold_id, "quiet_s": quiet_s})
 
 
 def host_positions(reply: Fields) -> HostPositions:

@@ -1,6 +1,6 @@
-"""Adding and removing disks of a machine, whether it is being served or not.
+"""Adding, growing and removing disks of a machine, whether it is being served or not.
 
-    make or claim the image  →  machine.json  →  tell the disk server, which appends the DISK record
+    make, claim or lengthen the image  →  machine.json  →  tell the disk server, which appends the DISK record
     machine.json: removed  →  tell the disk server  →  apply what was written  →  machine.json: released
 
 What fails before `machine.json` is replaced leaves nothing behind.
@@ -19,7 +19,8 @@ import msgspec
 from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.processes import tell
 from asrfs.daemon.state import StateDirectory, next_slot
-from asrfs.errors import AsrfsError, BadInputError, NotFoundError, RefusedError, TemporaryError
+from asrfs.errors import AsrfsError, BadInputError, NoSpaceError, NotFoundError, RefusedError, TemporaryError
+from asrfs.model.extents import BLOCK_BYTES
 from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.model.names import check_name
 from asrfs.model.quantities import SECTOR_BYTES, check_disk_size
@@ -83,6 +84,32 @@ def add_adopted(state: StateDirectory, name: str, image: str) -> DiskConfig:
             raise
     _tell_disk_server(state)
     return disk
+
+
+def resize(state: StateDirectory, name: str, size_bytes: int) -> DiskConfig:
+    """Make a disk longer; what is new reads as zeros. Points from before keep the size they had.
+
+    Raises BadInputError, NotFoundError, NoSpaceError; RefusedError for a smaller size: what lies behind it would be
+    lost.
+    """
+    check_disk_size(size_bytes, f"disk {name}")
+    with state.machine_lock():
+        machine = state.load_machine()
+        disk = machine.disk(name)
+        if size_bytes < disk.size_bytes:
+            raise RefusedError(
+                f"disk {name} has {disk.size_bytes} bytes and is not made smaller: what lies behind byte {size_bytes} "
+                "would be lost; add a smaller disk and copy"
+            )
+        if size_bytes > disk.size_bytes:
+            _lengthen(state.image_path(disk), disk, size_bytes)
+            is_uneven = disk.size_bytes % BLOCK_BYTES != 0
+            begun_at = disk.growing_from or (disk.size_bytes if is_uneven else None)
+            longer = msgspec.structs.replace(disk, size_bytes=size_bytes, growing_from=begun_at)
+            disks = tuple(longer if each.slot == disk.slot else each for each in machine.disks)
+            state.save_machine(msgspec.structs.replace(machine, disks=disks))
+    _tell_disk_server(state)
+    return state.load_machine().disk(name)
 
 
 def remove(state: StateDirectory, name: str, apply: Callable[[], object]) -> DiskConfig:
@@ -156,6 +183,25 @@ def _measure(image: str, path: str) -> tuple[int, bool]:
     if size_bytes % SECTOR_BYTES:
         raise BadInputError(f"{image} has {size_bytes} bytes: a raw image is a multiple of {SECTOR_BYTES}")
     return check_disk_size(size_bytes, image), stat.S_ISBLK(mode)
+
+
+def _lengthen(path: str, disk: DiskConfig, size_bytes: int) -> None:
+    """Have at least so many bytes in an image, durably. A block device must have them already."""
+    try:
+        is_block_device = stat.S_ISBLK(os.stat(path).st_mode)
+        image = open_path(path, write=True)
+    except OSError as error:
+        raise NotFoundError(f"the image {path} of disk {disk.name}: {error.strerror}") from None
+    try:
+        if is_block_device and image.size() < size_bytes:
+            raise RefusedError(f"{path} has {image.size()} bytes: make the device longer first, then disk {disk.name}")
+        if not is_block_device and image.size() < size_bytes:
+            image.truncate(size_bytes)
+            image.datasync()
+    except OSError as error:
+        raise NoSpaceError(f"cannot make {path} {size_bytes} bytes long: {error.strerror}") from None
+    finally:
+        image.close()
 
 
 def _check_not_in_use(path: str, is_block_device: bool) -> None:

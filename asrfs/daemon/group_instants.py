@@ -64,6 +64,9 @@ class GroupInstants:
         _keep(self._marked, hold_id, held)
         return held
 
+    def let_go(self, hold_id: str, quiet_s: float) -> None:
+        self._server.let_go(hold_id, quiet_s)
+
     async def release(self, hold_id: str, quiet_s: float) -> tuple[bool, float]:
         holding, exact_ms = await self._server.release(hold_id, quiet_s)
         hold_ms = round(exact_ms, 3)

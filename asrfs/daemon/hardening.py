@@ -15,6 +15,12 @@ _MCL_FUTURE = 2
 _MCL_ONFAULT = 4
 _THREAD_STACK_BYTES = 256 << 10
 
+ARMED_URGENCY = 1
+AGENT_URGENCY = 2
+HOLDING_URGENCY = 3
+"""Of `hurry`, for points of groups: all agents of a host hear that they are to hold before the first disk server holds,
+and what lets go comes before what says so to the next one."""
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -38,7 +44,7 @@ def limit_thread_stacks() -> None:
     threading.stack_size(_THREAD_STACK_BYTES)
 
 
-def hurry(urgency: int = 1) -> None:
+def hurry(urgency: int) -> None:
     """Until `take_time`, the calling thread goes before every ordinary one of this host, and those of less urgency:
     others are held for it.
 

@@ -15,6 +15,7 @@ from asrfs.replication.alarms import Alarm, Severity
 
 SPACE_WARNING = 0.80
 SPACE_CRITICAL = 0.95
+QUOTA_WARNING = 0.90
 
 
 def process_alarms(processes: Mapping[str, int | None], *, has_mount: bool, agent_answers: bool) -> list[Alarm]:
@@ -43,12 +44,16 @@ def process_alarms(processes: Mapping[str, int | None], *, has_mount: bool, agen
     return alarms
 
 
-def quota_alarms(used_bytes: int, quota_bytes: int, records_behind: int) -> list[Alarm]:
-    """The alarm of a journal over its quota, if it is."""
-    if used_bytes <= quota_bytes:
+def quota_alarms(used_bytes: int, quota_bytes: int) -> list[Alarm]:
+    """The alarm of a journal that comes near to its quota, or is over it."""
+    if used_bytes <= quota_bytes * QUOTA_WARNING:
         return []
     text = f"the journal holds {format_size(used_bytes)}, its quota is {format_size(quota_bytes)}"
-    return [Alarm("journal-over-quota", "warning", f"{text}: {records_behind} records wait for the store and are kept")]
+    if used_bytes <= quota_bytes:
+        text = f"{text}: over that, what waits for the store is given up, and a resync will send what differs"
+    else:
+        text = f"{text}: it is given up as it gets into the images"
+    return [Alarm("journal-over-quota", "warning", text)]
 
 
 def rpo_alarms(achieved_rpo_s: float | None, policy: Policy) -> list[Alarm]:

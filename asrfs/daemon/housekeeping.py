@@ -15,6 +15,7 @@ from asrfs.daemon.state import StateDirectory
 from asrfs.errors import AsrfsError
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.progress import Progress
+from asrfs.replication.quota import Quota
 from asrfs.replication.trimmer import Trimmer
 
 SPARES_INTERVAL_S = 0.5
@@ -25,7 +26,7 @@ SPARE_ROOM_BYTES = 256 << 20
 
 @dataclass(slots=True)
 class Housekeeping:
-    """`settings` gives those in force."""
+    """`settings` gives those in force; `quota` is told how much that is here and now."""
 
     state: StateDirectory
     trimmer: Trimmer
@@ -33,6 +34,7 @@ class Housekeeping:
     alarms: Alarms
     threads: trio.CapacityLimiter
     settings: Callable[[], Settings]
+    quota: Quota
     oldest_segment: int = 0
 
     async def keep_spares(self) -> None:
@@ -50,6 +52,7 @@ class Housekeeping:
         while True:
             try:
                 await trio.to_thread.run_sync(self._look, limiter=self.threads)
+                self.progress.wake()
             except (AsrfsError, OSError) as error:
                 self.alarms.set("space", "warning", f"the space of {self.state.root} cannot be seen: {error}")
             await trio.sleep(SPACE_INTERVAL_S)
@@ -62,14 +65,9 @@ class Housekeeping:
 
     def _look(self) -> None:
         self.oldest_segment = self.trimmer.oldest_segment()
-        self._check_quota()
-        self._check_space()
-
-    def _check_quota(self) -> None:
+        total_bytes, free_bytes = space_of(self.state.journal)
         used = journal_bytes(self.oldest_segment, self.progress.durable)
-        quota = self.settings().quota_bytes(provisioned_bytes(self.state.load_machine()))
-        behind = self.progress.durable.lsn - self.progress.acknowledged.lsn
-        self.alarms.hold("journal-over-quota", quota_alarms(used, quota, behind))
-
-    def _check_space(self) -> None:
-        self.alarms.hold("space", space_alarms(self.state.root, *space_of(self.state.journal)))
+        provisioned = provisioned_bytes(self.state.load_machine())
+        self.quota.quota_bytes = self.settings().quota_bytes(provisioned, used + free_bytes)
+        self.alarms.hold("journal-over-quota", quota_alarms(used, self.quota.quota_bytes))
+        self.alarms.hold("space", space_alarms(self.state.root, total_bytes, free_bytes))

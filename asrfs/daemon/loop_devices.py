@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from asrfs.fuse import mount as fuse_mount
 log = logging.getLogger(__name__)
 
 _TOOL_SECONDS_MAX = 120.0
+_SIZE_SECONDS_MAX = 10.0
+_SIZE_INTERVAL_S = 0.1
 _BLOCK = Path("/sys/block")
 QUEUE = {
     "scheduler": "none",  # the order of requests is of no use to a journal
@@ -77,6 +80,25 @@ def attach(path: str) -> str:
     device = run_tool("losetup", "--find", "--show", "--direct-io=on", path).strip()
     _set_queue(device)
     return device
+
+
+def wait_for_size(path: str, size_bytes: int) -> None:
+    """Until the kernel knows that a disk in a mount has grown: it asks again once its answer is a second old.
+
+    Raises TemporaryError.
+    """
+    deadline = time.monotonic() + _SIZE_SECONDS_MAX
+    while os.stat(path).st_size < size_bytes:
+        if time.monotonic() > deadline:
+            raise TemporaryError(
+                f"the kernel still takes {path} for shorter than it is: `losetup -c` its loop device later"
+            )
+        time.sleep(_SIZE_INTERVAL_S)
+
+
+def take_size(device: str) -> None:
+    """Let a loop device have the size its file has now."""
+    run_tool("losetup", "--set-capacity", device)
 
 
 def detach(device: str) -> None:

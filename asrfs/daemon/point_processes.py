@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -13,10 +14,10 @@ import msgspec
 import trio
 
 from asrfs.consistency.procedure import Held, Outcome, PointOrder
-from asrfs.daemon.point_process import MARKED
+from asrfs.daemon.point_process import MARKED, ORDER_FILE
 from asrfs.daemon.processes import child_environment
 from asrfs.daemon.state import StateDirectory
-from asrfs.errors import TemporaryError, error_class
+from asrfs.errors import AsrfsError, TemporaryError, error_class
 
 _READ_BYTES = 1 << 16
 
@@ -66,6 +67,15 @@ class PointProcesses:
         await process.wait()
         await process.stdin.aclose()
         await process.stdout.aclose()
+
+    async def settle_interrupted(self) -> None:
+        """Have post hooks run that a point has left which was interrupted by the death of all."""
+        if not await trio.to_thread.run_sync(os.path.exists, self._state.path(ORDER_FILE)):
+            return
+        try:
+            await self.settle()
+        except AsrfsError as error:
+            log.error("post hooks of a point that was interrupted: %s", error)
 
     async def _spawn(self, *arguments: str) -> trio.Process:
         command = [sys.executable, "-m", "asrfs.daemon.point_process", "--state", self._state.root, *arguments]

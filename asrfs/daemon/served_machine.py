@@ -15,11 +15,12 @@ import errno
 import fcntl
 import logging
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
 from asrfs.daemon.control import Fields
-from asrfs.daemon.hardening import hurry, take_time
+from asrfs.daemon.hardening import ARMED_URGENCY, HOLDING_URGENCY, hurry, take_time
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import AsrfsError, BadInputError, IntegrityError, NotFoundError, RefusedError
 from asrfs.format.record import PAYLOAD_BYTES_MAX, Kind
@@ -31,7 +32,7 @@ from asrfs.journal.map_keeper import MapKeeper
 from asrfs.journal.recovery import Recovered, recover
 from asrfs.journal.writer import Journal
 from asrfs.model.clock import Clock
-from asrfs.model.machine import NO_SLOT, DiskConfig, DiskRecord, MachineConfig, encode_disk
+from asrfs.model.machine import NO_SLOT, DiskConfig, DiskRecord, MachineConfig, encode_disk, grown
 from asrfs.model.marker import decode_marker
 from asrfs.model.names import id_bytes, is_id
 from asrfs.model.positions import Positions
@@ -39,6 +40,7 @@ from asrfs.storage.directory import DirectoryStorage, OpenFile, open_path
 
 FILL_BYTES_MAX = 16 * PAYLOAD_BYTES_MAX
 """The most that one `fill` may ask for: a verb is answered soon."""
+QUIET_S_MAX = 0.1
 
 log = logging.getLogger(__name__)
 
@@ -171,7 +173,19 @@ class ServedMachine:
                     self.volume.add(config.name, config.slot, late)
                 continue
             if not config.removed:
+                self._grow(config)
                 self.volume.add(config.name, config.slot, self._served[config.slot].disk)
+
+    def _grow(self, config: DiskConfig) -> None:
+        """Let the disk have its present size; under `_changing`, when its DISK record says so. Raises OSError."""
+        disk = self._served[config.slot].disk
+        if disk.size_bytes == config.size_bytes:
+            return
+        disk.make_room(config.size_bytes)
+        if config.growing_from is not None:
+            self.journal.sync()
+            self._state.edit_machine(lambda machine: grown(machine, config))
+        disk.size_bytes = config.size_bytes
 
     def _serve(self, config: DiskConfig) -> None:
         served = self._served.get(config.slot)
@@ -180,7 +194,8 @@ class ServedMachine:
             return
         image = self._images.pop(config.slot, None) or self._open_image(config)
         block_map = self._maps.setdefault(config.slot, BlockMap())
-        disk = JournaledDisk(config.slot, config.size_bytes, image, self.journal, block_map)
+        size_bytes = config.growing_from or config.size_bytes
+        disk = JournaledDisk(config.slot, size_bytes, image, self.journal, block_map)
         self._served[config.slot] = _Served(config, disk, image)
 
     def _withdraw(self, config: DiskConfig) -> None:
@@ -269,7 +284,7 @@ class ServedMachine:
         decode_marker(payload)
         self.hold.arm(_hold_id(request), payload, seconds, not_after)
         if not_after is None:
-            hurry()
+            hurry(ARMED_URGENCY)
         return {}
 
     def begin_hold(self, request: Fields) -> Fields:
@@ -278,12 +293,15 @@ class ServedMachine:
         Making it durable is for `sync`, after the release: what is held takes others' time.
         """
         held = self.hold.begin_armed(_hold_id(request))
-        hurry(2)  # what lets go comes before what says so to the next one
+        hurry(HOLDING_URGENCY)
         return {"lsn": held.lsn, "time_ns": held.time_ns, "epoch": held.epoch}
 
     def release(self, request: Fields) -> Fields:
-        """Let changes go on."""
+        """Let changes go on; then be quiet for `quiet_s`, while others of this host do the same."""
         released = self.hold.release(_hold_id(request))
+        quiet_s = request.get("quiet_s", 0.0)
+        if isinstance(quiet_s, int | float) and quiet_s > 0:
+            time.sleep(min(quiet_s, QUIET_S_MAX))
         take_time()
         return {"holding": released.holding, "hold_ms": released.seconds * 1000}
 

@@ -21,8 +21,14 @@ from asrfs.model.quantities import parse_duration, parse_size
 
 QUOTA_BYTES_MIN = 256 << 20
 """Four segments: less could not hold what is being written, applied and shipped."""
+SHARE_BYTES_MIN = 1 << 30
+"""A share of small disks is no less than that: they are written again and again, and points are worth a gibibyte."""
+QUOTA_BYTES_LEAST = 128 << 20
+"""Two segments: where there is no room for that, writes fail for want of space in any case."""
+QUOTA_SHARE_OF_ROOM = 0.8
 OBJECT_BYTES_MIN = 64 << 10
 OBJECT_BYTES_MAX = 32 << 20
+SCAN_RATE_MIN = 1 << 20
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,6 +36,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     The journal's quota is `journal_quota_bytes` when that is set, else `journal_quota_percent` of the bytes
     of all disks (see `quota_bytes`). `unfollowed`: a line for each thing the store told that cannot be followed.
+    `scan_rate`: bytes a second that comparing may read of images, 0 for no limit.
     """
 
     journal_quota_bytes: int | None = None
@@ -41,14 +48,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     group_port: int = 20004
     group_address: str = ""
     freeze_deadline: float = 10.0
+    scan_rate: int = 400 << 20
     policy: Policy = Policy()
     unfollowed: tuple[str, ...] = ()
 
-    def quota_bytes(self, provisioned_bytes: int) -> int:
-        """Journal quota of a machine whose disks have `provisioned_bytes` together."""
-        if self.journal_quota_bytes is not None:
-            return self.journal_quota_bytes
-        return max(QUOTA_BYTES_MIN, int(provisioned_bytes * self.journal_quota_percent / 100))
+    def quota_bytes(self, provisioned_bytes: int, room_bytes: int) -> int:
+        """Journal quota of a machine whose disks have `provisioned_bytes` together.
+
+        `room_bytes`: what the journal holds and what is free beside it. A share of that is never exceeded, whatever
+        was chosen.
+        """
+        quota = self.journal_quota_bytes
+        if quota is None:
+            quota = max(SHARE_BYTES_MIN, int(provisioned_bytes * self.journal_quota_percent / 100))
+        return max(QUOTA_BYTES_LEAST, min(quota, int(room_bytes * QUOTA_SHARE_OF_ROOM)))
 
 
 _OWN_TEXTS = {
@@ -60,6 +73,7 @@ _OWN_TEXTS = {
     "group_port": "20004",
     "group_address": "auto",
     "freeze_deadline": "10s",
+    "scan_rate": "400M",
 }
 DEFAULT_TEXTS = _OWN_TEXTS | {key: text for key, text in policies.DEFAULT_TEXTS.items() if key not in STORE_KEYS}
 """Every key that can be set here, with its default, as it would be written."""
@@ -174,6 +188,15 @@ def _object_size(text: str) -> dict[str, Any]:
     return {"object_size": size}
 
 
+def _scan_rate(text: str) -> dict[str, Any]:
+    if text.lower() in ("none", "unlimited"):
+        return {"scan_rate": 0}
+    rate = parse_size(text)
+    if rate < SCAN_RATE_MIN:
+        raise BadInputError(f"at least {SCAN_RATE_MIN >> 20}M a second, or none for no limit")
+    return {"scan_rate": rate}
+
+
 def _compression(text: str) -> dict[str, Any]:
     if text.lower() not in ("zstd", "on", "none", "off"):
         raise BadInputError("compression is zstd or none")
@@ -213,4 +236,5 @@ _PARSERS: dict[str, Callable[[str], dict[str, Any]]] = {
     "group_port": _group_port,
     "group_address": _group_address,
     "freeze_deadline": _duration("freeze_deadline", 0.1, 300),
+    "scan_rate": _scan_rate,
 }

@@ -44,6 +44,7 @@ LockName = Role | Literal["point"]
 MACHINE_FILE = "machine.json"
 SETTINGS_FILE = "settings.json"
 POSITIONS_FILE = "positions.json"
+DIRTY_MAP_FILE = "dirty.map"
 POINTS_FILE = "points.jsonl"
 CONFIGURATION_FILE = "configuration.json"
 SERVED_FILE = "run/served.json"
@@ -116,6 +117,9 @@ class StateDirectory:
         self.load_machine()
         self.load_settings()
         self.load_positions()
+        from asrfs.replication.dirty_map_file import load_dirty_map  # costs more than the rest; only the agent uses it
+
+        load_dirty_map(DirectoryStorage(self.root), DIRTY_MAP_FILE)
 
     def settle(self) -> None:
         """Make what is found here durable: who wrote it may have died before its last step, which is this one.

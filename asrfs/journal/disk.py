@@ -43,6 +43,7 @@ class JournaledDisk:
     def __init__(self, slot: int, size_bytes: int, image: File, journal: Journal, block_map: BlockMap) -> None:
         self.slot = slot
         self.size_bytes = size_bytes
+        self._room = size_bytes
         self.image = image
         self.map = block_map
         self._journal = journal
@@ -83,20 +84,40 @@ class JournaledDisk:
     def fill(self, offset: int, length: int) -> int:
         """Append the present content of the blocks of an extent as FILL records; returns the LSN of the last.
 
-        Each of up to 1 MiB is atomic with respect to writes.
+        Each of up to 1 MiB is atomic with respect to writes. One of zeros is a ZERO record.
         """
         check_extent(offset, length, self.size_bytes)
-        start, length = widen_to_blocks(offset, length, self.size_bytes)
+        start, length = widen_to_blocks(offset, length, self._room)
         end = start + length
         lsn = self._journal.appended_lsn
         while start < end:
             size = min(PAYLOAD_BYTES_MAX, end - start)
             with self._lock:
                 content = self._read_locked(start, size)
-                self._journal_bytes(Kind.FILL, start, content)
+                if not content[0] and not content[-1] and content == _ZEROS[:size]:
+                    self._journal_zeros(_ZERO, start, size)
+                else:
+                    self._journal_bytes(Kind.FILL, start, content)
                 lsn = self._journal.appended_lsn
             start += size
         return lsn
+
+    # ---- grow ----
+
+    def make_room(self, size_bytes: int) -> None:
+        """From now on what is journaled of the last block reaches as far as it does in a disk of `size_bytes`, so that
+        it can be read as far. The image must be as long already; what is new reads as zeros. Raises OSError.
+
+        Nobody may use the new bytes (`size_bytes`) before this is durable and nobody will ask for it again.
+        """
+        with self._lock:
+            share = self.size_bytes & _IN_BLOCK
+            self._room = size_bytes
+            if share:
+                start = self.size_bytes - share
+                content = bytearray(min(BLOCK_BYTES, size_bytes - start))
+                content[:share] = self._read_locked(start, share)
+                self._journal_bytes(_WRITE, start, content)
 
     # ---- read ----
 
@@ -175,7 +196,7 @@ class JournaledDisk:
                 self._write_locked(offset, payload)
 
     def _write_locked(self, offset: int, payload: Bytes) -> None:
-        start, length = widen_to_blocks(offset, len(payload), self.size_bytes)
+        start, length = widen_to_blocks(offset, len(payload), self._room)
         before, after = offset - start, start + length - offset - len(payload)
         content: Bytes = payload
         if before or after:
@@ -203,7 +224,7 @@ class JournaledDisk:
         """Whole blocks become one record; the edges, which are shares of blocks, are written."""
         end = offset + length
         first = -(-offset // BLOCK_BYTES) * BLOCK_BYTES
-        last = end if end == self.size_bytes else end & ~_IN_BLOCK
+        last = end if end == self._room else end & ~_IN_BLOCK
         with self._lock:
             if first >= last:
                 self._write_locked(offset, _ZEROS[:length])

@@ -26,6 +26,7 @@ class DiskConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     name is another one); `adopted` is the path of a raw image or block device in use in place, None for our own
     sparse image; `gap` is true until content from before the history has been read into it. A disk that was `removed`
     takes no more writes; once it is `released` too, its image holds all of them and is nobody's concern here.
+    `growing_from`: bytes it had, while its last block, which was not a whole one, is being made longer in the history.
     """
 
     slot: int
@@ -36,6 +37,7 @@ class DiskConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     removed: bool = False
     released: bool = False
     gap: bool = False
+    growing_from: int | None = None
 
 
 class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -87,6 +89,16 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+def grown(machine: MachineConfig, disk: DiskConfig) -> MachineConfig:
+    """`machine` where the history has all that this size of the disk needs."""
+
+    def settled(each: DiskConfig) -> DiskConfig:
+        is_meant = each.slot == disk.slot and each.size_bytes == disk.size_bytes
+        return msgspec.structs.replace(each, growing_from=None) if is_meant else each
+
+    return msgspec.structs.replace(machine, disks=tuple(settled(each) for each in machine.disks))
+
+
 def check_machine(machine: MachineConfig) -> None:
     """Raise FormatError for a machine that `asrfs` never wrote: names, ids, sizes or slots that cannot be."""
     try:
@@ -94,6 +106,8 @@ def check_machine(machine: MachineConfig) -> None:
         for disk in machine.disks:
             check_name(disk.name, "disk")
             check_disk_size(disk.size_bytes, f"disk {disk.name}")
+            if disk.growing_from is not None and not 0 < disk.growing_from <= disk.size_bytes:
+                raise FormatError(f"disk {disk.name} cannot be growing from {disk.growing_from} bytes")
     except BadInputError as error:
         raise FormatError(str(error)) from None
     slots = [disk.slot for disk in machine.disks]

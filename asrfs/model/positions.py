@@ -30,13 +30,6 @@ class Cursor(msgspec.Struct, frozen=True, kw_only=True):
     time_ns: Number = 0
 
 
-class FillProgress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far the content an adopted image had before the history has been read into it."""
-
-    slot: Slot
-    offset: Number
-
-
 class Positions(msgspec.Struct, frozen=True, kw_only=True):
     """The agent's persisted knowledge. `applied`: image fsynced up to there. `acknowledged`: durable at the store.
 
@@ -48,4 +41,3 @@ class Positions(msgspec.Struct, frozen=True, kw_only=True):
     applied: Cursor = Cursor()
     acknowledged: Cursor = Cursor()
     last_digest: str = ""
-    fills: tuple[FillProgress, ...] = ()

@@ -46,6 +46,8 @@ class FrameType(IntEnum):
     HEARTBEAT = 7
     GOODBYE = 8
     CONFIGURE = 9
+    COMPARE = 10
+    COMPARED = 11
     GROUP = 32
     """Of another conversation, that between machines of a group: `group_session.py`."""
 
@@ -103,6 +105,16 @@ class FrameReader:
             if not self._rest:
                 self._type = None
         return frames
+
+    @property
+    def sequence(self) -> int:
+        """Of the frame that is due next."""
+        return self._sequence
+
+    def pass_over(self) -> None:
+        """The frame that is due next has been read by somebody else. Nothing of it has been fed."""
+        assert self.is_empty()
+        self._sequence = (self._sequence + 1) & 0xFFFFFFFF
 
     def is_empty(self) -> bool:
         """Whether the stream may end here: no frame is half received."""

@@ -49,6 +49,8 @@ GroupRole = Literal["member", "coordinator"]
 
 
 class GroupState(Enum):
+    __hash__ = object.__hash__  # an Enum's own is written in Python
+
     START = "start"
     JOINING = "joining"
     IDLE = "idle"
@@ -116,6 +118,8 @@ class GroupSession:
         self.point = ""
         self._reader = FrameReader()
         self._sequence = 0
+        self._foreseen: dict[bytes, tuple[int, Word]] = {}
+        """Frames that are likely to come next, for which others are held: known by their bytes, if it is their turn."""
 
     def may_send(self, word: type[Word]) -> bool:
         return (self.role, word) in GROUP_TABLE[self.state]
@@ -126,14 +130,23 @@ class GroupSession:
         assert following is not None, f"{self.role} may not say {type(word).__name__} when {self.state.value}"
         assert self._is_of_this_point(word), f"{self.role} may not speak of another point than {self.point}"
         self._follow(word, following)
-        payload = encode_word(word)
-        header = encode_frame_header(FrameType.GROUP, len(payload), self._sequence)
+        message = _frame(word, self._sequence)
         self._sequence += 1
-        return header + payload
+        if isinstance(word, Gathered):
+            self._foreseen.clear()
+            likely: tuple[Word, ...] = (Prepare(point=word.point), Release(point=word.point))
+            for sequence, each in enumerate(likely, self._reader.sequence):
+                self._foreseen[_frame(each, sequence)] = (sequence & 0xFFFFFFFF, each)
+        return message
 
     def receive(self, received: Bytes) -> list[Word]:
         """Words completed by these bytes. Raises ProtocolError; then the session is closed."""
         try:
+            if self._foreseen and (found := self._foreseen.get(bytes(received))) is not None:
+                sequence, word = found
+                if sequence == self._reader.sequence and self._reader.is_empty():
+                    self._reader.pass_over()
+                    return [self._admit(word)]
             return [self._hear(frame.type, frame.payload) for frame in self._reader.feed(received)]
         except ProtocolError:
             self.state = GroupState.CLOSED
@@ -142,7 +155,9 @@ class GroupSession:
     def _hear(self, frame_type: FrameType, payload: Bytes) -> Word:
         if frame_type is not FrameType.GROUP:
             raise ProtocolError(f"{self.peer} sent a {frame_type.name} frame to a group")
-        word = decode_word(payload)
+        return self._admit(decode_word(payload))
+
+    def _admit(self, word: Word) -> Word:
         following = GROUP_TABLE[self.state].get((self.peer, type(word)))
         if following is None:
             raise ProtocolError(f"{self.peer} said {type(word).__name__} when {self.state.value}")
@@ -158,3 +173,8 @@ class GroupSession:
         if isinstance(word, Gather):
             self.point = word.point
         self.state = following
+
+
+def _frame(word: Word, sequence: int) -> bytes:
+    payload = encode_word(word)
+    return encode_frame_header(FrameType.GROUP, len(payload), sequence) + payload

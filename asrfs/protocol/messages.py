@@ -6,11 +6,17 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from asrfs.errors import FOREIGN_CHARACTERS_MAX
 from asrfs.model.configuration import ADDRESS_CHARACTERS_MAX, PORT_MAX, HostConfiguration
+from asrfs.model.digest_tree import REGION_LEAVES_BYTES_MAX, REGION_NODES_MAX, TREE_DIGEST_BYTES, Region
+from asrfs.model.machine import SLOT_MAX
+from asrfs.model.quantities import FILE_BYTES_MAX, SECTOR_BYTES
 from asrfs.protocol.frames import Bytes, FrameType, ProtocolError
 
 PROTOCOL_VERSION = 1
 OBJECT_CHUNK_BYTES = 1 << 20
+COMPARES_MAX = 64
+"""Of one session, unanswered: no store allows more."""
 
 Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 """LSNs and times: what the store's catalog can hold. The peer's word goes there, so the decoder takes no other."""
@@ -44,6 +50,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
 
     `acknowledged_time_ns`: time of record `acknowledged_lsn`, 0 for none. The host compares it with that of its own.
     `takes_stretches`: it knows log objects of version 2; a store of before that would call one damaged.
+    `compares`: how many COMPAREs may be unanswered at once; 0: it cannot compare, and would end the session.
     """
 
     protocol: int
@@ -54,6 +61,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     acknowledged_time_ns: Number
     last_digest: str
     takes_stretches: bool = False
+    compares: Annotated[int, msgspec.Meta(ge=0, le=COMPARES_MAX)] = 0
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,7 +106,42 @@ class Configure(msgspec.Struct, frozen=True, kw_only=True):
     configuration: HostConfiguration
 
 
-Message = Hello | Welcome | Refused | ObjectBegin | Acknowledge | Heartbeat | Goodbye | Configure
+class Compare(msgspec.Struct, frozen=True, kw_only=True):
+    """The host asks which nodes of a region of a disk differ from what the store has of it (`model/digest_tree.py`).
+
+    `digests`: of the nodes from node `first` on of the disk of `size_bytes` in `slot`, incarnation `disk_id`. `lsn`: as
+    the disk was there; 0: as it is at the newest record received. `number` comes back in the answer.
+    """
+
+    number: Number
+    slot: Annotated[int, msgspec.Meta(ge=0, le=SLOT_MAX)]
+    disk_id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    size_bytes: Annotated[int, msgspec.Meta(ge=1, le=FILE_BYTES_MAX)]
+    first: Number
+    digests: Annotated[
+        bytes, msgspec.Meta(min_length=TREE_DIGEST_BYTES, max_length=REGION_NODES_MAX * TREE_DIGEST_BYTES)
+    ]
+    lsn: Number = 0
+
+
+class Compared(msgspec.Struct, frozen=True, kw_only=True):
+    """Store's answer: as of record `lsn`, `differs` has a bit for each node that differs, and `leaves` the digests of
+    all leaves of those nodes.
+
+    `exit_code` other than 0: there is no answer, `text` says why.
+    """
+
+    number: Number
+    lsn: Number = 0
+    differs: Annotated[bytes, msgspec.Meta(max_length=-(-REGION_NODES_MAX // 8))] = b""
+    leaves: Annotated[bytes, msgspec.Meta(max_length=REGION_LEAVES_BYTES_MAX)] = b""
+    exit_code: Annotated[int, msgspec.Meta(ge=0, le=6)] = 0
+    text: Annotated[str, msgspec.Meta(max_length=FOREIGN_CHARACTERS_MAX)] = ""
+
+
+Message = (
+    Hello | Welcome | Refused | ObjectBegin | Acknowledge | Heartbeat | Goodbye | Configure | Compare | Compared
+)  # fmt: skip
 
 TYPE_OF: dict[type[msgspec.Struct], FrameType] = {
     Hello: FrameType.HELLO,
@@ -109,11 +152,21 @@ TYPE_OF: dict[type[msgspec.Struct], FrameType] = {
     Heartbeat: FrameType.HEARTBEAT,
     Goodbye: FrameType.GOODBYE,
     Configure: FrameType.CONFIGURE,
+    Compare: FrameType.COMPARE,
+    Compared: FrameType.COMPARED,
 }
 _DECODERS: dict[FrameType, msgspec.msgpack.Decoder[Any]] = {
     frame_type: msgspec.msgpack.Decoder(cls) for cls, frame_type in TYPE_OF.items()
 }
 _encoder = msgspec.msgpack.Encoder()
+
+
+def region_of(compare: Compare) -> Region:
+    """What a COMPARE asks about. Raises ProtocolError for what no disk has."""
+    region = Region(compare.size_bytes, compare.first, len(compare.digests) // TREE_DIGEST_BYTES)
+    if compare.size_bytes % SECTOR_BYTES or len(compare.digests) % TREE_DIGEST_BYTES or not region.is_possible():
+        raise ProtocolError(f"no disk of {compare.size_bytes} bytes has {region.nodes} nodes from {region.first} on")
+    return region
 
 
 def encode_message(message: Message) -> bytes:

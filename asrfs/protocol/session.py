@@ -11,6 +11,8 @@ bug and trips an assertion. Either way nothing has changed.
                        ◀──         ACKNOWLEDGE (in LSN order)
       HEARTBEAT        ◀─▶         HEARTBEAT
                        ◀──         CONFIGURE (to a host whose HELLO said that it takes it)
+      COMPARE          ──▶         (to a store whose WELCOME said how many at once)
+                       ◀──         COMPARED (in any order)
       GOODBYE          ──▶
 """
 
@@ -25,10 +27,12 @@ from asrfs.protocol.frames import Bytes, Frame, FrameReader, FrameType, Protocol
 from asrfs.protocol.messages import (
     OBJECT_CHUNK_BYTES,
     TYPE_OF,
+    Compare,
     Message,
     ObjectBegin,
     decode_message,
     encode_message,
+    region_of,
 )
 
 Role = Literal["host", "store"]
@@ -62,10 +66,12 @@ TABLE: dict[State, dict[Speaks, State]] = {
     State.STREAMING: {
         Speaks("host", F.OBJECT_BEGIN): State.IN_OBJECT,
         Speaks("host", F.HEARTBEAT): State.STREAMING,
+        Speaks("host", F.COMPARE): State.STREAMING,
         Speaks("host", F.GOODBYE): State.CLOSED,
         Speaks("store", F.ACKNOWLEDGE): State.STREAMING,
         Speaks("store", F.HEARTBEAT): State.STREAMING,
         Speaks("store", F.CONFIGURE): State.STREAMING,
+        Speaks("store", F.COMPARED): State.STREAMING,
         Speaks("store", F.REFUSED): State.CLOSED,
     },
     State.IN_OBJECT: {
@@ -73,6 +79,7 @@ TABLE: dict[State, dict[Speaks, State]] = {
         Speaks("store", F.ACKNOWLEDGE): State.IN_OBJECT,
         Speaks("store", F.HEARTBEAT): State.IN_OBJECT,
         Speaks("store", F.CONFIGURE): State.IN_OBJECT,
+        Speaks("store", F.COMPARED): State.IN_OBJECT,
         Speaks("store", F.REFUSED): State.CLOSED,
     },
     State.CLOSED: {},
@@ -162,6 +169,8 @@ class Session:
             self._begin = message
             self.state = following
             return None
+        if isinstance(message, Compare):
+            region_of(message)
         self.state = following
         return message
 

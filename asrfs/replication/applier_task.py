@@ -12,9 +12,11 @@ from typing import Any, TypeVar
 import trio
 
 from asrfs.errors import AsrfsError, IntegrityError, TemporaryError
+from asrfs.model.dirty_map import GivenUp
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.applier import Applier
 from asrfs.replication.disk_server import DiskServer
+from asrfs.replication.exact_images import ExactImages
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress, bytes_between
 from asrfs.replication.trimmer import Limit, Trimmer, freeable
@@ -30,7 +32,8 @@ T = TypeVar("T")
 
 
 class ApplierTask:
-    """`journal_turn` is shared with the shipper, which may go back to segments that are not freed yet."""
+    """`journal_turn` is shared with the shipper, which may go back to segments that are not freed yet. `given_up`: by
+    the dirty map that is saved."""
 
     def __init__(
         self,
@@ -42,6 +45,7 @@ class ApplierTask:
         alarms: Alarms,
         threads: trio.CapacityLimiter,
         journal_turn: trio.Lock,
+        given_up: Callable[[], GivenUp] = GivenUp,
     ) -> None:
         self._applier = applier
         self._trimmer = trimmer
@@ -51,6 +55,8 @@ class ApplierTask:
         self._alarms = alarms
         self._threads = threads
         self._journal_turn = journal_turn
+        self.exact = ExactImages(positions, progress)
+        self._given_up = given_up
         self._hurry_lsn = 0
         self._dropped = Limit(0, -1)
         self._trimmed = Limit(0, 0)
@@ -65,7 +71,9 @@ class ApplierTask:
         while True:
             await self._wait_until_due()
             try:
-                cursor = await self._in_thread(self._applier.apply_span, self._progress.durable.lsn)
+                durable_lsn = self._progress.durable.lsn
+                async with self.exact.applying(durable_lsn):
+                    cursor = await self._in_thread(self._applier.apply_span, durable_lsn)
             except IntegrityError as error:
                 self._alarms.set("apply", "critical", f"the journal cannot be applied: {error}")
                 await trio.sleep(CORRUPT_RETRY_S)
@@ -112,11 +120,11 @@ class ApplierTask:
             self._dropped = dropped
 
     async def _trim(self) -> None:
-        limit = freeable(self._positions, self._dropped)
+        limit = freeable(self._positions, self._given_up(), self._dropped)
         if limit.segment <= self._trimmed.segment or limit.lsn <= 0:
             return
         async with self._journal_turn:
-            limit = freeable(self._positions, self._dropped)
+            limit = freeable(self._positions, self._given_up(), self._dropped)
             await self._in_thread(self._trimmer.trim, limit, time.monotonic())
         self._trimmed = limit
 

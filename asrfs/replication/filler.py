@@ -1,140 +1,178 @@
-"""Reads the content an adopted image had before its history into the history (initial replication).
+"""Reads what the store lacks into the history: FILL and ZERO records of the chunks in the dirty map.
 
-    for each disk with a gap:  chunk ─▶ FILL record ─▶ … ─▶ all durable ─▶ progress saved ─▶ …
-                               gap closed in machine.json ─▶ closing DISK record ─▶ acknowledged ─▶ progress forgotten
+    for each disk in the map:  run of chunks ─▶ FILL record ─▶ … ─▶ all durable ─▶ taken from the map, saved ─▶ …
+        nothing marked any more ─▶ gap False in machine.json ─▶ closing DISK record ─▶ MARKER ─▶ acknowledged
+        ─▶ the disk leaves the map, saved
 
-The disk server reads and appends each chunk as one step, so a write meanwhile is ordered before or after it and the
-newest bytes win. Progress is saved only up to chunks whose records are durable; a kill anywhere repeats some chunks,
-which changes nothing. The fill's entry in positions stays until the closing record is at the store, so it also says
-that initial replication is not over. Holes are not read: the store takes what it never heard of for zeros.
+The disk server reads and appends each run as one step, so a write meanwhile is ordered before or after it and the
+newest bytes win. A chunk leaves the map only when its record is durable and was not given up since; a kill anywhere
+repeats some runs, which changes nothing. The disk's place in the map stays until the closing record is at the store, so
+it also says that it is not whole yet. Of an adopted image what has content is marked first: holes are not read, the
+store takes what it never heard of for zeros.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
-import structlog
 import trio
 
-from asrfs.errors import AsrfsError
-from asrfs.model.extents import widen_to_blocks
-from asrfs.model.machine import DiskConfig
+from asrfs.model.dirty_map import Reason
+from asrfs.model.machine import DiskConfig, MachineConfig
+from asrfs.replication.dirty_map_file import DirtyMapFile
 from asrfs.replication.disk_server import DiskServer
-from asrfs.replication.positions_file import PositionsFile
+from asrfs.replication.pace import Pace
 from asrfs.replication.progress import Progress
+from asrfs.replication.quota import SetGaps
 from asrfs.storage.interface import File
 
-CHUNK_BYTES_MAX = 1 << 20
-LAG_BYTES_MAX = 256 << 20
-"""Filling waits while so much is durable and not acknowledged."""
-CHUNKS_PER_SAVE = 64
-RETRY_S = 1.0
-LOOK_INTERVAL_S = 2.0
+RUN_BYTES_MAX = 1 << 20
+RUNS_PER_SAVE = 64
+RATE_WINDOW_S = 30.0
 
 OpenImage = Callable[[DiskConfig], File]
-Chunk = tuple[int, int]
 T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class Filler:
-    """`disks` reads the machine's live disks, `close_gap` makes gap False for a slot in machine.json; both block."""
+    """`machine` reads `machine.json`, `set_gaps` sets `gap` of disks in it, `open_image` opens; these block.
+
+    `make_point` makes a recovery point that says this of itself: its LSN. Above `lag_bytes_max` nothing is filled.
+    `filled_bytes`: by this process.
+    """
 
     server: DiskServer
     progress: Progress
-    positions: PositionsFile
+    dirty: DirtyMapFile
     threads: trio.CapacityLimiter
-    disks: Callable[[], tuple[DiskConfig, ...]]
-    close_gap: Callable[[int], None]
+    machine: Callable[[], MachineConfig]
+    set_gaps: SetGaps
     open_image: OpenImage
-    is_enrolled: Callable[[], bool]
+    make_point: Callable[[str], Awaitable[int]]
+    lag_bytes_max: Callable[[], int]
+    filled_bytes: int = 0
+    pace: Pace = field(default_factory=lambda: Pace(RATE_WINDOW_S))
 
-    async def run(self) -> None:
-        """Fill whatever has a gap, for ever; tries again after errors. Waits while not enrolled."""
-        log = structlog.get_logger("asrfs.filler")
-        while True:
-            await self.progress.wait_until(lambda: self.progress.is_known and self.is_enrolled())
-            try:
-                idle = await self.fill_once()
-            except (AsrfsError, OSError) as error:
-                log.warning("filling waits", reason=str(error))
-                await trio.sleep(RETRY_S)
-                continue
-            if idle:
-                await trio.sleep(LOOK_INTERVAL_S)
+    async def prepare(self) -> MachineConfig:
+        """Have the map say what is to be filled, and the history that it is missing: the machine as it is then.
 
-    async def fill_once(self) -> bool:
-        """Fill and close every gap there is; whether there was none."""
-        started = {fill.slot for fill in self.positions.current.fills}
-        disks = await self._in_thread(self.disks)
-        waiting = [disk for disk in disks if disk.gap or disk.slot in started]
-        for disk in waiting:
-            if disk.gap:
-                await self._fill(disk)
-            await self._close(disk)
-        for slot in started - {disk.slot for disk in disks}:
-            self.positions.change_fill(slot, None)
-        return not waiting
+        Disks that were removed leave the map; adopted images that are new are looked at.
+        """
+        machine = await self._in_thread(self.machine)
+        live = {disk.slot: disk for disk in machine.live_disks()}
+        map = self.dirty.map
+        for disk in live.values():
+            if (disk.gap and disk.slot not in map) or Reason.UNREAD in map.reasons(disk.slot):
+                await self._mark_content(disk)
+        async with self.dirty.turn:
+            gone = [slot for slot in map.slots() if slot not in live]
+            for slot in gone:
+                map.forget(slot)
+            if gone:
+                await self._in_thread(self.dirty.save)
+            closed = [slot for slot in map.slots() if not live[slot].gap and map.dirty_chunks(slot)]
+            if closed:
+                machine = await self._in_thread(self.set_gaps, closed, True)
+                await self.server.reread_disks()
+        return machine
 
-    async def _fill(self, disk: DiskConfig) -> None:
-        offset = next((fill.offset for fill in self.positions.current.fills if fill.slot == disk.slot), 0)
-        self.positions.change_fill(disk.slot, offset)
-        image = await self._in_thread(self.open_image, disk)
+    async def fill(self, disk: DiskConfig, may_go_on: Callable[[], bool]) -> None:
+        """Send what is marked of a disk; it may return before that is all."""
+        async with self.dirty.turn:
+            self.dirty.map.cut(disk.slot, disk.size_bytes)
+        while may_go_on():
+            batch = await self._in_thread(self._take, disk)
+            if not batch or not await self._fill_batch(disk, batch, may_go_on):
+                return
+
+    async def close(self, slots: list[int], note: str) -> bool:
+        """End the gaps of disks of which nothing is marked, with a recovery point; returns when the store has it.
+
+        False: something was given up meanwhile, and nothing is closed.
+        """
+        map = self.dirty.map
+        async with self.dirty.turn:
+            if any(slot not in map or map.dirty_chunks(slot) for slot in slots):
+                return False
+            await self._in_thread(self.set_gaps, slots, False)
+            await self.server.reread_disks()
+            closing_lsn = (await self.server.positions()).appended_lsn
+        lsn = closing_lsn if self._has_others(slots) else await self.make_point(note)
+        await self.progress.wait_until(
+            lambda: self.progress.acknowledged.lsn >= lsn or self.dirty.given_up.through.lsn >= closing_lsn
+        )
+        async with self.dirty.turn:
+            given_up = self.dirty.given_up
+            if given_up.through.lsn >= closing_lsn:
+                return False
+            is_whole = not self._has_others(slots)
+            for slot in slots:
+                map.forget(slot)
+            await self._in_thread(self.dirty.save, given_up.closed(closing_lsn) if is_whole else given_up)
+        return True
+
+    def _has_others(self, slots: list[int]) -> bool:
+        return any(slot not in slots for slot in self.dirty.map.slots())
+
+    async def _mark_content(self, disk: DiskConfig) -> None:
+        """All that an adopted image has content in."""
+        extents = await self._in_thread(self._content_of, disk)
+        async with self.dirty.turn:
+            map = self.dirty.map
+            map.enter(disk.slot, Reason.INITIAL)
+            for offset, length in extents:
+                map.mark(disk.slot, offset, length)
+            map.settle(disk.slot, Reason.UNREAD)
+            await self._in_thread(self.dirty.save)
+
+    def _content_of(self, disk: DiskConfig) -> list[tuple[int, int]]:
+        image = self.open_image(disk)
         try:
-            chunks = chunks_of(image.data_extents(), offset, disk.size_bytes)
-            while batch := await self._in_thread(_take, chunks):
-                await self._fill_batch(disk, batch)
+            return list(image.data_extents())
         finally:
             image.close()
 
-    async def _fill_batch(self, disk: DiskConfig, batch: list[Chunk]) -> None:
-        lsn = 0
+    def _take(self, disk: DiskConfig) -> list[tuple[int, int]]:
+        """The first runs that are marked."""
+        runs: Iterator[tuple[int, int]] = self.dirty.map.runs(disk.slot, RUN_BYTES_MAX)
+        return [(offset, min(length, disk.size_bytes - offset)) for offset, length in islice(runs, RUNS_PER_SAVE)]
+
+    async def _fill_batch(self, disk: DiskConfig, batch: list[tuple[int, int]], may_go_on: Callable[[], bool]) -> bool:
+        """Whether all of them were filled; what was is taken from the map."""
+        progress = self.progress
+        filled: list[tuple[int, int, int]] = []
+
+        def may_be_next(length: int) -> bool:
+            """What is appended and not durable yet waits, too."""
+            waiting = progress.lag_bytes + sum(each[2] for each in filled if each[0] > progress.durable.lsn)
+            return not may_go_on() or not waiting or waiting + length <= self.lag_bytes_max()
+
         for offset, length in batch:
-            await self.progress.wait_until(lambda: self.progress.lag_bytes <= LAG_BYTES_MAX)
-            lsn = await self.server.fill(disk.slot, offset, length)
-        await self._wait_durable(lsn)
-        self.positions.change_fill(disk.slot, batch[-1][0] + batch[-1][1])
-        await self._in_thread(self.positions.save)
+            await progress.wait_until(partial(may_be_next, length))
+            if not may_go_on():
+                break
+            filled.append((await self.server.fill(disk.slot, offset, length), offset, length))
+            self.filled_bytes += length
+        if filled:
+            await progress.wait_until(lambda: progress.durable.lsn >= filled[-1][0])
+            await self._take_from_map(disk, filled)
+        return len(filled) == len(batch)
 
-    async def _close(self, disk: DiskConfig) -> None:
-        """End the gap: DISK record with gap False, and wait until the store has it."""
-        self.positions.change_fill(disk.slot, disk.size_bytes)
-        await self._in_thread(self.positions.save)
-        await self._in_thread(self.close_gap, disk.slot)
-        await self.server.reread_disks()
-        closing_lsn = (await self.server.positions()).appended_lsn
-        await self.progress.wait_until(lambda: self.progress.acknowledged.lsn >= closing_lsn)
-        self.positions.change_fill(disk.slot, None)
-        await self._in_thread(self.positions.save)
-
-    async def _wait_durable(self, lsn: int) -> None:
-        await self.progress.wait_until(lambda: self.progress.durable.lsn >= lsn)
+    async def _take_from_map(self, disk: DiskConfig, filled: list[tuple[int, int, int]]) -> None:
+        """`(lsn, offset, length)` of records that are durable. Those that were given up meanwhile are marked again, and
+        stay so."""
+        async with self.dirty.turn:
+            through_lsn = self.dirty.given_up.through.lsn
+            for lsn, offset, length in filled:
+                if lsn > through_lsn and disk.slot in self.dirty.map:
+                    self.dirty.map.clear(disk.slot, offset, length)
+                    self.pace.note(length, trio.current_time())
+            await self._in_thread(self.dirty.save)
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await trio.to_thread.run_sync(function, *arguments, limiter=self.threads)
-
-
-def chunks_of(extents: Iterator[tuple[int, int]], start: int, size_bytes: int) -> Iterator[Chunk]:
-    """`extents` from byte `start` on, widened to whole blocks, cut at multiples of CHUNK_BYTES_MAX, none twice."""
-    done = start
-    for offset, length in extents:
-        first, covered = widen_to_blocks(offset, length, size_bytes)
-        end = first + covered
-        at = max(first, done)
-        while at < end:
-            stop = min(end, at - at % CHUNK_BYTES_MAX + CHUNK_BYTES_MAX)
-            yield at, stop - at
-            at = stop
-        done = max(done, end)
-
-
-def _take(chunks: Iterator[Chunk]) -> list[Chunk]:
-    """The next few chunks."""
-    batch = []
-    for chunk in chunks:
-        batch.append(chunk)
-        if len(batch) == CHUNKS_PER_SAVE:
-            break
-    return batch

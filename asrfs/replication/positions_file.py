@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from asrfs.model.positions import FillProgress, Positions
+from asrfs.model.positions import Positions
 
 Save = Callable[[Positions], None]
 
@@ -40,15 +40,6 @@ class PositionsFile:
         """Replace fields of `Positions` in memory."""
         with self._changing:
             self._current = msgspec.structs.replace(self._current, **fields)
-            return self._current
-
-    def change_fill(self, slot: int, offset: int | None) -> Positions:
-        """Set how far a disk is filled; None forgets it."""
-        with self._changing:
-            fills = [fill for fill in self._current.fills if fill.slot != slot]
-            if offset is not None:
-                fills.append(FillProgress(slot=slot, offset=offset))
-            self._current = msgspec.structs.replace(self._current, fills=tuple(fills))
             return self._current
 
     def save(self) -> Positions:

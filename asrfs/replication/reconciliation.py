@@ -21,6 +21,9 @@ from asrfs.errors import (
     TemporaryError,
     foreign_line,
 )
+from asrfs.format.log_object import DIGEST_BYTES, SALT_BYTES
+from asrfs.protocol.frames import ProtocolError
+from asrfs.protocol.messages import PROTOCOL_VERSION, Welcome
 
 
 class Side(NamedTuple):
@@ -87,3 +90,17 @@ def refusal(code: str, text: str) -> AsrfsError:
     if code == "diverged":
         return DivergedError(text)
     return NoSpaceError(text) if code == "space" else TemporaryError(text)
+
+
+def check_welcome(welcome: Welcome) -> None:
+    """Raise ProtocolError for a WELCOME that makes no sense."""
+    if welcome.protocol != PROTOCOL_VERSION:
+        raise ProtocolError(f"the store speaks protocol {welcome.protocol}, this program {PROTOCOL_VERSION}")
+    if len(welcome.session_salt) != SALT_BYTES or min(welcome.acknowledged_lsn, welcome.acknowledged_time_ns) < 0:
+        raise ProtocolError("the store's WELCOME has a salt or LSN that cannot be")
+    try:
+        digest = bytes.fromhex(welcome.last_digest)
+    except ValueError:
+        digest = b"?"
+    if len(digest) not in (0, DIGEST_BYTES):
+        raise ProtocolError("the store's WELCOME has a digest that cannot be")

@@ -2,7 +2,7 @@
 
     wait until enrolled, not paused, host known ─▶ connect ─▶ session ─▶ why did it end? ─▶ wait ─▶ …
 
-A lost connection is tried again at once, then with full jitter up to 30 s; an answer that more tries cannot change
+A lost connection is tried again at once, then with full jitter up to 5 s; an answer that more tries cannot change
 (authentication, fence, diverged histories) raises an alarm and is tried every five minutes. No state of the link
 ever reaches the write path (I8).
 """

@@ -1,6 +1,7 @@
 """One connection to the store, from HELLO to its end: four tasks around one `protocol.Session`.
 
     build ──(channel)──▶ send ──▶ stream        at most OBJECTS_UNACKNOWLEDGED_MAX objects built and not acknowledged
+    others ──(outlet)──▲                        between objects
     receive ◀── stream: ACKNOWLEDGE moves positions.acknowledged, and nothing else does (I3)
 
 `build` reads the journal and seals in a thread while `send` writes the object before it. Only `send` writes to the
@@ -13,22 +14,27 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 import trio
 
 from asrfs.errors import AsrfsError, IntegrityError, TemporaryError
-from asrfs.format.log_object import DIGEST_BYTES, NO_DIGEST, OBJECT_BYTES_MAX, SALT_BYTES
+from asrfs.format.log_object import NO_DIGEST
 from asrfs.format.object_encoder import ZSTD_LEVEL, ZSTD_LEVEL_FAST
 from asrfs.journal.reader import JournalReader
 from asrfs.model.configuration import HostConfiguration
+from asrfs.model.dirty_map import GivenUp
 from asrfs.model.positions import Cursor
 from asrfs.protocol.frames import Bytes, ProtocolError
 from asrfs.protocol.messages import (
+    OBJECT_CHUNK_BYTES,
     PROTOCOL_VERSION,
     Acknowledge,
+    Compare,
+    Compared,
     Configure,
     Goodbye,
     Heartbeat,
@@ -39,6 +45,7 @@ from asrfs.protocol.messages import (
 )
 from asrfs.protocol.session import Event, Session, State
 from asrfs.replication.object_builder import BuiltObject, MachineKeys, ObjectBuilder
+from asrfs.replication.outlet import Outlet
 from asrfs.replication.pace import Pace
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress, bytes_between
@@ -47,9 +54,10 @@ from asrfs.replication.reconciliation import (
     StoreLostError,
     check_same_history,
     check_same_record,
+    check_welcome,
     refusal,
 )
-from asrfs.replication.rewind import cursor_at
+from asrfs.replication.rewind import check_kept, cursor_at
 from asrfs.storage.interface import Storage
 from asrfs.transport.stream import ByteStream
 
@@ -60,7 +68,7 @@ GREETING_S_MAX = 20.0
 OBJECTS_UNACKNOWLEDGED_MAX = 4
 _TOGETHER_BYTES = 64 << 10
 _PACE_S = 0.25
-FOLD_BACKLOG_BYTES = 64 << 20
+FOLD_BACKLOG_BYTES = 512 << 20
 """With so much of the journal behind, what was overwritten meanwhile is left out."""
 _FAST_BYTES_PER_S = 48 << 20
 """Above this, level 1 of zstd would take a tenth to a quarter of a processor."""
@@ -89,8 +97,9 @@ def _follow_nothing(_configuration: HostConfiguration) -> None:
 class Source:
     """What sessions ship from; outlives them. `journal_turn` is held while segments are freed or gone back to.
 
-    `configured` is told what the store wants of this host, unchecked, and returns at once. `group_port` and
-    `group_address` are said to the store when a session begins: where other members of a group reach this machine.
+    `configured` is told what the store wants of this host, unchecked, and returns at once. `given_up`: by
+    the dirty map that is saved. `group_port` and `group_address` are said to the store when a session begins: where
+    other members of a group reach this machine.
     """
 
     machine_id: bytes
@@ -105,8 +114,10 @@ class Source:
     journal_turn: trio.Lock
     hurry_lsn: int = 0
     configured: Callable[[HostConfiguration], None] = _follow_nothing
+    given_up: Callable[[], GivenUp] = GivenUp
     group_port: int = 0
     group_address: str = ""
+    outlet: Outlet = field(default_factory=Outlet)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await trio.to_thread.run_sync(function, *arguments, limiter=self.threads)
@@ -133,6 +144,7 @@ class ShippingSession:
         self._cut_at = -math.inf
         self._pace = Pace()
         self._is_sending = False
+        self._takes_stretches = False
         self.welcomed = False
         self.objects_acknowledged = 0
 
@@ -142,7 +154,7 @@ class ShippingSession:
             welcome = await self._greet()
             await self._reconcile(welcome)
             self._on_welcome()
-            await self._stream_objects()
+            await self._stream_objects(welcome.compares)
         except CorruptJournalError:
             await self._say_goodbye("the journal cannot be read")
             raise
@@ -178,7 +190,7 @@ class ShippingSession:
         if isinstance(event, Refused):
             raise refusal(event.code, event.text)
         assert isinstance(event, Welcome), "the protocol's table allows nothing else here"
-        _check_welcome(event)
+        check_welcome(event)
         self.welcomed = True
         return event
 
@@ -194,7 +206,9 @@ class ShippingSession:
             )
             cursor = ours.acknowledged
             if welcome.acknowledged_lsn != cursor.lsn:
-                cursor = await self._locate(welcome.acknowledged_lsn)
+                cursor = await self._locate(welcome)
+            if (given_up := source.given_up()).covers(cursor.lsn):
+                await source.in_thread(check_kept, source.journal, source.machine_id, given_up.through.lsn, cursor.lsn)
             check_same_record(cursor.lsn, cursor.time_ns, welcome.acknowledged_time_ns)
             source.positions.change(acknowledged=cursor, last_digest=welcome.last_digest)
             if cursor.lsn < source.positions.saved.acknowledged.lsn:  # also when an earlier session could not save it
@@ -204,28 +218,34 @@ class ShippingSession:
         self._salt, self._takes_stretches = welcome.session_salt, welcome.takes_stretches
         self._digest = bytes.fromhex(welcome.last_digest) or NO_DIGEST
 
-    async def _locate(self, lsn: int) -> Cursor:
-        source = self._source
-        start = source.positions.current.acknowledged
+    async def _locate(self, welcome: Welcome) -> Cursor:
+        """Where the store stands. In what was given up there is no place any more: then it is only a number, the time
+        is the store's word, and a gap object is what goes on from there."""
+        source, lsn = self._source, welcome.acknowledged_lsn
+        given_up, ours = source.given_up(), source.positions.current.acknowledged
+        start = given_up.needed_behind(ours)
         try:
             return await source.in_thread(cursor_at, source.journal, source.machine_id, source.reader, start, lsn)
-        except StoreLostError:
-            raise
         except IntegrityError as error:
+            if given_up.covers(lsn):
+                return msgspec.structs.replace(ours, lsn=lsn, time_ns=welcome.acknowledged_time_ns)
+            if isinstance(error, StoreLostError):
+                raise
             raise CorruptJournalError(str(error)) from None
 
     # ---- streaming ----------------------------------------------------------------------------------------
 
-    async def _stream_objects(self) -> None:
-        sending, receiving = trio.open_memory_channel[BuiltObject](0)
+    async def _stream_objects(self, compares: int) -> None:
+        sending, receiving = trio.open_memory_channel[BuiltObject | Compare](0)
         tasks: list[Callable[[], Awaitable[None]]] = [
             self._receive,
             partial(self._build, sending),
             partial(self._send_objects, receiving),
         ]
-        async with trio.open_nursery() as nursery:
-            for task in tasks:
-                nursery.start_soon(self._until_failure, task, nursery.cancel_scope)
+        with self._source.outlet.opened(sending.send, compares):
+            async with trio.open_nursery() as nursery:
+                for task in tasks:
+                    nursery.start_soon(self._until_failure, task, nursery.cancel_scope)
         if self._failure is not None:
             raise self._failure
 
@@ -237,21 +257,44 @@ class ShippingSession:
             self._failure = self._failure or error
             scope.cancel()
 
-    async def _build(self, channel: trio.MemorySendChannel[BuiltObject]) -> None:
-        source = self._source
+    async def _build(self, channel: trio.MemorySendChannel[BuiltObject | Compare]) -> None:
         while True:
             await self._slots.acquire()
+            built = await self._next_object()
+            assert built.first_lsn == self._cursor.lsn + 1, "I4: no gap"
+            self._cursor, self._digest = built.cursor, built.digest
+            await channel.send(built)
+
+    async def _next_object(self) -> BuiltObject:
+        """Of the next records, once that is due; of what was given up at once."""
+        source = self._source
+        while not (given_up := source.given_up()).covers(self._cursor.lsn):
             await self._wait_until_due()
             try:
                 built = await source.in_thread(self._build_next, self._level())
             except IntegrityError as error:
+                if source.given_up().covers(self._cursor.lsn):
+                    continue  # it was freed while it was read
                 raise CorruptJournalError(str(error)) from None
             if built is None:
                 raise TemporaryError("the journal has no records where durable ones are due")
-            assert built.first_lsn == self._cursor.lsn + 1, "I4: no gap"
             self._pace.note(bytes_between(self._cursor, built.cursor), trio.current_time())
-            self._cursor, self._digest = built.cursor, built.digest
-            await channel.send(built)
+            return built
+        if not self._takes_stretches:
+            raise ProtocolError("the store is of before stretches and cannot be told what was given up: upgrade it")
+        return await source.in_thread(self._build_gap, given_up)
+
+    def _build_gap(self, given_up: GivenUp) -> BuiltObject:
+        source = self._source
+        return source.builder.build_gap(
+            self._cursor.lsn + 1,
+            given_up.through,
+            given_up.disks,
+            epoch=source.progress.epoch,
+            keys=self._keys,
+            session_salt=self._salt,
+            previous_digest=self._digest,
+        )
 
     def _build_next(self, level: int | None) -> BuiltObject | None:
         source = self._source
@@ -287,7 +330,7 @@ class ShippingSession:
             await progress.wait_until(is_due)
         self._cut_at = trio.current_time()
 
-    async def _send_objects(self, channel: trio.MemoryReceiveChannel[BuiltObject]) -> None:
+    async def _send_objects(self, channel: trio.MemoryReceiveChannel[BuiltObject | Compare]) -> None:
         self._heartbeat_at = trio.current_time() + HEARTBEAT_S
         while True:
             built = None
@@ -298,6 +341,9 @@ class ShippingSession:
             if self._session.state is State.CLOSED:  # the store ended the session: `receive` says why
                 return
             if built is None:
+                continue
+            if isinstance(built, Compare):
+                await self._send(self._session.send(built))
                 continue
             self._in_flight.append(built)
             begin = ObjectBegin(first_lsn=built.first_lsn, last_lsn=built.last_lsn, length=built.length)
@@ -327,6 +373,8 @@ class ShippingSession:
             event = await self._next_event()
             if isinstance(event, Acknowledge):
                 self._on_acknowledge(event)
+            elif isinstance(event, Compared):
+                self._source.outlet.answered(event)
             elif isinstance(event, Configure):
                 self._source.configured(event.configuration)
             elif isinstance(event, Refused):
@@ -367,14 +415,15 @@ class ShippingSession:
         return self._pending_events.popleft()
 
     async def _send(self, *buffers: Bytes) -> None:
-        limit = self._source.settings.bandwidth_limit
-        slice_bytes = max(1, int(limit * _PACE_S)) if limit else OBJECT_BYTES_MAX
+        """In slices, so that another limit holds within a second, also for an object that is being sent."""
         self._is_sending = True
         for buffer in buffers:
-            view = memoryview(buffer)
-            for at in range(0, len(view), slice_bytes):
-                piece = view[at : at + slice_bytes]
+            rest = memoryview(buffer)
+            while rest:
+                limit = self._source.settings.bandwidth_limit
+                piece = rest[: max(1, int(limit * _PACE_S)) if limit else OBJECT_CHUNK_BYTES]
                 await self._stream.send_all(piece)
+                rest = rest[len(piece) :]
                 if limit:
                     await trio.sleep(len(piece) / limit)
         self._is_sending = False
@@ -388,17 +437,3 @@ class ShippingSession:
                 await self._stream.send_all(self._session.send(Goodbye(reason=reason)))
             except AsrfsError:
                 return
-
-
-def _check_welcome(welcome: Welcome) -> None:
-    """Raise ProtocolError for a WELCOME that makes no sense."""
-    if welcome.protocol != PROTOCOL_VERSION:
-        raise ProtocolError(f"the store speaks protocol {welcome.protocol}, this program {PROTOCOL_VERSION}")
-    if len(welcome.session_salt) != SALT_BYTES or min(welcome.acknowledged_lsn, welcome.acknowledged_time_ns) < 0:
-        raise ProtocolError("the store's WELCOME has a salt or LSN that cannot be")
-    try:
-        digest = bytes.fromhex(welcome.last_digest)
-    except ValueError:
-        digest = b"?"
-    if len(digest) not in (0, DIGEST_BYTES):
-        raise ProtocolError("the store's WELCOME has a digest that cannot be")

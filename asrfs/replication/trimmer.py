@@ -2,9 +2,9 @@
 
 Two threads may be in here at once: one that trims and one that makes spares.
 
-A segment is freed when all of it is applied and acknowledged by the *saved* positions, and only after the disk server
-has dropped its map: the caller asks for that first and passes on what it answered. Where the store has gone back and
-that is not saved yet, the lower position in memory counts.
+A segment is freed when all of it is applied and acknowledged by the *saved* positions, or given up by the *saved* dirty
+map, and only after the disk server has dropped its map: the caller asks for that first and passes on what it answered.
+Where the store has gone back and that is not saved yet, the lower position in memory counts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from asrfs.journal.segments import list_journal
 from asrfs.journal.spares import prepare_spare, trim
+from asrfs.model.dirty_map import GivenUp
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.storage.interface import Storage
 
@@ -34,14 +35,15 @@ class Limit(NamedTuple):
     segment: int
 
 
-def freeable(positions: PositionsFile, dropped: Limit) -> Limit:
-    """What may be freed: applied and acknowledged (I4), and `dropped` from the disk server's maps.
+def freeable(positions: PositionsFile, given_up: GivenUp, dropped: Limit) -> Limit:
+    """What may be freed: applied, and acknowledged or given up (I4), and `dropped` from the disk server's maps.
 
     The segment a cursor points into stays, so that a restart finds it. `dropped` is asked for by itself: the saved
     position may have moved on since the disk server was told, and it would read what was freed.
     """
     saved = positions.saved
-    cursors = (saved.applied, saved.acknowledged, positions.current.acknowledged)
+    acknowledged = [given_up.needed_behind(each.acknowledged) for each in (saved, positions.current)]
+    cursors = (saved.applied, *acknowledged)
     return Limit(
         min(dropped.lsn, *(cursor.lsn for cursor in cursors)),
         min(dropped.segment, *(cursor.segment - 1 for cursor in cursors)),

@@ -78,21 +78,21 @@ class OpenFile:
             return int.from_bytes(fcntl.ioctl(self.fd, _BLKGETSIZE64, bytes(8)), "little")
         return status.st_size
 
-    def data_extents(self) -> Iterator[tuple[int, int]]:
-        size = self.size()
+    def data_extents(self, start: int = 0) -> Iterator[tuple[int, int]]:
+        size, at = self.size(), start
         if stat.S_ISBLK(os.fstat(self.fd).st_mode):
-            yield 0, size
+            if at < size:
+                yield at, size - at
             return
-        at = 0
         while at < size:
             try:
-                start = os.lseek(self.fd, at, os.SEEK_DATA)
+                begin = os.lseek(self.fd, at, os.SEEK_DATA)
             except OSError as error:
                 if error.errno == errno.ENXIO:
                     return
                 raise
-            at = os.lseek(self.fd, start, os.SEEK_HOLE)
-            yield start, at - start
+            at = os.lseek(self.fd, begin, os.SEEK_HOLE)
+            yield begin, at - begin
 
     def close(self) -> None:
         os.close(self.fd)

@@ -53,8 +53,9 @@ class File(Protocol):
     def size(self) -> int:
         """Bytes in the file, or in the block device."""
 
-    def data_extents(self) -> Iterator[tuple[int, int]]:
-        """`(offset, length)` of what may hold anything but zeros, in order. A block device is one extent."""
+    def data_extents(self, start: int = 0) -> Iterator[tuple[int, int]]:
+        """`(offset, length)` of what may hold anything but zeros from `start` on, in order. A block device is one
+        extent."""
 
     def close(self) -> None: ...
 

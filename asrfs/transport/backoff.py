@@ -5,7 +5,8 @@ from __future__ import annotations
 from random import Random
 
 BASE_S = 0.1
-CEILING_S = 30.0
+CEILING_S = 5.0
+"""A store that answers again is met within so long; a try that finds nobody costs one connection."""
 
 
 class Backoff:

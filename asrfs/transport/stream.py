@@ -27,6 +27,8 @@ CONNECT_S = 10.0
 CONNECTIONS_MAX = 1000
 RECEIVE_BYTES = 256 << 10
 _RECORD_BYTES = 16 << 10
+_SHORT_BYTES = 1 << 10
+"""Of a message that is waited for with nothing else being done."""
 _SEND_BYTES = 256 << 10
 _BACKLOG = 256
 _CLOSE_S = 1.0
@@ -68,6 +70,7 @@ class SecureStream:
         self._received = memoryview(bytearray(RECEIVE_BYTES))
         self._ended = False
         self._unsent = memoryview(b"")
+        self._poll: select.poll | None = None
 
     @classmethod
     async def handshake(
@@ -132,45 +135,68 @@ class SecureStream:
                 await self._flush()
         await self._flush()
 
-    def send_now(self, data: Bytes) -> bool:
-        """Send a short message without waiting. False: not all of it went out, and `send_all` of anything, even of
-        nothing, sends the rest. Not while `send_all` runs. Raises LinkError or AuthenticationError."""
+    def seal(self, data: Bytes) -> None:
+        """What takes time of sending a short message without waiting. `send_sealed` follows before anything else is
+        sent. Not while `send_all` runs. Raises LinkError or AuthenticationError."""
         try:
             self._tls.write(data)
         except ssl.SSLError as error:
             raise _refusal(error) from None
-        self._unsent = memoryview(bytes(self._unsent) + self._outward.read())
+
+    def send_sealed(self) -> bool:
+        """False: not all went out, and `send_all` of anything, even of nothing, sends the rest. Raises LinkError."""
+        unsent: Bytes = self._outward.read()
+        if self._unsent:
+            unsent = bytes(self._unsent) + unsent
         try:
-            self._unsent = self._unsent[os.write(self._connection.socket.fileno(), self._unsent) :]
+            sent = os.write(self._connection.socket.fileno(), unsent)
         except BlockingIOError:
-            pass
+            sent = 0
         except OSError as error:
             raise _broken(error) from None
-        return not self._unsent
+        if sent == len(unsent):
+            self._unsent = memoryview(b"")
+            return True
+        self._unsent = memoryview(unsent)[sent:]
+        return False
 
     async def receive_some(self, max_bytes: int | None = None) -> bytearray:
         while not (content := self._read_all(max_bytes or RECEIVE_BYTES)) and not self._ended:
             await self._fill()
         return content
 
-    def receive_now(self, seconds_max: float) -> bytearray:
+    def receive_now(self, seconds_max: float) -> Bytes:
         """What comes within `seconds_max`, perhaps nothing, while no other task runs. A task may be in `receive_some`.
 
         The end of the stream is `receive_some`'s to tell. Raises LinkError, AuthenticationError.
         """
-        poll = select.poll()
-        poll.register(self._connection.socket.fileno(), select.POLLIN)
+        if self._poll is None:
+            self._poll = select.poll()
+            self._poll.register(self.fileno(), select.POLLIN)
         try:
-            if not poll.poll(seconds_max * 1000):
-                return bytearray()
+            if not self._poll.poll(seconds_max * 1000):
+                return b""
+        except OSError as error:
+            raise _broken(error) from None
+        return self.take()
+
+    def take(self) -> Bytes:
+        """`receive_now` of what is there already."""
+        try:
             count = os.readv(self._connection.socket.fileno(), [self._received])
         except BlockingIOError:
-            return bytearray()
+            return b""
         except OSError as error:
             raise _broken(error) from None
         self._inward.write(self._received[:count])
-        self._ended = not count
-        return self._read_all(RECEIVE_BYTES)
+        if not count:
+            self._ended = True
+            return b""
+        return self._read_short()
+
+    def fileno(self) -> int:
+        """For a poll; -1 when it is closed."""
+        return self._connection.socket.fileno()
 
     async def send_end(self) -> None:
         """Say that nothing more will be sent; receiving goes on."""
@@ -188,6 +214,22 @@ class SecureStream:
             self._tls.unwrap()
         except (ssl.SSLError, ValueError, OSError):
             pass  # wants the peer's farewell too, or the connection is broken already
+
+    def _read_short(self) -> Bytes:
+        """As `_read_all`, with as little as can be where one short record has come."""
+        try:
+            content = self._tls.read(_SHORT_BYTES)
+        except ssl.SSLWantReadError:
+            return b""
+        except ssl.SSLZeroReturnError:
+            content = b""
+        except ssl.SSLError as error:
+            raise _refusal(error) from None
+        if not content:
+            self._ended = True
+        elif self._inward.pending or self._tls.pending():
+            return content + self._read_all(RECEIVE_BYTES)
+        return content
 
     def _read_all(self, room: int) -> bytearray:
         """All records that have come, up to `room` bytes; notes when the peer has said farewell."""

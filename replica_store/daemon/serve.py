@@ -3,6 +3,7 @@
     data port    TLS, mutual ─▶ ingest.listener ─▶ vault          hosts
     manage port  HTTPS ─▶ api.app ─▶ vault                        enrolling, health
     now and then          map_keeper ─▶ map_worker (a process)    map checkpoints
+    when a host asks      digest_keeper ─▶ digest_workers         comparing disks
 
 It holds the vault's lock for its whole life. SIGTERM and SIGINT end it: what is being stored is stored to its end,
 then the connections are closed; nothing that was acknowledged depends on that.
@@ -31,6 +32,7 @@ from asrfs.model.clock import Clock
 from asrfs.storage.system_clock import SystemClock
 from asrfs.transport import stream, tls
 from replica_store.api.app import make_app
+from replica_store.daemon.digest_keeper import DigestKeeper
 from replica_store.daemon.group_keeper import GroupKeeper
 from replica_store.daemon.map_keeper import MapKeeper
 from replica_store.ingest.listener import Listener
@@ -100,7 +102,8 @@ async def _serve(
     addresses = Addresses(stream.address_of(data), stream.address_of(manage))
     keys = vault.keys
     context = tls.server_context(keys.path("server.crt"), keys.path("server.key"), keys.path("ca.crt"))
-    listener = Listener(vault, clock)
+    comparing = DigestKeeper(vault.root)
+    listener = Listener(vault, clock, comparing)
     app = make_app(vault, clock, data.getsockname()[1], listener.threads)
 
     async def handle(connection: stream.SecureStream) -> None:
@@ -119,6 +122,7 @@ async def _serve(
             nursery.start_soon(listener.save_links)
             nursery.start_soon(listener.configurations.run)
             nursery.start_soon(GroupKeeper(vault, lambda: listener.connected, clock, listener.threads).run)
+            nursery.start_soon(comparing.run)
             nursery.start_soon(MapKeeper(vault, listener.threads).run)
             announce(addresses)
             async for _ in signals:

@@ -19,7 +19,7 @@ from replica_store.ingest.budget import Budget
 from replica_store.ingest.configurations import Configurations
 from replica_store.ingest.ingester import Ingester
 from replica_store.ingest.links import Links
-from replica_store.ingest.session import StoreSession
+from replica_store.ingest.session import Comparing, NoComparing, StoreSession
 from replica_store.vault.vault import Vault
 
 LINKS_SAVED_EVERY_S = 5.0
@@ -32,8 +32,9 @@ T = TypeVar("T")
 class Listener:
     """Turns authenticated connections into sessions. One for each vault, in the process that holds its lock."""
 
-    def __init__(self, vault: Vault, clock: Clock) -> None:
+    def __init__(self, vault: Vault, clock: Clock, comparing: Comparing | None = None) -> None:
         self.vault = vault
+        self.comparing: Comparing = comparing or NoComparing()
         self._clock = clock
         self.links = Links(vault, clock)
         self.budget = Budget()

@@ -3,6 +3,7 @@
     receive ──(channel, at most OBJECTS_WAITING)──▶ store, in a thread ──▶ ACKNOWLEDGE
     beat: HEARTBEAT every few seconds            watch: is the certificate still good?
     configure: CONFIGURE at once and on change, to a host that takes it
+    compare: one task for each COMPARE that is not answered yet; what it asks is done elsewhere
 
 What has been received waits for the thread in order; while it waits the host is held back by TCP. The first task that
 ends, ends all; if it was by an error that the host should know, REFUSED is said and what still comes is let run out, so
@@ -23,7 +24,18 @@ import trio
 
 from asrfs.errors import AsrfsError
 from asrfs.protocol.frames import ProtocolError
-from asrfs.protocol.messages import PROTOCOL_VERSION, Configure, Goodbye, Heartbeat, Hello, Message, Refused, Welcome
+from asrfs.protocol.messages import (
+    PROTOCOL_VERSION,
+    Compare,
+    Compared,
+    Configure,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Message,
+    Refused,
+    Welcome,
+)
 from asrfs.protocol.session import Event, ObjectReceived, Session, State
 from asrfs.transport.stream import ByteStream, LinkError
 from asrfs.transport.tls import MachineIdentity
@@ -52,6 +64,25 @@ _RUN_OUT_S = 2.0
 T = TypeVar("T")
 
 
+class Comparing(Protocol):
+    """Who answers what hosts ask about the content of their disks. Raises nothing: failures are answers."""
+
+    @property
+    def at_once(self) -> int:
+        """How many requests of one host may be unanswered; 0 where nobody answers."""
+
+    async def compare(self, machine_id: str, wanted: Compare) -> Compared: ...
+
+
+class NoComparing:
+    """Of a store that cannot compare."""
+
+    at_once = 0
+
+    async def compare(self, machine_id: str, wanted: Compare) -> Compared:
+        raise AssertionError("nobody may ask")
+
+
 class Store(Protocol):
     """What a session needs of the store it belongs to."""
 
@@ -59,6 +90,7 @@ class Store(Protocol):
     links: Links
     budget: Budget
     configurations: Configurations
+    comparing: Comparing
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run what blocks; never abandoned."""
@@ -83,6 +115,7 @@ class StoreSession:
         self._failure: AsrfsError | None = None
         self._is_torn = False
         self._held = 0
+        self._comparing = 0
         self._log = structlog.get_logger("replica_store.session").bind(machine=identity.name)
         self.scope = trio.CancelScope()
         self.finished = trio.Event()
@@ -132,6 +165,7 @@ class StoreSession:
                 acknowledged_time_ns=position.time_ns,
                 last_digest=position.digest_hex,
                 takes_stretches=True,
+                compares=self._store.comparing.at_once,
             )
         )
         return ingester, hello
@@ -165,11 +199,12 @@ class StoreSession:
 
     async def _stream_objects(self, ingester: Ingester, *, takes_configuration: bool) -> None:
         arriving, waiting = trio.open_memory_channel[ObjectReceived](OBJECTS_WAITING - 1)
-        tasks: list[Callable[[], Awaitable[None]]] = [partial(self._receive, arriving), self._beat, self._watch]
+        tasks: list[Callable[[], Awaitable[None]]] = [self._beat, self._watch]
         if takes_configuration:
             tasks.append(self._configure)
         async with trio.open_nursery() as nursery:
             scope = nursery.cancel_scope
+            tasks.append(partial(self._receive, arriving, nursery))
             for task in tasks:
                 nursery.start_soon(self._until_failure, scope, task)
             await self._until_failure(scope, partial(self._store_objects, ingester, waiting))
@@ -185,13 +220,13 @@ class StoreSession:
             self._failure = self._failure or error
             scope.cancel()
 
-    async def _receive(self, arriving: trio.MemorySendChannel[ObjectReceived]) -> None:
+    async def _receive(self, arriving: trio.MemorySendChannel[ObjectReceived], nursery: trio.Nursery) -> None:
         """Until the host has closed or said goodbye; then nothing more is waiting to come."""
         async with arriving:
-            while await self._receive_once(arriving):
+            while await self._receive_once(arriving, nursery):
                 pass
 
-    async def _receive_once(self, arriving: trio.MemorySendChannel[ObjectReceived]) -> bool:
+    async def _receive_once(self, arriving: trio.MemorySendChannel[ObjectReceived], nursery: trio.Nursery) -> bool:
         received = None
         with trio.move_on_after(SILENCE_S_MAX):
             received = await self._stream.receive_some(_RECEIVE_BYTES)
@@ -207,10 +242,20 @@ class StoreSession:
                 await arriving.send(event)
             elif isinstance(event, Heartbeat):
                 self._store.links.heard(self._identity.machine_id, event)
+            elif isinstance(event, Compare):
+                if self._comparing >= self._store.comparing.at_once:
+                    raise ProtocolError(f"the host asked for more than {self._comparing} comparisons at once")
+                self._comparing += 1
+                nursery.start_soon(self._until_failure, nursery.cancel_scope, partial(self._compare, event))
             elif isinstance(event, Goodbye):
                 self._log.info("host said goodbye", reason=event.reason[:200])
                 return False
         return True
+
+    async def _compare(self, wanted: Compare) -> None:
+        answer = await self._store.comparing.compare(self._identity.machine_id, wanted)
+        self._comparing -= 1  # before the host hears it, and asks the next
+        await self._send(answer)
 
     def _end_of_stream(self) -> None:
         try:

@@ -29,6 +29,8 @@ from replica_store.points.shared_cache import SharedCache
 FRAME_CACHE_BYTES = 64 << 20
 _HEADS_KEPT = 1024
 _FIRST_WINDOW_BYTES = 1 << 20
+REOPENED_MAX = 1.1
+"""Frames are read in the order of the disk where none, or hardly any, is then opened again."""
 
 
 class FrameCache:
@@ -102,6 +104,17 @@ class Window(NamedTuple):
     buffer: memoryview
 
 
+class _Parts(NamedTuple):
+    """Parts of pieces, each in one frame: number of the piece, of the frame, how far the part lies in the piece and in
+    the frame, bytes."""
+
+    piece: Int64s
+    frame: Int64s
+    skipped: Int64s
+    at: Int64s
+    size: Int64s
+
+
 class PointDisk:
     """`asrfs.disk.interface.ReadableDisk` over a `DiskState`."""
 
@@ -127,6 +140,32 @@ class PointDisk:
         positions = positions_of(found.ref) + (start - found.start)
         self._gather(buffer, start - offset, lengths, objects_of(found.ref), positions)
         return bytes(buffer)
+
+    def stored(self, offset: int, end: int, room: bytearray) -> Iterator[tuple[int, memoryview]]:
+        """What was written of `[offset, end)`, multiples of 512: pieces in order of offset, each good until the next is
+        asked for. The rest reads as zeros and costs nothing.
+
+        Where frames lie in the order of the disk, pieces are parts of them. Else the bytes are put into `room` first,
+        which grows to what is needed: memory that is there already costs far less than fresh memory.
+        """
+        found = self.state.layers.between(offset, end)
+        lengths, objects, positions = found.end - found.start, objects_of(found.ref), positions_of(found.ref)
+        parts = self._cut(lengths, objects, positions)
+        object_of = objects[parts.piece]
+        order = np.lexsort((parts.frame, object_of))
+        openings = _changes(object_of, parts.frame)
+        if openings <= REOPENED_MAX * _changes(object_of[order], parts.frame[order]):
+            reader, at = _FrameReader(self.state, self._frames), found.start[parts.piece] + parts.skipped
+            for to, n, i, begin, size in _rows(at, object_of, parts.frame, parts.at, parts.size):
+                yield to, reader.read(n, i, begin, size)
+            return
+        if (more := int(lengths.sum()) - len(room)) > 0:
+            room.extend(bytes(more))
+        places = np.cumsum(lengths) - lengths
+        self._gather(room, places, lengths, objects, positions)
+        whole = memoryview(room)
+        for to, place, size in _rows(found.start, places, lengths):
+            yield to, whole[place : place + size]
 
     def windows(self, bytes_max: int) -> Iterator[Window]:
         """All extents, in the order in which their bytes are stored, in windows of up to `bytes_max` bytes.
@@ -168,27 +207,50 @@ class PointDisk:
 
     def _gather(self, buffer: bytearray, places: Int64s, lengths: Int64s, objects: Int64s, positions: Int64s) -> None:
         """Fill `buffer`: piece i goes to `places[i]` and comes from a position in the payload of an object."""
+        parts = self._cut(lengths, objects, positions)
+        place, object_of = places[parts.piece] + parts.skipped, objects[parts.piece]
+        order = np.lexsort((parts.frame, object_of))
+        reader = _FrameReader(self.state, self._frames)
+        for n, i, to, at, size in _rows(
+            object_of[order], parts.frame[order], place[order], parts.at[order], parts.size[order]
+        ):
+            buffer[to : to + size] = reader.read(n, i, at, size)
+
+    def _cut(self, lengths: Int64s, objects: Int64s, positions: Int64s) -> _Parts:
+        """Pieces of payloads, cut where frames end."""
         frame_bytes = self.state.objects.frame_bytes[objects]
         first = positions // frame_bytes
         counts = (positions + lengths - 1) // frame_bytes - first + 1
-        piece = np.repeat(np.arange(len(places)), counts)
+        piece = np.repeat(np.arange(len(lengths)), counts)
         frame = first[piece] + np.arange(len(piece)) - np.repeat(np.cumsum(counts) - counts, counts)
         frame_start = frame * frame_bytes[piece]
         begin = np.maximum(positions[piece], frame_start)
         end = np.minimum((positions + lengths)[piece], frame_start + frame_bytes[piece])
-        place = places[piece] + (begin - positions[piece])
-        order = np.lexsort((frame, objects[piece]))
-        opened: tuple[int, int] | None = None
-        raw = memoryview(b"")
-        for n, i, to, at, size in _rows(
-            objects[piece][order], frame[order], place[order], (begin - frame_start)[order], (end - begin)[order]
-        ):
-            if opened != (n, i):
-                raw = memoryview(self._frames.frame(self.state.object(n), i))
-                opened = n, i
-            if at + size > len(raw):
-                raise FormatError(f"{self.state.object(n).name}: frame {i} ends before byte {at + size} of a record")
-            buffer[to : to + size] = raw[at : at + size]
+        return _Parts(piece, frame, begin - positions[piece], begin - frame_start, end - begin)
+
+
+class _FrameReader:
+    """Reads parts of frames for one call. What asks for the same frame again at once gets it without a look."""
+
+    def __init__(self, state: DiskState, frames: FrameCache) -> None:
+        self._state = state
+        self._frames = frames
+        self._opened: tuple[int, int] | None = None
+        self._raw = memoryview(b"")
+
+    def read(self, n: int, i: int, at: int, size: int) -> memoryview:
+        """Bytes of frame i of object n."""
+        if self._opened != (n, i):
+            self._raw = memoryview(self._frames.frame(self._state.object(n), i))
+            self._opened = n, i
+        if at + size > len(self._raw):
+            raise FormatError(f"{self._state.object(n).name}: frame {i} ends before byte {at + size} of a record")
+        return self._raw[at : at + size]
+
+
+def _changes(objects: Int64s, frames: Int64s) -> int:
+    """How often the frame changes from one part to the next."""
+    return int(np.count_nonzero((objects[1:] != objects[:-1]) | (frames[1:] != frames[:-1])))
 
 
 def _rows(*columns: npt.NDArray[np.int64]) -> Iterator[tuple[int, ...]]:

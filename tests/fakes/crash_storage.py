@@ -136,19 +136,19 @@ class CrashFile:
         with self._storage.lock:
             return len(self._storage.inode(self._inode).visible)
 
-    def data_extents(self) -> Iterator[tuple[int, int]]:
+    def data_extents(self, start: int = 0) -> Iterator[tuple[int, int]]:
         with self._storage.lock:
             content = bytes(self._storage.inode(self._inode).visible)
-        start = None
-        for at in range(0, len(content), _HOLE_BYTES):
-            is_hole = not any(content[at : at + _HOLE_BYTES])
-            if is_hole and start is not None:
-                yield start, at - start
-                start = None
-            elif not is_hole and start is None:
-                start = at
-        if start is not None:
-            yield start, len(content) - start
+        begin = None
+        for at in [start, *range(start - start % _HOLE_BYTES + _HOLE_BYTES, len(content), _HOLE_BYTES)]:
+            is_hole = not any(content[at : at - at % _HOLE_BYTES + _HOLE_BYTES])
+            if is_hole and begin is not None:
+                yield begin, at - begin
+                begin = None
+            elif not is_hole and begin is None:
+                begin = at
+        if begin is not None:
+            yield begin, len(content) - begin
 
     def close(self) -> None:
         self._open = False

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from tests.fakes.memory_catalog import MemoryCatalog
+from tests.fakes.memory_catalog import MemoryCatalog, open_catalog
 
 _TEXTS = {sqlite3.SQLITE_IOERR: "disk I/O error", sqlite3.SQLITE_FULL: "database or disk is full"}
 _ASKING = ("SELECT", "PRAGMA", "BEGIN")
@@ -51,7 +51,7 @@ class FailingConnection:
         self._connection = catalog._connection
         self._fault = fault
         self._statements: list[tuple[str, Sequence[Any]]] = []
-        """Of the transaction that is open."""
+        """Those done of the transaction that is open."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._connection, name)
@@ -62,10 +62,11 @@ class FailingConnection:
             raise sqlite_error(self._fault.error)
         if statement == "COMMIT":
             self._fault.in_doubt = None
-        if statement.startswith("BEGIN"):
+        if not self._connection.in_transaction:
             self._statements.clear()
+        cursor = self._connection.execute(statement, parameters)
         self._statements.append((statement, parameters))
-        return self._connection.execute(statement, parameters)
+        return cursor
 
     def _end_transaction(self, statement: str) -> None:
         """What the error leaves of it."""
@@ -76,10 +77,8 @@ class FailingConnection:
             self._connection.execute("ROLLBACK")
 
     def _as_if_committed(self) -> bytes:
-        """The catalog with this transaction. Played again on a copy: a connection that is set back with `deserialize` may
-        go on with statements that were prepared for the other content, and write into another table."""
-        with closing(sqlite3.connect(":memory:", isolation_level=None)) as copy:
-            copy.deserialize(self._catalog.commits[-1])
+        """The catalog with this transaction, played again on a copy: the connection that goes on cannot be set back."""
+        with closing(open_catalog(self._catalog.commits[-1])) as copy:
             for statement, parameters in [*self._statements, ("COMMIT", ())]:
                 copy.execute(statement, parameters)
             return copy.serialize()

@@ -103,6 +103,9 @@ class MemoryServer:
         self._hold = Hold(hold_id, now, now + seconds_max)
         return Held(len(self.history), int(now * 1e9), 1)
 
+    def let_go(self, hold_id: str, quiet_s: float) -> None:
+        """`release` does it all."""
+
     async def release(self, hold_id: str, quiet_s: float) -> tuple[bool, float]:
         await self._reached()
         hold = self._current()

@@ -9,10 +9,24 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import cache
 
 from replica_store.vault.catalog import Catalog
 from replica_store.vault.schema import TABLES, VERSION
+
+
+def open_catalog(content: bytes) -> sqlite3.Connection:
+    """A new connection to a catalog with this content.
+
+    One that has been used is never given another content: SQLite frees its tables then, but does not expire the
+    statements that were prepared for them. The module keeps such statements, and their next run reads freed memory:
+    it checks types by another table's columns, or ends the process.
+    """
+    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    connection.deserialize(content)
+    connection.execute("PRAGMA foreign_keys = ON")
+    return connection
 
 
 class MemoryCatalog(Catalog):
@@ -21,12 +35,7 @@ class MemoryCatalog(Catalog):
     def __init__(self, content: bytes | None = None) -> None:
         self.path = "catalog in memory"
         self._lock = threading.RLock()
-        self._connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        if content is None:
-            self._connection.executescript(f"BEGIN; {TABLES}; PRAGMA user_version = {VERSION}; COMMIT;")
-        else:
-            self._connection.deserialize(content)
-        self._connection.execute("PRAGMA foreign_keys = ON")
+        self._connection = open_catalog(_empty() if content is None else content)
         self.commits = [self.content()]
         self.on_commit: Callable[[], None] | None = None
 
@@ -40,3 +49,10 @@ class MemoryCatalog(Catalog):
         self.commits.append(self.content())
         if self.on_commit is not None:
             self.on_commit()
+
+
+@cache
+def _empty() -> bytes:
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        connection.executescript(f"BEGIN; {TABLES}; PRAGMA user_version = {VERSION}; COMMIT;")
+        return connection.serialize()

@@ -118,9 +118,61 @@ def the_catalog_is_made_again(pair: ReplicatedWorld) -> None:
     pair.ship()
 
 
+def given_up_and_healed(pair: ReplicatedWorld) -> None:
+    for i in range(2):
+        for _ in range(4):
+            pair.write()
+        pair.marker()
+        if i == 0:
+            pair.ship(1)
+        pair.apply()
+        pair.give_up()
+        pair.trim()
+        pair.write()
+        pair.host.sync()
+        pair.heal()
+        pair.save()
+        pair.trim()
+
+
+def given_up_again_while_it_heals(pair: ReplicatedWorld) -> None:
+    pair.write(3)
+    pair.marker()
+    pair.ship()
+    pair.write(3)
+    pair.give_up()
+    pair.heal(1)
+    pair.write()
+    pair.apply()
+    pair.give_up()
+    pair.trim()
+    pair.ship(1, loses_answer=True)
+    pair.restart_host()
+    pair.heal()
+    pair.trim()
+    pair.write()
+    pair.marker()
+    pair.ship()
+
+
+def given_up_although_its_gap_was_closing(pair: ReplicatedWorld) -> None:
+    """The record that closes the first gap is not at the store when more is given up."""
+    pair.write(2)
+    pair.give_up()
+    pair.ship()
+    pair.heal(0)
+    pair.heal_unheard()
+    pair.write(2)
+    pair.apply()
+    pair.give_up()
+    pair.trim()
+    pair.ship()
+    pair.heal()
+
+
 def everything_at_once(pair: ReplicatedWorld) -> None:
     for _ in range(22):
-        step = pair.rng.randrange(16)
+        step = pair.rng.randrange(18)
         if step < 6:
             pair.write(pair.rng.randint(1, 2))
         elif step < 8:
@@ -135,6 +187,10 @@ def everything_at_once(pair: ReplicatedWorld) -> None:
             pair.trim()
         elif step == 14:
             pair.restart_host()
+        elif step == 15:
+            pair.give_up()
+        elif step == 16:
+            pair.heal(pair.rng.choice((0, 1, None)))
         else:
             pair.restart_store(keeps_catalog=pair.rng.random() < 0.7)
 
@@ -149,5 +205,8 @@ PAIR_SCENARIOS: tuple[PairScenario, ...] = (
     the_host_starts_twice,
     the_store_starts_twice,
     the_catalog_is_made_again,
+    given_up_and_healed,
+    given_up_again_while_it_heals,
+    given_up_although_its_gap_was_closing,
     everything_at_once,
 )

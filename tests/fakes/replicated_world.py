@@ -8,21 +8,27 @@ simulation's. The model is what the host's disks must be at every LSN, so also w
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 from unittest import mock
 
-from asrfs.errors import AsrfsError
+import msgspec
+import trio
+
+from asrfs.errors import AsrfsError, IntegrityError, TemporaryError
 from asrfs.format.log_object import NO_DIGEST
 from asrfs.format.record import Kind
 from asrfs.journal import spares
 from asrfs.journal.reader import JournalReader
-from asrfs.model.machine import NO_SLOT, DiskRecord, encode_disk
+from asrfs.model import dirty_map
+from asrfs.model.machine import NO_SLOT
 from asrfs.model.marker import MarkerRecord, encode_marker
+from asrfs.model.positions import Cursor
 from asrfs.protocol.messages import ObjectBegin
 from asrfs.protocol.session import ObjectReceived
+from asrfs.replication import filler as filler_room
 from asrfs.replication import stretch_reader, trimmer
 from asrfs.replication.object_builder import BuiltObject, MachineKeys, ObjectBuilder
 from asrfs.replication.reconciliation import Side, check_same_history
@@ -30,6 +36,7 @@ from asrfs.replication.rewind import cursor_at
 from replica_store.ingest.ingester import Ingester
 from tests.fakes.applied_world import BLOCK, AppliedWorld
 from tests.fakes.crash_storage import CrashStorage, Fate
+from tests.fakes.healing_host import HealingHost
 from tests.fakes.journal_world import MACHINE_ID, JournalWorld, Model
 from tests.fakes.memory_catalog import MemoryCatalog
 from tests.fakes.power_loss import Seen, distinct_starts
@@ -81,6 +88,7 @@ class ReplicatedWorld:
         self.keys = MachineKeys(MACHINE_ID, store.history.keys.index_key, store.history.keys.payload_key)
         self.session: _Session | None = None
         self.folded_share = 0.4
+        self._heal_with(host)
         self.looks: list[PairLook] | None = None
         self._host_storage, self._model, self._store_storage = host.storage, host.model, store.storage
 
@@ -150,12 +158,16 @@ class ReplicatedWorld:
 
     # ---- what happens to a host ----
 
+    def _heal_with(self, host: JournalWorld) -> None:
+        """What gives up and fills, of the host's present life."""
+        self.healing = HealingHost(host, self.applied.positions)
+        self.healing.server.syncs_fills = True
+        self.healing.filler.make_point = self._make_point
+
     def announce(self) -> None:
         """As each start of a disk server does: what the disks are."""
-        for disk in self.host.disks:
-            slot = disk.slot
-            record = DiskRecord(slot=slot, id=f"{slot:032x}", name=f"d{slot}", size_bytes=disk.size_bytes)
-            self.host.journal.append(Kind.DISK, slot, 0, 0, encode_disk(record))
+        self.healing.server.announced.clear()
+        self.healing.server.announce()
 
     def marker(self) -> None:
         """A recovery point here and now; durable when this returns, as for `point create`."""
@@ -180,7 +192,7 @@ class ReplicatedWorld:
         saved = self.applied.positions.saved
         dropped = trimmer.Limit(saved.applied.lsn, saved.applied.segment - 1)
         self.host.journal.drop_through(dropped.segment, [disk.map for disk in self.host.disks])
-        limit = trimmer.freeable(self.applied.positions, dropped)
+        limit = trimmer.freeable(self.applied.positions, self.healing.dirty.given_up, dropped)
         spares.trim(
             self.host.journal_storage,
             MACHINE_ID,
@@ -189,6 +201,63 @@ class ReplicatedWorld:
             through_segment=limit.segment,
             segment_bytes=self.host.segment_bytes,
         )
+
+    def give_up(self) -> None:
+        """As `Quota.run` does when the journal is over it."""
+        self._run(self.healing.quota.give_up)
+
+    def heal(self, runs_max: int | None = None) -> None:
+        """As `Resyncer.run` does when the store knows what was given up; at most so many runs of chunks."""
+        self.ship()
+        self._run(self._heal, runs_max)
+
+    async def _heal(self, runs_max: int | None) -> None:
+        filler, calls = self.healing.filler, self.healing.server
+        calls.calls_left = 1 << 30 if runs_max is None else runs_max
+        machine = await filler.prepare()
+        for disk in machine.live_disks():
+            if disk.slot in self.healing.dirty.map:
+                await filler.fill(disk, lambda: calls.calls_left > 0)
+        slots = self.healing.dirty.map.slots()
+        if slots and not any(self.healing.dirty.map.dirty_chunks(slot) for slot in slots):
+            assert await filler.close(slots, "healed"), "nothing was given up meanwhile"
+
+    def heal_unheard(self) -> None:
+        """All is filled and the gap closes, but of that the store hears nothing."""
+        self._run(self._heal_unheard)
+
+    async def _heal_unheard(self) -> None:
+        filler = self.healing.filler
+        self.healing.server.calls_left = 1 << 30
+        for disk in (await filler.prepare()).live_disks():
+            await filler.fill(disk, lambda: True)
+        filler.make_point = self._die_at_the_point
+        try:
+            with suppress(TemporaryError):
+                await filler.close(self.healing.dirty.map.slots(), "unheard")
+        finally:
+            filler.make_point = self._make_point
+
+    async def _die_at_the_point(self, note: str) -> int:
+        self.marker()
+        raise TemporaryError("the agent is gone")
+
+    async def _make_point(self, note: str) -> int:
+        self.marker()
+        lsn = self.host.journal.appended_lsn
+        self.ship()
+        self.healing.progress.note_acknowledged(self.applied.positions.current.acknowledged)
+        return lsn
+
+    def _run(self, function: Callable[..., Awaitable[object]], *arguments: object) -> None:
+        """In a loop of its own, with what the host knows by now."""
+        self.healing.progress.note_acknowledged(self.applied.positions.current.acknowledged)
+        self.healing.server.note()
+        with (
+            mock.patch.object(dirty_map, "CHUNK_SHIFT", 12),
+            mock.patch.object(filler_room, "RUN_BYTES_MAX", 2 * BLOCK),
+        ):
+            trio.run(function, *arguments)
 
     def restart_host(self) -> None:
         """SIGKILL of all of it and the next start."""
@@ -199,6 +268,7 @@ class ReplicatedWorld:
         self.host = JournalWorld(storage, model, seed=self.rng.getrandbits(32))
         self.applied = AppliedWorld(self.host, self.rng)
         self.session = None
+        self._heal_with(self.host)
         if self.looks is not None:
             self.look_at_everything(self.looks)
         self.announce()
@@ -228,10 +298,16 @@ class ReplicatedWorld:
             journal.durable_lsn,
             Side(position.epoch, position.lsn, position.digest_hex),
         )
-        cursor = ours.acknowledged
+        cursor, given_up = ours.acknowledged, self.healing.dirty.given_up
         if position.lsn != cursor.lsn:
+            start = given_up.needed_behind(cursor)
             with closing(JournalReader(self.host.journal_storage, MACHINE_ID)) as reader:
-                cursor = cursor_at(self.host.journal_storage, MACHINE_ID, reader, cursor, position.lsn)
+                try:
+                    cursor = cursor_at(self.host.journal_storage, MACHINE_ID, reader, start, position.lsn)
+                except IntegrityError:
+                    if not given_up.covers(position.lsn):
+                        raise
+                    cursor = msgspec.structs.replace(cursor, lsn=position.lsn)
         positions.change(acknowledged=cursor, last_digest=position.digest_hex)
         if cursor.lsn < ours.acknowledged.lsn:
             positions.save()
@@ -255,15 +331,7 @@ class ReplicatedWorld:
             while objects_max > 0:
                 batch: list[BuiltObject] = []
                 for _ in range(min(objects_max, self.rng.randint(1, 3))):
-                    built = builder.build(
-                        cursor,
-                        self.host.journal.durable_lsn,
-                        keys=self.keys,
-                        session_salt=session.salt,
-                        previous_digest=session.digest,
-                        bytes_max=bytes_max,
-                        folds=self.rng.random() < self.folded_share,
-                    )
+                    built = self._build(builder, cursor, session, bytes_max)
                     if built is None:
                         break
                     batch.append(built)
@@ -274,6 +342,29 @@ class ReplicatedWorld:
                 self._deliver(session, batch, loses_answer)
                 if loses_answer:
                     return
+
+    def _build(self, builder: ObjectBuilder, cursor: Cursor, session: _Session, bytes_max: int) -> BuiltObject | None:
+        """As `ShippingSession._next_object`."""
+        given_up = self.healing.dirty.given_up
+        if given_up.covers(cursor.lsn):
+            return builder.build_gap(
+                cursor.lsn + 1,
+                given_up.through,
+                given_up.disks,
+                epoch=self.host.journal.epoch,
+                keys=self.keys,
+                session_salt=session.salt,
+                previous_digest=session.digest,
+            )
+        return builder.build(
+            cursor,
+            self.host.journal.durable_lsn,
+            keys=self.keys,
+            session_salt=session.salt,
+            previous_digest=session.digest,
+            bytes_max=bytes_max,
+            folds=self.rng.random() < self.folded_share,
+        )
 
     def _deliver(self, session: _Session, batch: list[BuiltObject], loses_answer: bool) -> None:
         """What is shipped was durable at the host, so the host may never lose it again (I1)."""
@@ -325,6 +416,10 @@ class ReplicatedWorld:
         self.marker()
         self.applied.apply_all()
         self.ship()
+        self.heal()
+        self.applied.apply_all()
+        self.ship()
+        assert not self.healing.dirty.map.slots(), "I5: a gap that never closes"
         self.save()
         self.trim()
         self.host.check()

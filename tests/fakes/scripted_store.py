@@ -15,7 +15,8 @@ import trio
 import trio.testing
 
 from asrfs.format.log_object import NO_DIGEST, FrameTable, Index, check_digest, decode_index, decode_object_header
-from asrfs.format.record import CARRIES_EXTENT_BYTES
+from asrfs.format.record import CARRIES_EXTENT_BYTES, Kind
+from asrfs.model.machine import DiskRecord, decode_disk
 from asrfs.protocol.frames import ProtocolError
 from asrfs.protocol.messages import (
     PROTOCOL_VERSION,
@@ -42,6 +43,10 @@ class Received(NamedTuple):
     offset: int
     length: int
     content: bytes
+
+
+GIVEN_UP = Received(0, 0, 0, 0, b"")
+"""In the place of each record that a gap object stands for."""
 
 
 class Wire:
@@ -100,6 +105,8 @@ class ScriptedStore:
     last_digest: str = ""
     records: list[Received] = field(default_factory=list)
     objects: list[tuple[int, int]] = field(default_factory=list)
+    gaps: list[list[DiskRecord]] = field(default_factory=list)
+    """Of each gap object what it says of the disks."""
     hellos: list[Hello] = field(default_factory=list)
     heartbeats: list[Heartbeat] = field(default_factory=list)
     goodbyes: list[str] = field(default_factory=list)
@@ -108,7 +115,7 @@ class ScriptedStore:
     stretches: list[tuple[int, int]] = field(default_factory=list)
     """Of `objects`, those that need not have all records."""
     # the script
-    takes_stretches: bool = False
+    takes_stretches: bool = True
     is_down: bool = False
     is_silent: bool = False
     refusal: tuple[RefusalCode, str] | None = None
@@ -223,15 +230,23 @@ class ScriptedStore:
             at, length = table.extent(i)
             payload += table.open_frame(i, content[at : at + length], keys.payload)
         del self.times_ns[header.first_lsn - 1 :]
-        for i, lsn in enumerate(index.lsn.tolist()):
-            self.records.append(_record_of(index, i, payload))
-            self.times_ns += [int(index.time_ns[i])] * (lsn - len(self.times_ns))
+        if index.is_stretch and (index.kind == Kind.DISK).all():
+            self.gaps.append([decode_disk(index.note(i)) for i in range(len(index))])
+            self.records += [GIVEN_UP] * (header.last_lsn - header.first_lsn + 1)
+            self.times_ns += [int(index.time_ns[-1])] * (header.last_lsn - header.first_lsn + 1)
+        else:
+            self._keep_records(index, payload)
         self.objects.append((header.first_lsn, header.last_lsn))
         if header.is_stretch:
             assert self.takes_stretches, "the host was not told that stretches are taken"
             self.stretches.append(self.objects[-1])
         self.acknowledged_lsn, self.last_digest = header.last_lsn, digest.hex()
         return Acknowledge(lsn=header.last_lsn, digest=digest.hex())
+
+    def _keep_records(self, index: Index, payload: bytes) -> None:
+        for i, lsn in enumerate(index.lsn.tolist()):
+            self.records.append(_record_of(index, i, payload))
+            self.times_ns += [int(index.time_ns[i])] * (lsn - len(self.times_ns))
 
 
 def _record_of(index: Index, i: int, payload: bytes) -> Received:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from asrfs.protocol.messages import PROTOCOL_VERSION, Heartbeat, Hello, ObjectBegin, Welcome
+from asrfs.protocol.messages import PROTOCOL_VERSION, Compare, Heartbeat, Hello, ObjectBegin, Welcome
 from asrfs.protocol.session import Event, ObjectReceived
 from tests.fakes.wire import SessionPair, cut_at
 
@@ -43,7 +43,10 @@ def begin_of(content: bytes, first_lsn: int = 8) -> ObjectBegin:
 
 
 def random_exchange(rng: random.Random, objects: int, cuts: int) -> int:
-    """Objects and heartbeats, cut anywhere: what one end says, in order, is what the other hears. Returns how much."""
+    """Objects, heartbeats and comparisons, cut anywhere: what one end says, in order, is what the other hears.
+
+    Returns how much.
+    """
     pair = greeted()
     said: list[Event] = []
     lsn = 8
@@ -58,6 +61,14 @@ def random_exchange(rng: random.Random, objects: int, cuts: int) -> int:
             beat = Heartbeat(appended_lsn=rng.randrange(1 << 60), durable_lsn=lsn)
             pair.say("host", beat)
             said.append(beat)
+        if rng.random() < 0.3:
+            nodes = rng.randint(1, 32)
+            digests = rng.randbytes(32 * nodes)
+            first = rng.randrange(1 << 40)
+            size_bytes = (first + nodes) * (4 << 20)
+            ask = Compare(number=lsn, slot=1, disk_id="ab" * 16, size_bytes=size_bytes, first=first, digests=digests)
+            pair.say("host", ask)
+            said.append(ask)
         lsn += 2
     total = len(pair.sent["host"])
     assert pair.carry("host", cut_at(*(rng.randrange(total + 1) for _ in range(cuts)))) == said

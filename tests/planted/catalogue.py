@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from tests.planted import (
     Plant,
+    comparing,
     crash,
     failing,
     fuzz,
@@ -31,6 +32,7 @@ PLANTS: tuple[Plant, ...] = (
     *groups.PLANTS,
     *policies.PLANTS,
     *quieting.PLANTS,
+    *comparing.PLANTS,
 )
 
 NAMED: Mapping[str, tuple[str, ...]] = {

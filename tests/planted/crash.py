@@ -16,6 +16,7 @@ from asrfs.format.record import WriteFrame
 from asrfs.journal import recovery
 from asrfs.journal.next_segment import NextSegment
 from asrfs.journal.writer import Journal
+from asrfs.model.dirty_map import GivenUp
 from asrfs.model.positions import Cursor
 from asrfs.protocol.messages import Acknowledge
 from asrfs.protocol.session import ObjectReceived
@@ -176,7 +177,7 @@ def position_before_image(patch: pytest.MonkeyPatch) -> None:
 
 
 def trim_before_acknowledgement(patch: pytest.MonkeyPatch) -> None:
-    def freeable(positions: PositionsFile, dropped: trimmer.Limit) -> trimmer.Limit:
+    def freeable(positions: PositionsFile, given_up: GivenUp, dropped: trimmer.Limit) -> trimmer.Limit:
         applied = positions.saved.applied
         return trimmer.Limit(min(dropped.lsn, applied.lsn), min(dropped.segment, applied.segment - 1))
 

@@ -16,6 +16,7 @@ import trio
 from asrfs.format.log_object import decode_object_header
 from asrfs.journal.reader import JournalReader
 from asrfs.journal.writer import Journal
+from asrfs.model.dirty_map import GivenUp
 from asrfs.model.positions import Cursor
 from asrfs.protocol.messages import Welcome
 from asrfs.protocol.session import ObjectReceived
@@ -144,7 +145,7 @@ def lets_two_sessions_write(monkeypatch: pytest.MonkeyPatch) -> None:
 def trims_before_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
     """A segment goes as soon as it is applied."""
 
-    def freeable(positions: PositionsFile, dropped: Limit) -> Limit:
+    def freeable(positions: PositionsFile, given_up: GivenUp, dropped: Limit) -> Limit:
         applied = positions.saved.applied
         return Limit(min(dropped.lsn, applied.lsn), min(dropped.segment, applied.segment - 1))
 
@@ -154,7 +155,7 @@ def trims_before_acknowledged(monkeypatch: pytest.MonkeyPatch) -> None:
 def trims_on_unsaved_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A segment goes on the strength of what only stands in memory."""
 
-    def freeable(positions: PositionsFile, dropped: Limit) -> Limit:
+    def freeable(positions: PositionsFile, given_up: GivenUp, dropped: Limit) -> Limit:
         cursors = (positions.current.applied, positions.current.acknowledged)
         return Limit(
             min(dropped.lsn, *(cursor.lsn for cursor in cursors)),
@@ -167,7 +168,7 @@ def trims_on_unsaved_positions(monkeypatch: pytest.MonkeyPatch) -> None:
 def frees_what_the_store_has_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """That the store went back counts when it is saved, not when it is known. It does so often here."""
 
-    def freeable(positions: PositionsFile, dropped: Limit) -> Limit:
+    def freeable(positions: PositionsFile, given_up: GivenUp, dropped: Limit) -> Limit:
         cursors = (positions.saved.applied, positions.saved.acknowledged)
         return Limit(
             min(dropped.lsn, *(cursor.lsn for cursor in cursors)),

@@ -134,6 +134,22 @@ def test_calls_are_answered_in_turn_on_one_connection(path: str) -> None:
 
 
 @pytest.mark.usefixtures("server")
+def test_requests_that_come_together_or_in_pieces_are_answered_in_turn(path: str) -> None:
+    payloads = (b"", b"x" * 5000)
+    together = b"".join(control.encode_message({"verb": "echo", "payload": payload}) for payload in payloads)
+    with control.connect(path) as stream:
+        for pieces in ((together,), (together[:2], together[2:9], together[9:])):
+            for piece in pieces:
+                stream.sendall(piece)
+            assert [control.decode_body(_body(stream))["payload"] for _ in payloads] == list(payloads)
+
+
+def _body(stream: socket.socket) -> bytes:
+    length = control.decode_length(stream.recv(4, socket.MSG_WAITALL))
+    return stream.recv(length, socket.MSG_WAITALL)
+
+
+@pytest.mark.usefixtures("server")
 def test_errors_keep_class_text_and_exit_code(path: str) -> None:
     with ControlClient(path) as client:
         for which, error in enumerate(ERRORS):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import asrfs.format
-from asrfs.format import log_object, log_writes, map_checkpoint, record, segment, segment_index
+from asrfs.format import dirty_map, log_object, log_writes, map_checkpoint, record, segment, segment_index
 from asrfs.model import marker
+from asrfs.model.dirty_map import CHUNK_SHIFT, GAPS_MAX, Gap, Reason
 from asrfs.model.marker import MarkerRecord
 from asrfs.protocol import frames
 
@@ -59,6 +60,14 @@ LAYOUTS = {
         segment_index._FIELDS, [*segment_index.SealedSegment._fields, "disk_count"], segment_index._PREFIX.size
     ),
     "Segment index disk": fields_of(segment_index._DISK, ["slot", "zero", "block_count", "zero_count", "reserved"]),
+    "Dirty map header": fields_of(dirty_map._PREFIX, ["magic", "version", "crc"])
+    + fields_of(
+        dirty_map._HEADER,
+        ["since_lsn", "lsn", "segment", "time_ns", "offset", "disk_count", "gap_count", "reserved"],
+        dirty_map._PREFIX.size,
+    ),
+    "Dirty map disk": fields_of(dirty_map._DISK, list(dirty_map._Disk._fields)),
+    "Dirty map gap": fields_of(dirty_map._GAP, list(Gap._fields)),
     "Write log super block": fields_of(log_writes._SUPER, ["magic", "version", "nr_entries", "sectorsize"]),
     "Write log entry": fields_of(log_writes._ENTRY, ["sector", "nr_sectors", "flags", "data_len"]),
     "Log object header": fields_of(log_object._PREFIX, ["magic", "crc"])
@@ -100,6 +109,11 @@ def test_frame_types() -> None:
     assert documented == {kind.value: kind.name for kind in frames.FrameType}
 
 
+def test_reasons_of_a_dirty_map() -> None:
+    documented = {int(row[0]): row[1] for row in table("Dirty map disk", 1)}
+    assert documented == {reason.value: reason.name for reason in Reason} | {dirty_map._IS_IN_MAP: "in the map"}
+
+
 def test_write_log_flags() -> None:
     documented = {int(row[0]): row[1] for row in table("Write log entry", 1)}
     assert documented == {flag.value: name for name, flag in log_writes.LogFlag.__members__.items()}
@@ -112,5 +126,7 @@ def test_sizes_named_in_the_text() -> None:
     assert log_object.OBJECT_HEADER_BYTES == 256
     assert map_checkpoint.MAP_HEADER_BYTES == 256
     assert map_checkpoint.PART_EXTENTS == 32_768
+    assert CHUNK_SHIFT == 16
+    assert GAPS_MAX == 128
     assert frames.FRAME_PAYLOAD_BYTES_MAX == 4 << 20
     assert record.PAYLOAD_BYTES_MAX == 1 << 20

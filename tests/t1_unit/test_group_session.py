@@ -168,3 +168,28 @@ def test_frames_of_other_conversations_are_refused() -> None:
     session = GroupSession("coordinator")
     with pytest.raises(ProtocolError, match="HELLO"):
         session.receive(encode_frame_header(FrameType.HELLO, 0, 0))
+
+
+@pytest.mark.parametrize("beats", [0, 1])
+def test_words_that_were_foreseen_are_heard_like_any_other(beats: int) -> None:
+    pair = Pair().go(*WAYS[GroupState.GATHERED])
+    member, coordinator = pair.ends["member"], pair.ends["coordinator"]
+    for _ in range(beats):  # the frames that follow are not the ones that were foreseen
+        assert member.receive(coordinator.send(Beat())) == [Beat()]
+    assert member.receive(coordinator.send(Prepare(point=POINT))) == [Prepare(point=POINT)]
+    coordinator.receive(member.send(Ready(point=POINT, lsn=9)))
+    assert member.receive(coordinator.send(Release(point=POINT))) == [Release(point=POINT)]
+    assert member.state is coordinator.state is GroupState.ENDING
+    pair.go(("member", Released), ("coordinator", Gather), ("coordinator", Void))
+
+
+def test_a_word_that_was_foreseen_counts_in_its_turn_only() -> None:
+    """A frame of it too early, or once more, is a frame out of sequence."""
+    early = Pair().go(*WAYS[GroupState.READY]).ends["coordinator"].send(Release(point=POINT))
+    with pytest.raises(ProtocolError, match="was due"):
+        Pair().go(*WAYS[GroupState.GATHERED]).ends["member"].receive(early)
+    pair = Pair().go(*WAYS[GroupState.GATHERED])
+    prepare = pair.ends["coordinator"].send(Prepare(point=POINT))
+    pair.ends["member"].receive(prepare)
+    with pytest.raises(ProtocolError, match="was due"):
+        pair.ends["member"].receive(prepare)

@@ -33,8 +33,9 @@ def test_missing_processes(
 
 
 def test_quota_and_space() -> None:
-    assert quota_alarms(100, 100, 5) == []
-    assert [alarm.severity for alarm in quota_alarms(101, 100, 5)] == ["warning"]
+    assert quota_alarms(90, 100) == []
+    assert ["will send what differs" in alarm.text for alarm in quota_alarms(91, 100)] == [True]
+    assert ["is given up" in alarm.text for alarm in quota_alarms(101, 100)] == [True]
     assert space_alarms("/state", 100, 21) == []
     assert [alarm.severity for alarm in space_alarms("/state", 100, 20)] == ["warning"]
     assert [alarm.severity for alarm in space_alarms("/state", 100, 5)] == ["critical"]

@@ -12,6 +12,8 @@ from asrfs.protocol.frames import FrameType, ProtocolError
 from asrfs.protocol.messages import (
     TYPE_OF,
     Acknowledge,
+    Compare,
+    Compared,
     Configure,
     Goodbye,
     Heartbeat,
@@ -22,6 +24,7 @@ from asrfs.protocol.messages import (
     Welcome,
     decode_message,
     encode_message,
+    region_of,
 )
 
 MESSAGES: list[Message] = [
@@ -46,12 +49,16 @@ MESSAGES: list[Message] = [
         acknowledged_lsn=1,
         acknowledged_time_ns=5,
         last_digest="",
+        compares=4,
     ),
     Refused(code="space", text="full"),
     ObjectBegin(first_lsn=1, last_lsn=2, length=1000),
     Acknowledge(lsn=2, digest="c" * 64),
     Heartbeat(appended_lsn=1, durable_lsn=1, durable_time_ns=1),
     Goodbye(reason="done"),
+    Compare(number=1, slot=2, disk_id="e" * 32, size_bytes=5 << 20, first=0, digests=bytes(64), lsn=9),
+    Compared(number=1, lsn=9, differs=b"\x02", leaves=bytes(range(32)) * 16),
+    Compared(number=1, exit_code=3, text="no such disk"),
     Configure(
         configuration=HostConfiguration(
             generation=7,
@@ -114,6 +121,52 @@ def test_peers_of_before_configure_go_on() -> None:
     assert isinstance(heard, Hello)
     assert (heard.takes_configuration, heard.group_port, heard.group_address) == (False, 0, "")
     assert set(msgspec.msgpack.decode(encode_message(hello))) >= set(old)
+
+
+def test_a_store_of_before_compare_cannot_compare() -> None:
+    welcome = next(message for message in MESSAGES if isinstance(message, Welcome))
+    old = {name: field for name, field in msgspec.to_builtins(welcome).items() if name != "compares"}
+    heard = decode_message(FrameType.WELCOME, msgspec.msgpack.encode(old | {"session_salt": bytes(32)}))
+    assert isinstance(heard, Welcome)
+    assert heard.compares == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"slot": 0xFFFF},
+        {"slot": -1},
+        {"number": 1 << 63},
+        {"lsn": -1},
+        {"size_bytes": 0},
+        {"size_bytes": 1 << 63},
+        {"disk_id": "../../etc"},
+        {"digests": b""},
+        {"digests": bytes(33 * 32)},
+    ],
+)
+def test_a_comparison_of_what_no_disk_has_is_not_read(change: dict[str, object]) -> None:
+    compare = next(message for message in MESSAGES if isinstance(message, Compare))
+    good = msgspec.msgpack.decode(encode_message(compare))
+    decode_message(FrameType.COMPARE, msgspec.msgpack.encode(good))
+    with pytest.raises(ProtocolError):
+        decode_message(FrameType.COMPARE, msgspec.msgpack.encode(good | change))
+
+
+@pytest.mark.parametrize("change", [{"first": 1}, {"first": 1 << 62}, {"digests": bytes(33)}, {"size_bytes": 5000}])
+def test_a_region_lies_on_its_disk(change: dict[str, object]) -> None:
+    compare = next(message for message in MESSAGES if isinstance(message, Compare))
+    assert region_of(compare).nodes == 2
+    with pytest.raises(ProtocolError):
+        region_of(msgspec.structs.replace(compare, **change))
+
+
+@pytest.mark.parametrize("change", [{"differs": bytes(5)}, {"leaves": bytes((64 << 10) + 1)}, {"exit_code": 7}])
+def test_an_answer_is_as_long_as_one_can_be(change: dict[str, object]) -> None:
+    good = {"number": 1, "lsn": 2, "differs": b"", "leaves": b"", "exit_code": 0, "text": ""}
+    decode_message(FrameType.COMPARED, msgspec.msgpack.encode(good))
+    with pytest.raises(ProtocolError):
+        decode_message(FrameType.COMPARED, msgspec.msgpack.encode(good | change))
 
 
 @pytest.mark.parametrize("change", [{"group_port": 65536}, {"group_port": -1}, {"group_address": "a" * 256}])

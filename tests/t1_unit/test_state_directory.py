@@ -113,14 +113,18 @@ def test_settings_are_taken_all_or_none(state: StateDirectory) -> None:
     assert state.load_settings() == Settings() == by_text
     settings = state.change_settings({"object_size": "1M", "journal_quota": "2G", "compression": "none"})
     assert settings == state.load_settings()
-    assert (settings.object_size, settings.compression, settings.quota_bytes(1 << 50)) == (1 << 20, False, 2 << 30)
+    assert (settings.object_size, settings.compression, settings.quota_bytes(1 << 50, 1 << 60)) == (
+        1 << 20,
+        False,
+        2 << 30,
+    )
     for bad in ({"object_age": "2s", "colour": "red"}, {"object_age": "soon"}, {"journal_quota": "1M"}):
         with pytest.raises(BadInputError):
             state.change_settings(bad)
         assert state.load_settings() == settings
     state.change_settings({"object_size": "", "journal_quota": "10%"})
     assert state.load_overrides() == {"journal_quota": "10%", "compression": "none"}
-    assert state.load_settings().quota_bytes(100 << 30) == 10 << 30
+    assert state.load_settings().quota_bytes(100 << 30, 1 << 60) == 10 << 30
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,12 +11,14 @@ from typing import cast
 
 import pytest
 
-from asrfs.errors import IntegrityError, NotFoundError
+from asrfs.errors import IntegrityError, NotFoundError, TemporaryError
 from asrfs.model.machine import DiskRecord
 from asrfs.model.marker import MarkerRecord
 from replica_store.vault.catalog import Catalog
 from replica_store.vault.rows import DiskRow, Entry, LinkRow, MachineRow, ObjectRow, PointRow
-from tests.fakes.memory_catalog import MemoryCatalog
+from replica_store.vault.schema import REBUILDABLE
+from tests.fakes.failing_catalog import CatalogFault, fail
+from tests.fakes.memory_catalog import MemoryCatalog, open_catalog
 from tests.proof.sim import store as sim_store
 from tests.proof.sim.processes import Killed, Process
 
@@ -39,11 +42,11 @@ def kind(request: pytest.FixtureRequest, scratch: Path) -> Kind:
     plain = MemoryCatalog()
     if request.param == "memory":
         return Kind(plain, lambda: MemoryCatalog(plain.content()))
-    connection = sim_store.open_catalog(plain.content())
+    connection = open_catalog(plain.content())
     process = Process("store", "store")
     return Kind(
         sim_store.MemoryCatalog(connection, process),
-        lambda: sim_store.MemoryCatalog(sim_store.open_catalog(connection.serialize()), process),
+        lambda: sim_store.MemoryCatalog(open_catalog(connection.serialize()), process),
     )
 
 
@@ -138,3 +141,23 @@ def test_transactions_of_threads_come_one_after_the_other(kind: Kind) -> None:
         kind.catalog.append([entry(7, 7)])
     thread.join()
     assert seen == [entry(7, 7).row]
+
+
+@pytest.mark.parametrize("life", range(20))  # a connection that reads memory it gave back does so by chance
+def test_a_commit_in_doubt_is_in_its_copy_and_the_process_goes_on_without(life: int) -> None:
+    before = MemoryCatalog()
+    fill(before)
+    catalog = MemoryCatalog(before.content())
+    fault = fail(catalog, CatalogFault(at=-1, error=sqlite3.SQLITE_IOERR))
+    with pytest.raises(TemporaryError), catalog.transaction():
+        catalog.append([entry(6, 9)])
+        fault.at = fault.seen  # the COMMIT
+    assert fault.in_doubt is not None
+    done = MemoryCatalog(fault.in_doubt)
+    expected = {table: done.table(table) for table in REBUILDABLE}  # takes what memory the other may have given back
+    assert cast(ObjectRow, done.last_object(MACHINE)).last_lsn == 9
+    assert catalog.content() == catalog.commits[-1] == before.content()
+    with catalog.transaction():
+        catalog.append([entry(6, 9)])
+    assert {table: catalog.table(table) for table in REBUILDABLE} == expected
+    assert catalog.check() == done.check() == []

@@ -155,7 +155,8 @@ async def test_one_that_died_is_away(line: Any) -> None:
 
 async def test_a_hold_that_takes_its_time_holds_up_no_other_task_for_long(scratch: Path) -> None:
     """The agent stops for it, for a moment; then only the share that asked for it waits on."""
-    path, went_on, asked = str(scratch / "disk.sock"), threading.Event(), list[Fields]()
+    path, went_on = str(scratch / "disk.sock"), threading.Event()
+    asked, released = list[Fields](), list[Fields]()
 
     def arm(request: Fields) -> Fields:
         asked.append(request)
@@ -166,6 +167,7 @@ async def test_a_hold_that_takes_its_time_holds_up_no_other_task_for_long(scratc
         return {"lsn": 7, "time_ns": 8, "epoch": 1}
 
     def release(request: Fields) -> Fields:
+        released.append(request)
         return {"holding": True, "hold_ms": 1.5}
 
     async def go_on() -> None:
@@ -179,7 +181,10 @@ async def test_a_hold_that_takes_its_time_holds_up_no_other_task_for_long(scratc
         async with trio.open_nursery() as nursery:
             nursery.start_soon(go_on)
             assert await client.hold("1" * 32) == (7, 8, 1)
+        client.let_go("1" * 32, 0.01)
         assert await client.release("1" * 32, 0.01) == (True, 1.5)
+        assert await client.release("1" * 32, 0.01) == (True, 1.5), "who was not told to let go yet is told now"
+        assert released == [{"verb": "release", "id": "1" * 32, "quiet_s": 0.01}] * 2
         assert asked == [{"verb": "arm", "id": "1" * 32, "payload": MARKER, "seconds": 0.5, "not_after": None}]
     finally:
         client.close()

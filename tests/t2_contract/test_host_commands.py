@@ -143,6 +143,22 @@ def test_removing_asks_first_and_keeps_the_image(machine: Run) -> None:
     assert Path(image).exists()
 
 
+def test_a_disk_grows_and_never_shrinks(machine: Run) -> None:
+    def disk() -> dict[str, object]:
+        return dict(json.loads(machine("disk", "list", "--json").out)[0])
+
+    before = disk()
+    assert machine("disk", "resize", "root", "8M").code == 0
+    assert disk() == before | {"size_bytes": 8 << 20}
+    refused = machine("disk", "resize", "root", "4M")
+    assert refused.code == 4
+    assert "not made smaller" in refused.err
+    assert machine("disk", "resize", "root", "8M").code == 0, "what is so already is no error"
+    assert machine("disk", "resize", "root", "5000").code == 2
+    assert machine("disk", "resize", "other", "9M").code == 3
+    assert os.path.getsize(str(before["image"])) == 8 << 20
+
+
 def test_a_disk_made_again_is_another_incarnation(machine: Run) -> None:
     first = json.loads(machine("disk", "list", "--json").out)[0]
     assert machine("disk", "remove", "root", "--yes").code == 0

@@ -128,6 +128,12 @@ def test_data_extents_cover_all_that_is_not_zeros_in_order(file: File) -> None:
         assert any(start <= at and at + 4096 <= start + length for start, length in extents)
     assert sum(length for _, length in extents) < 2 * MiB
     assert all(start + length <= 4 * MiB for start, length in extents)
+    for begin in (0, 1, 4096, MiB, MiB + 512, 2 * MiB, 4 * MiB, 5 * MiB):
+        rest = list(file.data_extents(begin))
+        assert rest == sorted(rest)
+        assert all(start >= begin for start, _ in rest)
+        covered = {at for start, length in rest for at in range(start, start + length, 512)}
+        assert covered >= {at for at in (0, MiB, MiB + 512, 3 * MiB + 4096) if at >= begin}
 
 
 def test_a_file_opened_to_read_cannot_be_written(storage: Storage, file: File) -> None:

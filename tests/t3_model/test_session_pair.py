@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,8 @@ from asrfs.protocol.frames import FRAME_HEADER_BYTES, ProtocolError, encode_fram
 from asrfs.protocol.messages import (
     TYPE_OF,
     Acknowledge,
+    Compare,
+    Compared,
     Configure,
     Goodbye,
     Heartbeat,
@@ -29,6 +32,8 @@ from tests.fakes.wire import Cut, SessionPair, all_at_once, byte_by_byte, cut_at
 
 REFUSED = Refused(code="fenced", text="no")
 GOODBYE = Goodbye(reason="done")
+COMPARE = Compare(number=3, slot=0, disk_id="ab" * 16, size_bytes=5 << 20, first=1, digests=bytes(32))
+COMPARED = Compared(number=3, lsn=10, differs=b"\x01", leaves=bytes(16 * 32))
 CONFIGURE = Configure(configuration=HostConfiguration(generation=3, policy="gold", keys={"crash_interval": "1s"}))
 
 
@@ -42,14 +47,17 @@ def test_a_whole_session_however_it_is_cut(cut: Cut) -> None:
     content = random.Random(1).randbytes(5000)
     pair.say_object(begin_of(content), [content[:256], content[256:300], content[300:]])
     pair.say("host", Heartbeat(appended_lsn=10, durable_lsn=10, durable_time_ns=1))
+    pair.say("host", COMPARE)
     assert pair.carry("host", cut) == [
         ObjectReceived(begin_of(content), content),
         Heartbeat(appended_lsn=10, durable_lsn=10, durable_time_ns=1),
+        COMPARE,
     ]
     pair.say("store", Acknowledge(lsn=10, digest="12" * 32))
     pair.say("store", Heartbeat())
     pair.say("store", CONFIGURE)
-    assert pair.carry("store", cut) == [Acknowledge(lsn=10, digest="12" * 32), Heartbeat(), CONFIGURE]
+    pair.say("store", COMPARED)
+    assert pair.carry("store", cut) == [Acknowledge(lsn=10, digest="12" * 32), Heartbeat(), CONFIGURE, COMPARED]
     pair.say("host", GOODBYE)
     assert pair.carry("host", cut) == [GOODBYE]
     assert {end.state for end in pair.ends.values()} == {State.CLOSED}
@@ -70,7 +78,8 @@ def test_what_the_store_says_within_an_object_does_not_end_it() -> None:
     pair.carry("host")
     pair.say("store", Acknowledge(lsn=7, digest=""))
     pair.say("store", CONFIGURE)
-    assert pair.carry("store") == [Acknowledge(lsn=7, digest=""), CONFIGURE]
+    pair.say("store", COMPARED)
+    assert pair.carry("store") == [Acknowledge(lsn=7, digest=""), CONFIGURE, COMPARED]
     assert pair.ends["store"].state is State.IN_OBJECT
     for buffer in buffers:
         pair.sent["host"] += buffer
@@ -99,6 +108,11 @@ ILLEGAL: list[tuple[str, Callable[[], tuple[SessionPair, Role]], Message]] = [
     ("the host refuses", lambda: (greeted(), "store"), REFUSED),
     ("configured before hello", lambda: (SessionPair(), "host"), CONFIGURE),
     ("the host configures", lambda: (greeted(), "store"), CONFIGURE),
+    ("compared before hello", lambda: (SessionPair(), "host"), COMPARED),
+    ("the host asks before it is welcome", lambda: (SessionPair(), "store"), COMPARE),
+    ("the store asks", lambda: (greeted(), "host"), COMPARE),
+    ("the host answers", lambda: (greeted(), "store"), COMPARED),
+    ("a region of no disk", lambda: (greeted(), "store"), msgspec.structs.replace(COMPARE, first=2)),
     ("the store says goodbye", lambda: (greeted(), "host"), GOODBYE),
 ]
 

@@ -15,6 +15,7 @@ from asrfs.errors import TemporaryError
 from asrfs.format.segment import SegmentHeader
 from asrfs.journal.reader import JournalReader
 from asrfs.journal.segments import list_journal, read_header, segment_name
+from asrfs.model.dirty_map import GivenUp
 from asrfs.model.positions import Cursor, Positions
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.applier import Applier, Image
@@ -198,7 +199,7 @@ def test_i4_what_the_disk_server_has_not_dropped_stays_although_more_is_applied(
     end = Cursor(lsn=20, segment=agent.world.journal.segment, offset=1 << 20)
     agent.positions_file.change(applied=end, acknowledged=end)
     agent.positions_file.save()
-    limit = freeable(agent.positions_file, Limit(told.lsn, told.segment - 1))
+    limit = freeable(agent.positions_file, GivenUp(), Limit(told.lsn, told.segment - 1))
     assert Trimmer(agent.world.journal_storage, MACHINE_ID).trim(limit, 0.0) == [1]
     agent.world.close()
 
@@ -209,9 +210,9 @@ def test_i4_a_store_that_went_back_keeps_segments_before_that_is_saved(rng: rand
     end = Cursor(lsn=20, segment=5, offset=1 << 20)
     agent.positions_file.change(applied=end, acknowledged=end)
     agent.positions_file.save()
-    assert freeable(agent.positions_file, Limit(20, 4)) == Limit(20, 4)
+    assert freeable(agent.positions_file, GivenUp(), Limit(20, 4)) == Limit(20, 4)
     agent.positions_file.change(acknowledged=Cursor(lsn=5, segment=2, offset=1 << 20))
-    assert freeable(agent.positions_file, Limit(20, 4)) == Limit(5, 1)
+    assert freeable(agent.positions_file, GivenUp(), Limit(20, 4)) == Limit(5, 1)
     agent.world.close()
 
 

@@ -3,150 +3,91 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
 
 import msgspec
 import pytest
 import trio
 import trio.testing
 
-from asrfs.errors import TemporaryError
 from asrfs.format.record import Kind
-from asrfs.model.machine import DiskConfig, DiskRecord, encode_disk
-from asrfs.model.positions import Cursor, Positions
-from asrfs.replication.disk_server import HostPositions
-from asrfs.replication.filler import CHUNK_BYTES_MAX, Filler, chunks_of
+from asrfs.model.calendar import ALWAYS
+from asrfs.model.machine import decode_disk
+from asrfs.model.positions import Positions
 from asrfs.replication.positions_file import PositionsFile
-from asrfs.replication.progress import Progress
-from asrfs.storage.interface import File
+from asrfs.replication.resyncer import HealingRules, Resyncer
 from tests.fakes.crash_storage import CrashStorage
-from tests.fakes.journal_world import JournalWorld, put_record
+from tests.fakes.healing_host import HealingHost, MachineFile, content_of
+from tests.fakes.journal_world import JournalWorld
 from tests.fakes.virtual_time import pass_time
 
 BLOCK = 4096
-SIZES = (40 * BLOCK + 512, 16 * BLOCK)
-T = TypeVar("T")
+CHUNK = 64 << 10
+SIZES = (10 * CHUNK + 512, 4 * CHUNK)
 
 
 class Machine:
-    """What outlives the agent: a journal, images, machine.json, positions.json."""
+    """What outlives the agent: a journal, images, `machine.json`, `dirty.map`. The first disk was adopted."""
 
     def __init__(self, rng: random.Random) -> None:
-        storage = CrashStorage()
-        self.world = JournalWorld(storage, sizes=SIZES, seed=rng.randrange(1000), segment_bytes=1 << 20)
-        self.adopted = [DiskConfig(slot=0, id="0" * 32, name="root", size_bytes=SIZES[0], adopted="root.img", gap=True)]
-        self.saved = Positions()
-        self.announced: list[DiskRecord] = []
+        self.world = JournalWorld(CrashStorage(), sizes=SIZES, seed=rng.randrange(1000), segment_bytes=1 << 20)
+        self.file = MachineFile(self.world)
+        self.file.save(self.file.set_gaps((0,), True))
 
-    def disks(self) -> tuple[DiskConfig, ...]:
-        return tuple(self.adopted)
+    @property
+    def has_gap(self) -> bool:
+        return self.file.load().disks[0].gap
 
-    def close_gap(self, slot: int) -> None:
-        self.adopted[slot] = msgspec.structs.replace(self.adopted[slot], gap=False)
+    @property
+    def is_known_to_be_whole(self) -> bool:
+        return not HealingHost(self.world, PositionsFile(Positions(), lambda _: None)).dirty.map.slots()
 
-    def open_image(self, disk: DiskConfig) -> File:
-        return self.world.image_storage.open(str(disk.slot))
-
-    def save(self, positions: Positions) -> None:
-        self.saved = positions
-
-
-class Server:
-    """The disk server of a machine. `calls_left`: after so many fills it is gone. Acknowledges what is durable."""
-
-    def __init__(self, machine: Machine, progress: Progress, calls_left: int) -> None:
-        self.machine = machine
-        self.progress = progress
-        self.calls_left = calls_left
-
-    async def positions(self) -> HostPositions:
-        journal = self.machine.world.journal
-        durable = Cursor(lsn=journal.durable_lsn, segment=journal.segment, offset=journal.offset)
-        return HostPositions(journal.appended_lsn, durable, 1, None)
-
-    async def sync(self) -> HostPositions:
-        self.machine.world.sync()
-        return await self.positions()
-
-    async def marker(self, payload: bytes) -> tuple[int, int]:
-        raise TemporaryError("not in this test")
-
-    async def applied(self, lsn: int, segment: int) -> None: ...
-
-    async def fill(self, slot: int, offset: int, length: int) -> int:
-        await trio.lowlevel.checkpoint()
-        self.calls_left -= 1
-        if self.calls_left < 0:
-            raise TemporaryError("the disk server is gone")
-        return self.machine.world.disks[slot].fill(offset, length)
-
-    async def reread_disks(self) -> None:
-        record = DiskRecord.of(self.machine.adopted[0])
-        if self.machine.announced[-1:] != [record]:
-            self.machine.announced.append(record)
-            self.machine.world.journal.append(Kind.DISK, 0, 0, 0, encode_disk(record))
-
-    async def tick(self) -> None:
-        """What ticker and shipper would do all the time."""
-        while True:
-            positions = await self.sync()
-            self.progress.note_host(appended_lsn=positions.appended_lsn, durable=positions.durable, epoch=1)
-            self.progress.note_acknowledged(positions.durable)
-            await pass_time(0.25)
-
-
-class InlineFiller(Filler):
-    """Works in the task: virtual time would run on while a thread works."""
-
-    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        await trio.lowlevel.checkpoint()
-        return function(*arguments)
+    def announced(self) -> list[bool]:
+        """`gap` of each DISK record of the adopted disk."""
+        records = (record for record in self.world.model.records if record.kind == Kind.DISK and record.slot == 0)
+        return [decode_disk(record.content).gap for record in records]
 
 
 @asynccontextmanager
-async def filling(machine: Machine, *, calls: int = 1 << 30, enrolled: bool = True) -> AsyncIterator[Filler]:
-    """One life of the agent's filler."""
-    positions = PositionsFile(machine.saved, machine.save)
-    progress = Progress(machine.saved)
-    server = Server(machine, progress, calls)
-    filler = InlineFiller(
-        server,
-        progress,
-        positions,
-        trio.CapacityLimiter(1),
-        machine.disks,
-        machine.close_gap,
-        machine.open_image,
-        lambda: enrolled,
-    )
+async def filling(machine: Machine, *, calls: int = 1 << 30, enrolled: bool = True) -> AsyncIterator[HealingHost]:
+    """One life of an agent that fills, and of a store that acknowledges what is durable."""
+    host = HealingHost(machine.world, PositionsFile(Positions(), lambda _: None))
+    host.server.calls_left = calls
+    rules = HealingRules(ALWAYS, 900.0, 1 << 40)
+    resyncer = Resyncer(host.filler, host.progress, host.alarms, lambda: enrolled, lambda: rules, lambda: 0)
+
+    async def tick() -> None:
+        """What ticker and shipper would do all the time."""
+        while True:
+            await host.server.sync()
+            host.progress.note_acknowledged(host.progress.durable)
+            await pass_time(0.25)
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(server.tick)
-        nursery.start_soon(filler.run)
-        yield filler
+        nursery.start_soon(tick)
+        nursery.start_soon(resyncer.run)
+        yield host
         nursery.cancel_scope.cancel()
-
-
-def content_of_history(machine: Machine) -> bytes:
-    """The disk as a store has it: it began with zeros."""
-    disks = [bytearray(size) for size in SIZES]
-    for record in machine.world.model.records:
-        put_record(disks, record)
-    return bytes(disks[0])
+    host.close()
 
 
 async def test_all_content_is_in_the_history_when_the_gap_closes(
     autojump_clock: trio.testing.MockClock, rng: random.Random
 ) -> None:
     machine = Machine(rng)
-    async with filling(machine):
+    async with filling(machine) as host:
         await pass_time(30)
-    assert not machine.adopted[0].gap
-    assert machine.saved.fills == ()
-    assert [record.gap for record in machine.announced] == [False]
-    assert content_of_history(machine) == machine.world.content(0)
-    assert machine.world.model.records[-1].kind == Kind.DISK, "the closing record comes after all content"
+        assert not host.dirty.map.slots()
+    assert not machine.has_gap
+    assert machine.is_known_to_be_whole
+    assert machine.announced() == [False]
+    assert content_of(machine.world)[0] == machine.world.content(0)
+    kinds = [record.kind for record in machine.world.model.records]
+    assert kinds[-1] == Kind.MARKER, "a point exists as soon as all is there"
+    assert set(kinds[kinds.index(Kind.DISK) :]) == {Kind.DISK, Kind.MARKER}, (
+        "the closing record comes after all content"
+    )
     machine.world.close()
 
 
@@ -162,50 +103,75 @@ async def test_nothing_is_filled_before_enrolment(autojump_clock: trio.testing.M
 async def test_killed_anywhere_it_resumes_and_newer_writes_win(
     number: int, autojump_clock: trio.testing.MockClock, rng: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asrfs.replication.filler.CHUNK_BYTES_MAX", 2 * BLOCK)
-    monkeypatch.setattr("asrfs.replication.filler.CHUNKS_PER_SAVE", rng.randint(1, 6))
+    monkeypatch.setattr("asrfs.replication.filler.RUN_BYTES_MAX", CHUNK)
+    monkeypatch.setattr("asrfs.replication.filler.RUNS_PER_SAVE", rng.randint(1, 4))
     machine = Machine(rng)
     lives = 0
-    while machine.adopted[0].gap or machine.saved.fills:
+    while machine.has_gap or not machine.is_known_to_be_whole:
         lives += 1
-        async with filling(machine, calls=rng.randint(0, 12)):
+        async with filling(machine, calls=rng.randint(0, 5)):
             for _ in range(rng.randint(1, 6)):
-                machine.world.disks[0].write(rng.randrange(40) * BLOCK, rng.randbytes(BLOCK))
+                machine.world.disks[0].write(rng.randrange(SIZES[0] // BLOCK) * BLOCK, rng.randbytes(BLOCK))
                 await pass_time(rng.random() * 3)
     assert lives > 1
-    assert content_of_history(machine) == machine.world.content(0)
-    assert machine.announced[-1].gap is False
+    assert content_of(machine.world)[0] == machine.world.content(0)
+    assert machine.announced()[-1] is False
     machine.world.close()
 
 
-async def test_progress_is_saved_only_for_durable_content(
+async def test_a_chunk_leaves_the_saved_map_only_when_its_record_is_durable(
     autojump_clock: trio.testing.MockClock, rng: random.Random
 ) -> None:
     machine = Machine(rng)
-    saved: list[tuple[int, int]] = []
+    saves = 0
 
-    def save(positions: Positions) -> None:
-        journal = machine.world.journal
-        saved.extend((fill.offset, journal.durable_lsn) for fill in positions.fills)
-        assert journal.durable_lsn == journal.appended_lsn, "I2: progress would outlive the records it speaks of"
-        machine.saved = positions
+    async with filling(machine) as host:
+        save = host.dirty.save
 
-    machine.save = save  # type: ignore[method-assign]
-    async with filling(machine):
+        def check(*arguments: object) -> None:
+            nonlocal saves
+            saves += 1
+            journal = machine.world.journal
+            cleared = host.dirty.map.dirty_chunks(0) < 10
+            assert not cleared or journal.durable_lsn == journal.appended_lsn, "I4: the map outlives the records"
+            save(*arguments)  # type: ignore[arg-type]
+
+        host.dirty.save = check  # type: ignore[method-assign]
         await pass_time(30)
-    assert saved
+    assert saves > 1
     machine.world.close()
 
 
-def test_chunks_are_whole_blocks_and_none_comes_twice() -> None:
-    size = 3 * CHUNK_BYTES_MAX + 1536
-    extents = iter([(512, 1024), (1536, 100), (BLOCK, 2 * CHUNK_BYTES_MAX), (size - 512, 512)])
-    chunks = list(chunks_of(extents, 0, size))
-    assert chunks[0] == (0, BLOCK)
-    ends = [offset + length for offset, length in chunks]
-    assert all(offset % BLOCK == 0 for offset, _ in chunks)
-    assert all(start >= end for (start, _), end in zip(chunks[1:], ends, strict=False))
-    assert all(length <= CHUNK_BYTES_MAX for _, length in chunks)
-    assert ends[-1] == size
-    later = list(chunks_of(iter([(0, size)]), CHUNK_BYTES_MAX, size))
-    assert later[0][0] == CHUNK_BYTES_MAX
+@pytest.mark.parametrize("is_applied", [True, False])
+async def test_holes_are_not_read_and_zeros_travel_as_such(
+    is_applied: bool, autojump_clock: trio.testing.MockClock, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asrfs.replication.filler.RUN_BYTES_MAX", 2 * CHUNK)
+    machine = Machine(rng)
+    machine.world.disks[0].discard(0, 2 * CHUNK)
+    machine.world.sync()
+    if is_applied:
+        machine.world.apply()
+    before = len(machine.world.model.records)
+    async with filling(machine):
+        await pass_time(30)
+    filled = machine.world.model.records[before:]
+    assert sum(record.length for record in filled if record.kind == Kind.FILL) == SIZES[0] - (2 * CHUNK)
+    assert sum(record.length for record in filled if record.kind == Kind.ZERO) == (0 if is_applied else 2 * CHUNK)
+    assert content_of(machine.world)[0] == machine.world.content(0)
+    machine.world.close()
+
+
+async def test_an_adopted_disk_that_is_removed_is_forgotten(
+    autojump_clock: trio.testing.MockClock, rng: random.Random
+) -> None:
+    machine = Machine(rng)
+    async with filling(machine, calls=0):
+        await pass_time(5)
+    config = machine.file.load()
+    gone = tuple(msgspec.structs.replace(disk, removed=disk.slot == 0) for disk in config.disks)
+    machine.file.save(msgspec.structs.replace(config, disks=gone))
+    async with filling(machine) as host:
+        await pass_time(5)
+        assert not host.dirty.map.slots()
+    machine.world.close()

@@ -14,7 +14,8 @@ import msgspec
 import pytest
 
 from asrfs.daemon import served_machine
-from asrfs.daemon.disks import add_sized, remove
+from asrfs.daemon.disks import add_sized, remove, resize
+from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.served_machine import FILL_BYTES_MAX, ServedMachine
 from asrfs.daemon.state import StateDirectory
 from asrfs.disk.interface import HeldError
@@ -287,7 +288,7 @@ def test_disk_is_announced_late_where_the_journal_has_no_space(
     machine.fill({"slot": 1, "offset": 0, "length": 4096})
     machine.disks({})
     kinds = [(header.kind, header.slot) for header, _ in history(state, machine)]
-    assert kinds == [(5, 0), (5, 1), (1, 0), (5, 0), (1, 0), (5, 1), (Kind.FILL, 1)]
+    assert kinds == [(5, 0), (5, 1), (1, 0), (5, 0), (1, 0), (5, 1), (Kind.ZERO, 1)]
     assert read(machine, "root", 0, 4096) == b"x" * 4096
 
 
@@ -305,6 +306,57 @@ def test_gap_is_closed_by_a_disk_record(state: StateDirectory, serve: Open) -> N
     machine.disks({})
     disks = [decode_disk(payload) for header, payload in history(state, machine) if header.slot == 0]
     assert [disk.gap for disk in disks] == [False, True, False]
+
+
+@pytest.mark.parametrize("bytes_more", [512, 4096 - 512, 4096, 3 * 4096 + 1024])
+@pytest.mark.parametrize("is_applied", [False, True])
+def test_a_disk_grows_and_its_uneven_end_with_it(
+    state: StateDirectory, serve: Open, bytes_more: int, is_applied: bool
+) -> None:
+    """Disk `data` ends 512 bytes into a block: what was journaled of that block is short and not to be read as more."""
+    machine, old = serve(), (1 << 20) + 512
+    write(machine, "data", old - 512, b"e" * 512)
+    write(machine, "root", 0, b"behind it in the segment" * 200)
+    if is_applied:
+        machine.journal.sync()
+        apply_everything(state)
+        machine = serve()
+    resize(state, "data", old + bytes_more)
+    machine.disks({})
+    new = b"e" * 512 + bytes(bytes_more)
+    assert read(machine, "data", old - 512, 512 + bytes_more) == new
+    write(machine, "data", old, b"n" * 512)
+    new = new[:512] + b"n" * 512 + new[1024:]
+    for _ in range(2):
+        machine = serve()
+        assert read(machine, "data", old - 512, 512 + bytes_more) == new
+        write(machine, "data", old - 512, b"e" * 512)
+    assert state.load_machine().disk("data").growing_from is None
+    sizes = [decode_disk(payload).size_bytes for header, payload in history(state, machine) if header.kind == Kind.DISK]
+    assert old + bytes_more in sizes
+    apply_everything(state)
+    assert Path(state.image_path(state.load_machine().disk("data"))).read_bytes()[old - 512 :] == new
+
+
+def test_the_new_end_of_a_disk_is_not_used_before_its_last_block_is_durable(
+    state: StateDirectory, serve: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, old = serve(), (1 << 20) + 512
+    write(machine, "data", old - 512, b"e" * 512)
+    resize(state, "data", old + 1024)
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "sync failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(machine.journal, "sync", fail)
+        with pytest.raises(OSError, match="sync failed"):
+            machine.disks({})
+    assert machine.volume.disks[disk_of(machine, "data")].size_bytes == old
+    write(machine, "data", old - 512, b"f" * 512)  # as long as the block is by now
+    machine = serve()
+    assert machine.volume.disks[disk_of(machine, "data")].size_bytes == old + 1024
+    assert read(machine, "data", old - 512, 1536) == b"f" * 512 + bytes(1024)
 
 
 def test_writes_are_held_between_the_verbs_hold_and_release(serve: Open) -> None:

@@ -15,6 +15,7 @@ from asrfs.daemon import control
 from asrfs.daemon.loop_devices import QUEUE
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import TemporaryError
+from tests.proof.kernel.filesystems import mounted_copy
 from tests.waiting import wait_until
 from tools.lab import Lab, run
 
@@ -123,6 +124,48 @@ def test_an_attached_disk_has_its_queue_and_its_filesystem_sizes_set(lab: Lab) -
     lab.asrfs("detach", "small")
     device = lab.attach("small", "--format", "xfs", "--yes")
     assert output_of(["xfs_db", "-r", "-c", "sb 0", "-c", "print sectsize", device]) == "sectsize = 4096\n"
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+def test_a_mounted_disk_grows_and_old_points_keep_their_shape(lab: Lab, kind: str) -> None:
+    """I9: the filesystem is grown on the live disk; a point from before is as long as the disk was, and sound."""
+    where = lab.root / "fs"
+    where.mkdir()
+    device = lab.attach("root", "--format", kind, "--on", where)
+    (where / "before").write_bytes(b"before" * 100_000)
+    run(["sync", "-f", str(where)])
+    lab.asrfs("point", "create", "--consistency", "filesystem", "--name", "small", "--wait", "--timeout", "60s")
+    grown = lab.asrfs("disk", "resize", "root", "1536M")
+    assert grown["loops"] == [device]
+    assert output_of(["blockdev", "--getsize64", device]).strip() == str(1536 << 20)
+    grow_filesystem(kind, device, where)
+    state = os.statvfs(where)
+    assert state.f_blocks * state.f_frsize > 1200 << 20
+    (where / "after").write_bytes(b"after" * 100_000)
+    run(["sync", "-f", str(where)])
+    lab.asrfs("point", "create", "--consistency", "filesystem", "--name", "large", "--wait", "--timeout", "60s")
+    for name, size_bytes in (("small", 1 << 30), ("large", 1536 << 20)):
+        exported = lab.root / f"{name}.img"
+        lab.replica_store("export", lab.machine, "root", "--point", name, "--output", exported)
+        assert exported.stat().st_size == size_bytes
+        with mounted_copy(exported, lab.root / "copy", kind, "nouuid" if kind == "xfs" else "noatime") as copy:
+            assert (copy / "before").read_bytes() == b"before" * 100_000
+            assert (copy / "after").exists() is (name == "large")
+        run(["e2fsck", "-fn", str(exported)] if kind == "ext4" else ["xfs_repair", "-n", "-f", str(exported)])
+    assert lab.status()["state"] == "protected"
+    lab.asrfs("detach", "root")
+    check_filesystem(lab, device, kind)
+
+
+def grow_filesystem(kind: str, device: str, where: Path) -> None:
+    if kind == "xfs":
+        run(["xfs_growfs", str(where)])
+        return
+    run(["umount", str(where)])  # resize2fs of a mounted one needs CAP_SYS_RESOURCE, which containers seldom have
+    run(["e2fsck", "-fp", device])
+    run(["resize2fs", device])
+    run(["mount", device, str(where)])
 
 
 def output_of(words: list[str]) -> str:

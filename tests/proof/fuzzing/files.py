@@ -41,7 +41,6 @@ _POSITIONS = {
     "applied": {"lsn": 7, "segment": 1, "offset": 9000, "time_ns": 5},
     "acknowledged": {"lsn": 4, "segment": 1, "offset": 8192, "time_ns": 4},
     "last_digest": "ab" * 32,
-    "fills": [{"slot": 0, "offset": 65536}],
 }
 _MACHINE = {
     "format": 1,
@@ -107,7 +106,7 @@ def open_state(scratch: Path) -> Iterator[Trial]:
         recover(CrashStorage(), found, bytes(16), segment_bytes=1 << 16)
 
     def settings() -> None:
-        state.load_settings().quota_bytes(1 << 30)
+        state.load_settings().quota_bytes(1 << 30, 1 << 40)
 
     def configuration() -> None:
         """Never refused: the store says it again, and until then there are defaults."""

@@ -16,12 +16,15 @@ from asrfs.errors import AsrfsError, FormatError
 from asrfs.format.log_object import SALT_BYTES
 from asrfs.journal.reader import JournalReader
 from asrfs.model.configuration import HostConfiguration, check_configuration
+from asrfs.model.digest_tree import LeafDigester, Region, node_digests
 from asrfs.model.positions import Cursor, Positions
 from asrfs.protocol.frames import FRAME_HEADER_BYTES, ProtocolError
-from asrfs.protocol.messages import PROTOCOL_VERSION, Welcome
+from asrfs.protocol.messages import PROTOCOL_VERSION, Compare, Welcome
 from asrfs.protocol.session import Bytes, Event, ObjectReceived, Session
+from asrfs.replication.comparer import chunks_in
 from asrfs.replication.object_builder import MachineKeys as HostKeys
 from asrfs.replication.object_builder import ObjectBuilder
+from asrfs.replication.outlet import Outlet
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.shipping_session import ShippingSession, ShippingSettings, Source
@@ -35,6 +38,7 @@ from replica_store.ingest.session import StoreSession
 from replica_store.vault.keys import MachineKeys
 from replica_store.vault.rows import MachineRow
 from replica_store.vault.vault import Vault
+from tests.fakes.comparing import InlineComparing
 from tests.fakes.crash_storage import CrashStorage
 from tests.fakes.journal_world import MACHINE_ID, JournalWorld
 from tests.fakes.memory_objects import MemoryObjects
@@ -50,6 +54,7 @@ WELCOME = Welcome(
     acknowledged_lsn=0,
     acknowledged_time_ns=0,
     last_digest="",
+    compares=4,
 )
 _GAP_S = 0.4
 _MACHINE = "0123456789abcdef" * 2
@@ -96,6 +101,7 @@ class _InlineStore:
         self.links = Links(vault, SystemClock())
         self.budget = Budget()
         self.configurations = Configurations(vault, self.in_thread)
+        self.comparing = InlineComparing(vault)
         self.ingester = Ingester(vault, _MACHINE, lambda: "deadbeef")
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -181,11 +187,13 @@ class _InlineSource(Source):
 @dataclass(frozen=True)
 class Shipped:
     """What one session came to. `objects`: last LSN and digest of each that was sent whole. `followed`: what the store
-    wanted of the host and the host takes."""
+    wanted of the host and the host takes. `differing`: chunks that are different, by its word, of a disk that was asked
+    about."""
 
     objects: list[tuple[int, str]]
     acknowledged_lsn: int
     followed: list[HostConfiguration]
+    differing: list[int]
 
 
 class HostWorld:
@@ -210,6 +218,7 @@ class HostWorld:
         readers = [JournalReader(journal, MACHINE_ID) for _ in range(2)]
         stream = ScriptedStream(pieces, _GAP_S)
         followed: list[HostConfiguration] = []
+        differing: list[int] = []
 
         def configured(configuration: HostConfiguration) -> None:
             with contextlib.suppress(FormatError):
@@ -230,18 +239,32 @@ class HostWorld:
                 configured=configured,
             )
             keys = HostKeys(MACHINE_ID, b"i" * 32, b"p" * 32)
-            try:
-                await ShippingSession(stream, source, keys, lambda: None).run()
-            except AsrfsError:
-                return
-            raise AssertionError("a session ended without a reason")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_compare, source.outlet, differing)
+                try:
+                    await ShippingSession(stream, source, keys, lambda: None).run()
+                except AsrfsError:
+                    nursery.cancel_scope.cancel()
+                    return
+                raise AssertionError("a session ended without a reason")
 
         try:
             run_virtually(run)
         finally:
             for reader in readers:
                 reader.close()
-        return Shipped(_objects_in(bytes(stream.said)), positions.current.acknowledged.lsn, followed)
+        return Shipped(_objects_in(bytes(stream.said)), positions.current.acknowledged.lsn, followed, differing)
+
+
+async def _compare(outlet: Outlet, differing: list[int]) -> None:
+    """Ask about a disk of 5 MiB of zeros."""
+    region = Region(5 << 20, 0, 2)
+    leaves = LeafDigester(region).finish()
+    digests = node_digests(leaves)
+    asked = Compare(number=0, slot=0, disk_id="0" * 32, size_bytes=5 << 20, first=0, digests=digests)
+    await outlet.wait_open()
+    with contextlib.suppress(AsrfsError):
+        differing += chunks_in(await outlet.ask(asked), region, leaves)
 
 
 def _objects_in(said: bytes) -> list[tuple[int, str]]:

@@ -84,7 +84,7 @@ def try_setting(rng: random.Random, strike: Strike) -> None:
             OBJECT_BYTES_MIN <= settings.object_size <= OBJECT_BYTES_MAX
             and settings.policy.bandwidth.limit_at(rng.randrange(1440)) >= 0
         )
-        assert 0 < settings.object_age <= 60 and settings.quota_bytes(1 << 30) > 0
+        assert 0 < settings.object_age <= 60 and settings.quota_bytes(1 << 30, 1 << 40) > 0
 
 
 def try_policy(rng: random.Random, strike: Strike) -> None:

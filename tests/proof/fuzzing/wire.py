@@ -28,7 +28,16 @@ from asrfs.model.configuration import (
 )
 from asrfs.protocol import frames, session
 from asrfs.protocol.frames import FRAME_HEADER_BYTES, FRAME_PAYLOAD_BYTES_MAX, FrameType, ProtocolError
-from asrfs.protocol.messages import Acknowledge, Configure, Goodbye, Heartbeat, Refused, encode_message
+from asrfs.protocol.messages import (
+    Acknowledge,
+    Compare,
+    Compared,
+    Configure,
+    Goodbye,
+    Heartbeat,
+    Refused,
+    encode_message,
+)
 from asrfs.protocol.session import Event, Role
 from replica_store.vault.keys import MachineKeys
 from tests.fakes.scripted_host import HostHistory
@@ -85,7 +94,7 @@ def break_conversation(rng: random.Random, conversation: Conversation, strike: S
             changed[at] = Piece(piece.type, as_msgpack(rng, document))
     elif chance < 0.9:
         strike("field")
-        changed[at] = Piece(rng.randrange(11), changed[at].payload)
+        changed[at] = Piece(rng.randrange(13), changed[at].payload)
     elif chance < 0.95:
         strike("remove")
         del changed[at]
@@ -212,6 +221,8 @@ def host_says(history: HostHistory, records_each: int) -> Conversation:
         said += [Piece(FrameType.OBJECT_BYTES, content[:half]), Piece(FrameType.OBJECT_BYTES, content[half:])]
         beat = Heartbeat(appended_lsn=history.last_lsn, durable_lsn=first, durable_time_ns=history.records[0].time_ns)
         said.append(_piece(beat, FrameType.HEARTBEAT))
+    ask = Compare(number=1, slot=0, disk_id="0" * 32, size_bytes=1 << 20, first=0, digests=bytes(32))
+    said += [_piece(ask, FrameType.COMPARE), _piece(msgspec.structs.replace(ask, lsn=2), FrameType.COMPARE)]
     return [*said, _piece(Goodbye(reason="done"), FrameType.GOODBYE)]
 
 
@@ -220,6 +231,7 @@ def store_says(acknowledged: list[Acknowledge]) -> Conversation:
     said = [_piece(WELCOME, FrameType.WELCOME), _piece(CONFIGURE, FrameType.CONFIGURE)]
     for acknowledge in acknowledged:
         said += [_piece(acknowledge, FrameType.ACKNOWLEDGE), _piece(Heartbeat(), FrameType.HEARTBEAT)]
+    said.append(_piece(Compared(number=1, lsn=3, differs=b"\x02", leaves=bytes(range(32)) * 16), FrameType.COMPARED))
     return [*said, _piece(Refused(code="busy", text="later"), FrameType.REFUSED)]
 
 
@@ -319,11 +331,13 @@ def open_hostile_store(_scratch: Path) -> Iterator[Trial]:
     said = store_says([Acknowledge(lsn=lsn, digest=digest) for lsn, digest in begun.objects])
     done = world.ship([encode(said)[: len(first)], encode(said)[len(first) :]])
     assert done.acknowledged_lsn == begun.objects[-1][0], "an honest store is believed"
+    assert done.differing == list(range(64, 80)), "and heard"
 
     def trial(rng: random.Random, strike: Strike) -> None:
         stream = break_conversation(rng, said, strike)
         shipped = world.ship(cut(rng, stream, len(first), 2))
         assert shipped.acknowledged_lsn <= world.durable_lsn, "I3: acknowledged what is not durable here"
+        assert set(shipped.differing) <= set(range(80)), "chunks that the disk does not have"
         for configuration in shipped.followed:
             assert decode_configuration(encode_configuration(configuration)) == configuration, "kept as it was told"
 

@@ -10,20 +10,25 @@ import trio
 
 from asrfs.consistency.points import PointLog
 from asrfs.daemon.control import raise_if_refused, refusal
-from asrfs.errors import AsrfsError, TemporaryError
+from asrfs.errors import TemporaryError
 from asrfs.format.record import RecordHeader
 from asrfs.journal.reader import JournalReader
+from asrfs.model.calendar import ALWAYS
 from asrfs.model.machine import DiskConfig
+from asrfs.model.marker import MarkerRecord, encode_marker
 from asrfs.model.positions import Positions
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.applier import Applier, Image
 from asrfs.replication.applier_task import ApplierTask
+from asrfs.replication.dirty_map_file import DirtyMapFile
 from asrfs.replication.disk_server import HostPositions
 from asrfs.replication.filler import Filler
 from asrfs.replication.link import Link
 from asrfs.replication.object_builder import ObjectBuilder
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
+from asrfs.replication.quota import Quota
+from asrfs.replication.resyncer import HealingRules, Resyncer
 from asrfs.replication.shipper import Shipper, StoreAccess
 from asrfs.replication.shipping_session import Source
 from asrfs.replication.ticker import Ticker
@@ -38,7 +43,6 @@ if TYPE_CHECKING:
     from tests.proof.sim.host import Host
 
 AGENT_THREADS = 5
-FILL_RETRY_S = 1.0
 SPARES_INTERVAL_S = 8.0
 T = TypeVar("T")
 
@@ -124,12 +128,24 @@ class DiskServerLine:
         return answer
 
 
+class ToldQuota(Quota):
+    """Says when it has given up."""
+
+    told: Host
+
+    async def give_up(self) -> bool:
+        is_given_up = await super().give_up()
+        if is_given_up:
+            self.told.watch.fired("records given up")
+        return is_given_up
+
+
 class Agent:
     """One life of an agent. Made inside the event loop."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
-        server = DiskServerLine(host)
+        server = self._server = DiskServerLine(host)
         self._threads = trio.CapacityLimiter(AGENT_THREADS)
         storage = host.storage
         journal = storage.below("journal")
@@ -139,6 +155,7 @@ class Agent:
         self.positions = ToldPositions(host)
         self.progress = Progress(self.positions.current)
         self.alarms = Alarms()
+        self.dirty = DirtyMapFile(storage, "dirty.map")
         self.points = PointLog(storage, "points.jsonl")
         self._readers = [JournalReader(journal, host.machine_id) for _ in range(3)]
         self._trimmer = Trimmer(journal, host.machine_id)
@@ -152,6 +169,7 @@ class Agent:
             self.alarms,
             self._threads,
             journal_turn,
+            lambda: self.dirty.given_up,
         )
         source = Source(
             machine_id=host.machine_id,
@@ -164,19 +182,36 @@ class Agent:
             settings=host.settings,
             threads=self._threads,
             journal_turn=journal_turn,
+            given_up=lambda: self.dirty.given_up,
         )
         store = StoreAccess(host.connect, host.keys)
         self.shipper = Shipper(source, store, self.alarms, Link(), Backoff(seeded))
-        self._filler = Filler(
+        self._quota = ToldQuota(
             server,
             self.progress,
             self.positions,
+            self.dirty,
+            JournalReader(journal, host.machine_id, check_payloads=False),
+            self.alarms,
             self._threads,
-            self._disks,
-            host.close_gap,
-            self._open_image,
-            lambda: True,
+            host.load_machine,
+            host.set_gaps,
+            host.quota_bytes,
         )
+        self._quota.told = host
+        filler = Filler(
+            server,
+            self.progress,
+            self.dirty,
+            self._threads,
+            host.load_machine,
+            host.set_gaps,
+            self._open_image,
+            self._make_point,
+            lambda: 0,
+        )
+        rules = HealingRules(ALWAYS, 900.0, host.quota_bytes)
+        self.resyncer = Resyncer(filler, self.progress, self.alarms, lambda: True, lambda: rules, lambda: 0)
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -186,26 +221,19 @@ class Agent:
                 self.applier.run_trimming,
                 self.shipper.run,
                 self._keep_spares,
+                self._quota.run,
+                self.resyncer.run,
             ):
                 nursery.start_soon(task)
-            if self.positions.current.fills or any(disk.gap for disk in self._disks()):
-                nursery.start_soon(self._fill)
 
-    async def _fill(self) -> None:
-        """As `Filler.run`, which also looks for disks that are added later; here there are none."""
-        await self.progress.wait_until(lambda: self.progress.is_known)
-        while True:
-            try:
-                if await self._filler.fill_once():
-                    return
-            except (AsrfsError, OSError):
-                await trio.sleep(FILL_RETRY_S)  # sleep: virtual, before it tries again
+    async def _make_point(self, note: str) -> int:
+        payload = encode_marker(MarkerRecord(id=f"{self._host.rng.getrandbits(128):032x}", note=note))
+        lsn, _ = await self._server.marker(payload)
+        self.shipper.hurry(lsn)
+        return lsn
 
     def _on_marker(self, header: RecordHeader, payload: bytes) -> None:
         self.points.add_marker(header, payload, self.progress.epoch)
-
-    def _disks(self) -> tuple[DiskConfig, ...]:
-        return self._host.load_machine().live_disks()
 
     def _open_image(self, disk: DiskConfig) -> File:
         return self._host.storage.open(f"images/{disk.slot}")

@@ -8,20 +8,22 @@ from __future__ import annotations
 import errno
 import random
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import TypeVar
 
 import msgspec
 import trio
 
-from asrfs.daemon.agent import without_gap
+from asrfs.daemon.agent_healing import with_gaps
 from asrfs.model.machine import MachineConfig
-from asrfs.model.positions import Positions
+from asrfs.model.positions import Cursor, Positions
+from asrfs.replication.dirty_map_file import load_dirty_map
 from asrfs.replication.object_builder import MachineKeys
 from asrfs.replication.shipping_session import ShippingSettings
 from asrfs.storage.interface import read_whole, write_atomically
 from asrfs.transport.stream import ByteStream
 from tests.fakes.crash_storage import CrashStorage, Fate
+from tests.fakes.healing_host import check_marked
 from tests.fakes.wire import WireEnd
 from tests.proof.sim.agent import Agent
 from tests.proof.sim.disk_server import DiskServerLife
@@ -72,6 +74,7 @@ class Host:
         *,
         segment_bytes: int,
         settings: ShippingSettings,
+        quota_bytes: int,
     ) -> None:
         self.name = name
         self.machine_id = bytes.fromhex(machine.id)
@@ -80,6 +83,7 @@ class Host:
         self.watch = watch
         self.segment_bytes = segment_bytes
         self.settings = settings
+        self.quota_bytes = quota_bytes
         self.store = store
         self.connect = connect
         self.clock = JumpingClock(watch)
@@ -116,8 +120,10 @@ class Host:
     def load_machine(self) -> MachineConfig:
         return msgspec.json.decode(read_whole(self.storage, "machine.json"), type=MachineConfig)
 
-    def close_gap(self, slot: int) -> None:
-        write_atomically(self.storage, "machine.json", msgspec.json.encode(without_gap(self.load_machine(), slot)))
+    def set_gaps(self, slots: Collection[int], gap: bool) -> MachineConfig:
+        machine = with_gaps(self.load_machine(), slots, gap)
+        write_atomically(self.storage, "machine.json", msgspec.json.encode(machine))
+        return machine
 
     def load_positions(self) -> Positions:
         if not self.storage.exists("positions.json"):
@@ -159,18 +165,22 @@ class Host:
 
     def _check_freed(self, segment: int) -> None:
         """I4: all of a freed segment is applied and acknowledged, by positions that are durable, and the store has it,
-        or has lost it since and this host does not know that yet."""
+        or has lost it since and this host does not know that yet. Or it is in the map that is durable."""
         last = self.model.last_lsn_of(segment)
         assert last is not None, f"I4: {self.name} freed the segment it writes, {segment}"
         self.watch.fired("segment freed")
         saved = self.load_positions()
         assert last <= saved.applied.lsn, f"I4: segment up to LSN {last} freed, LSN {saved.applied.lsn} was applied"
-        assert last <= saved.acknowledged.lsn, (
-            f"I4: segment up to LSN {last} freed, LSN {saved.acknowledged.lsn} was acknowledged"
+        dirty, given_up = load_dirty_map(self.storage, "dirty.map")
+        needed = given_up.needed_behind(saved.acknowledged)
+        assert last <= needed.lsn, (
+            f"I4: segment up to LSN {last} freed, LSN {saved.acknowledged.lsn} was acknowledged, what lies behind "
+            f"{given_up.since_lsn} given up through {given_up.through.lsn}"
         )
+        check_marked(self.model.records, saved.acknowledged.lsn, last, dirty, given_up)
         self.freed_lsn = max(self.freed_lsn, last)
         if not self._is_in_doubt:
-            there = self.received_lsn()
+            there = given_up.needed_behind(Cursor(lsn=self.received_lsn())).lsn
             assert last <= there or not self.knows_store, (
                 f"I4: segment up to LSN {last} freed, the store has LSN {there}, as this host knows"
             )

@@ -105,7 +105,13 @@ class Invariants:
             model.acknowledged_lsn = received
             self._check_new_objects(host, seen)
             listed = [point.lsn for point in self._store.vault.points(machine_id)]
-            assert listed == model.listed(received), f"I5: {host.name} has points at {listed}, LSN {received} is here"
+            assert listed == model.listed(received, self._stretches(host)), (
+                f"I5: {host.name} has points at {listed}, LSN {received} is here"
+            )
+
+    def _stretches(self, host: Host) -> list[tuple[int, int]]:
+        rows = self._store.vault.objects_of(host.machine_id.hex(), 1 << 62)
+        return [(row.first_lsn, row.last_lsn) for row in rows if row.is_stretch]
 
     def _check_new_objects(self, host: Host, seen: Seen) -> None:
         """No gap, no LSN twice, times never go back, each object durable and there."""
@@ -136,7 +142,7 @@ class Invariants:
     def _check_machine(self, host: Host, rng: random.Random, earlier: int) -> None:
         machine_id, vault = host.machine_id.hex(), self._store.vault
         received = vault.received_lsn(machine_id)
-        whole = host.model.whole_lsns(received)
+        whole = host.model.whole_lsns(received, self._stretches(host))
         if not whole:
             return
         reader: Any = _Reader(vault)

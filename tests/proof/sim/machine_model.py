@@ -6,7 +6,7 @@ up to it, put together here with slices and nothing of the code under test.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from asrfs.format.record import CARRIES_EXTENT_BYTES, READS_AS_ZEROS, Kind
@@ -14,6 +14,7 @@ from asrfs.model.machine import decode_disk
 from tests.fakes.journal_world import ModelRecord, put_record
 
 BLOCK = 4096
+Stretches = Sequence[tuple[int, int]]
 SECTOR = 512
 
 
@@ -119,18 +120,21 @@ class MachineModel:
         later = [first for number, first in self.segments.items() if number > segment]
         return min(later) - 1 if later else None
 
-    def listed(self, received: int) -> list[int]:
+    def listed(self, received: int, stretches: Stretches) -> list[int]:
         """LSNs of the points a store that has so much may show: those outside every gap (I5)."""
-        return [lsn for lsn, kind, gaps in self._walk(received) if kind == Kind.MARKER and not gaps]
+        return [lsn for lsn, kind, gaps in self._walk(received, stretches) if kind == Kind.MARKER and not gaps]
 
-    def whole_lsns(self, received: int) -> list[int]:
+    def whole_lsns(self, received: int, stretches: Stretches) -> list[int]:
         """LSNs at which the disks can be had, whether there is a point or not."""
-        return [lsn for lsn, _, gaps in self._walk(received) if not gaps]
+        return [lsn for lsn, _, gaps in self._walk(received, stretches) if not gaps]
 
-    def _walk(self, received: int) -> Iterator[tuple[int, int, frozenset[int]]]:
+    def _walk(self, received: int, stretches: Stretches) -> Iterator[tuple[int, int, frozenset[int]]]:
+        """LSN, kind and disks with a gap. `stretches`: first and last LSN of what the store has no state inside."""
         gaps: frozenset[int] = frozenset()
+        missing = {lsn for first, last in stretches for lsn in range(first, last)}
         for lsn, record in enumerate(self.records[:received], 1):
             if record.kind == Kind.DISK:
                 disk = decode_disk(record.content)
                 gaps = gaps | {disk.slot} if disk.gap else gaps - {disk.slot}
-            yield lsn, record.kind, gaps
+            if lsn not in missing:
+                yield lsn, record.kind, gaps

@@ -55,6 +55,7 @@ FAULTS = (
     "epoch raised",
     "answer of a verb lost",
     "shipping paused",
+    "records given up",
     "segment freed",
 )
 """Every one of them strikes in any run of more than a few hundred histories. The last is no trouble, but must occur."""

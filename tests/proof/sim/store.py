@@ -26,6 +26,7 @@ from replica_store.vault.rows import MachineRow
 from replica_store.vault.schema import TABLES, VERSION
 from replica_store.vault.vault import Vault, VaultFile
 from tests.fakes.crash_storage import CrashStorage, Fate
+from tests.fakes.memory_catalog import open_catalog
 from tests.fakes.wire import Wire, WireEnd
 from tests.proof.sim.determinism import seeded_bytes
 from tests.proof.sim.processes import CURRENT, Guard, Process
@@ -71,13 +72,6 @@ def template_catalog(machines: list[tuple[str, str, str, MachineKeys]]) -> bytes
             sealed = Sealer(MASTER_KEY).seal_keys(id, keys)
             catalog.put_machine(MachineRow(id, name, 1, serial, False, 0, 1, sealed))
     return connection.serialize()
-
-
-def open_catalog(content: bytes) -> sqlite3.Connection:
-    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-    connection.deserialize(content)
-    connection.execute("PRAGMA foreign_keys = ON")
-    return connection
 
 
 class Store:

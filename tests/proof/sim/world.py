@@ -7,10 +7,14 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import trio
 
+from asrfs.format.segment import POSITION_SHIFT
+from asrfs.model import dirty_map
 from asrfs.model.machine import DiskConfig, MachineConfig
+from asrfs.replication import filler
 from asrfs.replication.object_builder import MachineKeys
 from asrfs.replication.shipping_session import ShippingSettings
 from asrfs.transport.tls import MachineIdentity
@@ -102,6 +106,7 @@ class World:
             self.watch,
             segment_bytes=SEGMENT_BYTES,
             settings=settings,
+            quota_bytes=rng.choice((1 << 40, 4 << POSITION_SHIFT, 7 << POSITION_SHIFT)),  # as places count segments
         )
         return host
 
@@ -152,6 +157,7 @@ class World:
             agent = host.agent
             if agent is not None and host.server is not None:
                 agent.shipper.retry_now()
+                agent.resyncer.retry_now()
                 lsn = host.model.lsn
                 is_fenced = self.invariants.seen[host.name].frozen_at is not None
                 is_known = host.machine_id.hex() not in self.store.in_doubt
@@ -159,7 +165,7 @@ class World:
                 is_shipped = is_over or (
                     is_known and host.knows_store and agent.positions.saved.acknowledged.lsn >= lsn
                 )
-                is_filled = is_over or not agent.positions.saved.fills
+                is_filled = is_over or not agent.dirty.map.slots()
                 if is_shipped and is_filled and agent.progress.applied.lsn >= lsn:
                     return
             await trio.sleep(1)  # sleep: virtual
@@ -222,7 +228,11 @@ def play(rng: random.Random, root: Path, watch: Watch) -> None:
     slow = rng.choice((0.0, 0.05, 0.3))
     turns = _Turns(watch)
 
-    with deterministic(rng, segment_bytes=SEGMENT_BYTES, slow=slow, on_work=turns.on_work) as log:
+    with (
+        deterministic(rng, segment_bytes=SEGMENT_BYTES, slow=slow, on_work=turns.on_work) as log,
+        mock.patch.object(dirty_map, "CHUNK_SHIFT", 12),  # disks have a dozen blocks, segments a few
+        mock.patch.object(filler, "RUN_BYTES_MAX", 4 * BLOCK),
+    ):
 
         async def main() -> None:
             world = World(rng, root, watch, log)

@@ -1,0 +1,148 @@
+"""What an agent does about a store that lacks something: composition of quota, filler and resyncer, and the verb."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import msgspec
+import trio
+
+from asrfs.consistency.maker import PointMaker, PointRequest
+from asrfs.daemon.protection import Healing, standing_of
+from asrfs.daemon.settings import Settings
+from asrfs.daemon.settings_in_force import minute_of_day
+from asrfs.daemon.state import StateDirectory
+from asrfs.errors import BadInputError, RefusedError, TemporaryError
+from asrfs.journal.reader import JournalReader
+from asrfs.model.machine import DiskConfig, MachineConfig
+from asrfs.model.names import id_bytes
+from asrfs.replication.alarms import Alarms
+from asrfs.replication.dirty_map_file import DirtyMapFile
+from asrfs.replication.disk_server import DiskServer
+from asrfs.replication.filler import Filler
+from asrfs.replication.positions_file import PositionsFile
+from asrfs.replication.progress import Progress
+from asrfs.replication.quota import Quota
+from asrfs.replication.resyncer import HealingRules, Resyncer
+from asrfs.replication.shipper import Shipper
+from asrfs.storage.directory import DirectoryStorage, OpenFile, open_path
+
+ROOM_UNKNOWN = 1 << 62
+
+
+class AgentHealing:
+    """`dirty` is the agent's; `settings` gives those in force."""
+
+    def __init__(
+        self,
+        state: StateDirectory,
+        dirty: DirtyMapFile,
+        *,
+        server: DiskServer,
+        progress: Progress,
+        positions: PositionsFile,
+        alarms: Alarms,
+        settings: Callable[[], Settings],
+        maker: PointMaker,
+        shipper: Shipper,
+        threads: trio.CapacityLimiter,
+    ) -> None:
+        self._state = state
+        self._dirty = dirty
+        self._progress = progress
+        self._threads = threads
+        machine = state.load_machine()
+        machine_id = id_bytes(machine.id)
+        self._reader = JournalReader(DirectoryStorage(state.journal), machine_id, check_payloads=False)
+        self.quota = Quota(
+            server,
+            progress,
+            positions,
+            dirty,
+            self._reader,
+            alarms,
+            threads,
+            state.load_machine,
+            self._set_gaps,
+            settings().quota_bytes(sum(disk.size_bytes for disk in machine.live_disks()), ROOM_UNKNOWN),
+        )
+
+        async def make_point(note: str) -> int:
+            point, _ = await maker.make(PointRequest(consistency="crash", note=note))
+            shipper.hurry(point.lsn)
+            return point.lsn
+
+        self._filler = Filler(
+            server,
+            progress,
+            dirty,
+            threads,
+            state.load_machine,
+            self._set_gaps,
+            self._open_image,
+            make_point,
+            lambda: 0,
+        )
+
+        def rules() -> HealingRules:
+            policy = settings().policy
+            return HealingRules(policy.resync_window, policy.rpo_warning_s, self.quota.quota_bytes)
+
+        self.resyncer = Resyncer(self._filler, progress, alarms, lambda: shipper.is_enrolled, rules, minute_of_day)
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def bytes_per_s(self) -> float:
+        """How fast it fills."""
+        return self._filler.pace.bytes_per_s(trio.current_time())
+
+    def standing(self, machine: MachineConfig, pace: float) -> Healing:
+        """As of now; `pace`: bytes that are filled per second. Called from a thread, too."""
+        resyncer = self.resyncer
+        return standing_of(self._dirty.map, self._dirty.given_up, machine, resyncer.phase, resyncer.failure, pace)
+
+    async def on_resync(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Verb `resync`: heal, with `now` whatever the time of the day. Returns when nothing is missing any more, or
+        when what is left waits for its window."""
+        if not self.resyncer.is_enrolled():
+            raise RefusedError("this machine is not enrolled with a store: use `asrfs enroll` first")
+        if request.get("full_scan"):
+            raise BadInputError("a full scan is not possible with this version")
+        timeout = request.get("timeout")
+        before, started = self._filler.filled_bytes, trio.current_time()
+        chunks = sum(self._dirty.map.dirty_chunks(slot) for slot in self._dirty.map.slots())
+        await self.resyncer.order(now=bool(request.get("now")))
+        failed_at = self.resyncer.failures
+        with trio.move_on_after(float("inf") if timeout is None else float(timeout)) as scope:
+            await self._progress.wait_until(lambda: self._is_over(failed_at))
+        if self.resyncer.failures > failed_at:
+            raise TemporaryError(f"the resync failed and is tried again: {self.resyncer.failure}")
+        if scope.cancelled_caught:
+            raise TemporaryError(f"the resync is not over after {float(timeout or 0):g} s; it goes on")
+        return {
+            "chunks_compared": 0,
+            "chunks_different": chunks,
+            "bytes_sent": self._filler.filled_bytes - before,
+            "seconds": round(trio.current_time() - started, 3),
+            "waits_for_window": self.resyncer.phase == "window",
+        }
+
+    def _is_over(self, failed_at: int) -> bool:
+        return self.resyncer.looked and (
+            self.resyncer.phase in ("idle", "window") or self.resyncer.failures > failed_at
+        )
+
+    def _open_image(self, disk: DiskConfig) -> OpenFile:
+        return open_path(self._state.image_path(disk))
+
+    def _set_gaps(self, slots: Collection[int], gap: bool) -> MachineConfig:
+        return self._state.edit_machine(lambda machine: with_gaps(machine, slots, gap))
+
+
+def with_gaps(machine: MachineConfig, slots: Collection[int], gap: bool) -> MachineConfig:
+    """The machine with the gap of some disks open or closed."""
+    change = msgspec.structs.replace
+    disks = tuple(change(disk, gap=gap) if disk.slot in slots else disk for disk in machine.disks)
+    return change(machine, disks=disks)
