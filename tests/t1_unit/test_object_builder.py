@@ -30,6 +30,7 @@ from asrfs.journal.recovery import recover
 from asrfs.journal.writer import Journal
 from asrfs.model.machine import NO_SLOT, DiskRecord, decode_disk
 from asrfs.model.positions import Cursor, Positions
+from asrfs.replication import stretch_reader
 from asrfs.replication.object_builder import BuiltObject, MachineKeys, ObjectBuilder
 from tests.fakes.crash_storage import CrashStorage
 from tests.fakes.journal_world import MACHINE_ID, JournalWorld
@@ -253,6 +254,7 @@ def ship(world: JournalWorld, cursor: Cursor, keys: MachineKeys, salt: bytes, rn
             previous_digest=previous,
             bytes_max=rng.randint(1, 40) * 2 * BLOCK,
             level=rng.choice((None, ZSTD_LEVEL, ZSTD_LEVEL_FAST)),
+            folds=rng.random() < 0.1,
         ):
             ends.append(built.cursor)
             previous = built.digest
@@ -271,6 +273,7 @@ def test_no_pair_of_key_and_nonce_seals_twice(
         world.disks[0].write(0, rng.randbytes(rng.choice((1, 3)) * BLOCK))
     world.sync()
     last = world.journal.durable_lsn
+    monkeypatch.setattr(stretch_reader, "BYTES_LEAST", 0)
     seals = Seals(monkeypatch)
     ends, shipped = [Cursor()], 0
     for number in range(24):

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from asrfs.format.log_object import check_digest
+from asrfs.format.record import Kind
 from replica_store.points.builder import Cut, disks_of, open_disks
 from replica_store.points.point_disk import FrameCache
 from replica_store.vault.directory_objects import DirectoryObjects
@@ -125,6 +126,10 @@ class Invariants:
             assert row.first_time_ns >= seen.time_ns, "times never go back within an epoch"
             assert vault.objects.size(row.name) == row.length, f"I3: {row.name} is not what the catalog says"
             assert not storage.unsynced_bytes(row.name), f"I3: {row.name} can still be lost"
+            if row.is_stretch and vault.object_index(row)[0].frame_count:  # else it stands for what was given up
+                host.watch.fired("backlog folded")
+                inside = host.model.records[row.first_lsn - 1 : row.last_lsn - 1]
+                assert all(record.kind != Kind.MARKER for record in inside), "I5: a point vanished in a stretch"
             seen.received, seen.digest, seen.time_ns = row.last_lsn, row.digest, row.last_time_ns
 
     # ---- at the end ----

@@ -56,6 +56,7 @@ FAULTS = (
     "answer of a verb lost",
     "shipping paused",
     "records given up",
+    "backlog folded",
     "segment freed",
 )
 """Every one of them strikes in any run of more than a few hundred histories. The last is no trouble, but must occur."""

@@ -14,7 +14,7 @@ import trio
 from asrfs.format.segment import POSITION_SHIFT
 from asrfs.model import dirty_map
 from asrfs.model.machine import DiskConfig, MachineConfig
-from asrfs.replication import filler
+from asrfs.replication import filler, shipping_session, stretch_reader
 from asrfs.replication.object_builder import MachineKeys
 from asrfs.replication.shipping_session import ShippingSettings
 from asrfs.transport.tls import MachineIdentity
@@ -232,6 +232,9 @@ def play(rng: random.Random, root: Path, watch: Watch) -> None:
         deterministic(rng, segment_bytes=SEGMENT_BYTES, slow=slow, on_work=turns.on_work) as log,
         mock.patch.object(dirty_map, "CHUNK_SHIFT", 12),  # disks have a dozen blocks, segments a few
         mock.patch.object(filler, "RUN_BYTES_MAX", 4 * BLOCK),
+        mock.patch.object(shipping_session, "FOLD_BACKLOG_BYTES", 6 * BLOCK),
+        mock.patch.object(stretch_reader, "BYTES_LEAST", 0),
+        mock.patch.object(stretch_reader, "FOLDED_BYTES_MAX", 12 * BLOCK),
     ):
 
         async def main() -> None:
