@@ -35,7 +35,7 @@ from asrfs.replication.trimmer import Limit, Trimmer, freeable
 from asrfs.transport.backoff import Backoff
 from tests.fakes.applied_world import AppliedWorld
 from tests.fakes.crash_storage import CrashStorage
-from tests.fakes.healing_host import HealingHost
+from tests.fakes.healing_host import HealingHost, InlineFiller
 from tests.fakes.journal_world import MACHINE_ID, JournalWorld, ModelRecord, put_record
 from tests.fakes.scripted_store import GIVEN_UP, ScriptedStore
 from tests.fakes.virtual_time import pass_time
@@ -296,6 +296,36 @@ async def test_a_live_session_is_told_of_what_was_given_up(
         await host.until_whole()
         assert host.store.sessions == sessions
         assert GIVEN_UP in host.store.records
+        host.check_replica()
+
+
+async def test_a_fill_that_is_given_up_is_marked_again(
+    autojump_clock: trio.testing.MockClock, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the moment a chunk's record is durable and the moment it leaves the map."""
+    async with protected(rng) as (host, _):
+        await go_away(host)
+        await host.write_for(30)
+        monkeypatch.setattr("asrfs.replication.filler.RUNS_PER_SAVE", 1)
+        given_up = list[bool]()
+        fill, real = host.healing.server.fill, InlineFiller._take_from_map
+
+        async def fill_unheard(slot: int, offset: int, length: int) -> int:
+            if not given_up:
+                await go_away(host)
+            return await fill(slot, offset, length)
+
+        async def give_up_first(*arguments: Any) -> None:
+            if not given_up:
+                given_up.append(await host.healing.quota.give_up())
+            await real(*arguments)
+            come_back(host)
+
+        host.healing.server.fill = fill_unheard  # type: ignore[method-assign]
+        monkeypatch.setattr(InlineFiller, "_take_from_map", give_up_first)
+        come_back(host)
+        await host.until_whole()
+        assert given_up == [True]
         host.check_replica()
 
 

@@ -1,0 +1,92 @@
+"""Bugs of giving up and healing: an order changed, a mark taken back too early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from asrfs.format.record import Kind
+from asrfs.journal.reader import JournalReader
+from asrfs.model.dirty_map import DirtyMap, GivenUp
+from asrfs.model.machine import DiskConfig, DiskRecord, decode_disk
+from asrfs.model.positions import Cursor
+from asrfs.replication import quota
+from asrfs.replication.dirty_map_file import DirtyMapFile
+from asrfs.replication.filler import Filler
+from tests.planted import Plant
+
+_GIVING_UP = ("given_up_and_healed", "given_up_again_while_it_heals", "given_up_although_its_gap_was_closing")
+
+
+def frees_before_the_map_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is given up counts at once, and the map is saved by whoever saves next."""
+    real = DirtyMapFile.save
+
+    def save(file: DirtyMapFile, given_up: GivenUp | None = None) -> None:
+        if given_up is None:
+            real(file)
+        file._given_up = given_up or file._given_up
+
+    monkeypatch.setattr(DirtyMapFile, "save", save)
+
+
+def leaves_a_closing_record_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records are given up only to before one that closes an older gap: it closes the new one, too."""
+    real = quota.mark_records
+
+    def mark_records(
+        reader: JournalReader, cursor: Cursor, until_lsn: int, dirty: DirtyMap
+    ) -> tuple[Cursor, dict[int, DiskRecord]]:
+        records = reader.read(cursor, until_lsn, 1 << 30).records
+        closing = [
+            header.lsn
+            for header, payload in records
+            if cursor.lsn and header.kind == Kind.DISK and not decode_disk(bytes(payload)).gap
+        ]
+        return real(reader, cursor, min([lsn - 1 for lsn in closing if lsn > cursor.lsn + 1] or [until_lsn]), dirty)
+
+    monkeypatch.setattr(quota, "mark_records", mark_records)
+
+
+def frees_without_marking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a batch of records only the last is marked."""
+    real = DirtyMap.mark_all
+
+    def mark_all(dirty: DirtyMap, slot: int, offsets: object, lengths: object) -> None:
+        real(dirty, slot, offsets[-1:], lengths[-1:])  # type: ignore[index]
+
+    monkeypatch.setattr(DirtyMap, "mark_all", mark_all)
+
+
+def marks_clean_what_was_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk leaves the map although the record that has its content was given up meanwhile."""
+
+    async def take_from_map(filler: Filler, disk: DiskConfig, filled: list[tuple[int, int, int]]) -> None:
+        async with filler.dirty.turn:
+            for _, offset, length in filled:
+                if disk.slot in filler.dirty.map:
+                    filler.dirty.map.clear(disk.slot, offset, length)
+            await filler._in_thread(filler.dirty.save)
+
+    monkeypatch.setattr(Filler, "_take_from_map", take_from_map)
+
+
+def _plant(
+    name: str, apply: Callable[[pytest.MonkeyPatch], None], level: str, cases: int, shows: str, *only: str
+) -> Plant:
+    return Plant(name, (apply.__doc__ or "").strip(), level, cases, apply, shows, only)
+
+
+PLANTS: tuple[Plant, ...] = (
+    _plant("map-saved-late", frees_before_the_map_is_saved, "crash", 3_500, "I[0-9]:|LSN|missing", *_GIVING_UP),
+    _plant("closing-record-kept", leaves_a_closing_record_behind, "crash", 3_500, "I[59]:", _GIVING_UP[2]),
+    _plant("marked-in-part", frees_without_marking, "sim", 1_500, "I4:|I9:"),
+    _plant(
+        "mark-clean-given-up",
+        marks_clean_what_was_given_up,
+        "tests/t4_sim/test_resync.py::test_a_fill_that_is_given_up_is_marked_again",
+        1,
+        "I9",
+    ),
+)
