@@ -125,10 +125,11 @@ class Agent:
             journal_turn,
             lambda: dirty.given_up,
         )
-        backoff = Backoff(random.Random())
         is_paused = self._files.exists(PAUSED_FILE)
         source = self._make_source(journal, journal_turn)
-        self._shipper = Shipper(source, self._store(), self._alarms, self._link, backoff, paused=is_paused)
+        self._shipper = Shipper(
+            source, self._store(), self._alarms, self._link, Backoff(random.Random()), paused=is_paused
+        )
         self._note_pause()
         digester = DigestProcess(state, lambda: self._settings.current.scan_rate)
         compare = partial(comparing, digester, self._server, self._shipper, self._applier)
