@@ -125,11 +125,7 @@ class Agent:
             journal_turn,
             lambda: dirty.given_up,
         )
-        is_paused = self._files.exists(PAUSED_FILE)
-        source = self._make_source(journal, journal_turn)
-        self._shipper = Shipper(
-            source, self._store(), self._alarms, self._link, Backoff(random.Random()), paused=is_paused
-        )
+        self._shipper = self._make_shipper(self._make_source(journal, journal_turn))
         self._note_pause()
         digester = DigestProcess(state, lambda: self._settings.current.scan_rate)
         compare = partial(comparing, digester, self._server, self._shipper, self._applier)
@@ -158,7 +154,7 @@ class Agent:
             self._alarms,
             SystemClock(),
         )
-        self._settings.follow(source, self._scheduler.policy_changed)
+        self._settings.follow(self._shipper.source, self._scheduler.policy_changed)
         self._configuration.follow(self._settings.told)
         self._configuration.follow(self._groups.follow)
         self._housekeeping = Housekeeping(
@@ -259,6 +255,11 @@ class Agent:
         on_failure = self._settings.current.policy.on_failure
         point, _ = await self._maker.make(PointRequest(consistency=consistency, on_failure=on_failure))
         return point
+
+    def _make_shipper(self, source: Source) -> Shipper:
+        is_paused = self._files.exists(PAUSED_FILE)
+        backoff = Backoff(random.Random())
+        return Shipper(source, self._store(), self._alarms, self._link, backoff, paused=is_paused)
 
     def _make_source(self, journal: DirectoryStorage, journal_turn: trio.Lock) -> Source:
         return Source(

@@ -24,19 +24,25 @@ _MODULE = "asrfs.daemon.digest_process"
 
 
 class DigestProcess:
-    """One process, which lives as long as it is used in a `with`. `rate`: bytes a second, 0 for no limit."""
+    """One process, which lives as long as it is used in a `with`: by one comparison at a time, the next one waits.
+    `rate`: bytes a second, 0 for no limit."""
 
     def __init__(self, state: StateDirectory, rate: Callable[[], int]) -> None:
         self._state = state
         self._rate = rate
         self._worker: Worker | None = None
         self._not_before = 0.0
+        self._turn = trio.Lock()
 
     async def __aenter__(self) -> DigestProcess:
+        await self._turn.acquire()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._close()
+        try:
+            await self._close()
+        finally:
+            self._turn.release()
 
     async def pace(self) -> None:
         """Wait until more may be read."""
