@@ -64,6 +64,8 @@ class Quota:
     async def run(self) -> None:
         """Give up whenever the store is too far behind, for ever."""
         while True:
+            if not self.is_over():
+                self.alarms.clear(ALARM)
             await self.progress.wait_until(lambda: self.progress.is_known and self.is_over())
             try:
                 if await self.give_up():

@@ -3,7 +3,8 @@
     map empty ─▶ idle        store does not have what was given up yet ─▶ wait for it        not the time ─▶ wait
     else ─▶ fill disk after disk ─▶ close ─▶ idle
 
-A lost connection and a disk server that is being replaced are no failures: it waits, and goes on where it was.
+A lost connection, a disk server that is being replaced and a full filesystem here, of which there is an alarm already,
+are no failures: it waits, and goes on where it was.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Literal, NamedTuple
 import structlog
 import trio
 
-from asrfs.errors import AsrfsError, TemporaryError
+from asrfs.errors import AsrfsError, NoSpaceError, TemporaryError
 from asrfs.model.calendar import Window
 from asrfs.model.dirty_map import Reason
 from asrfs.model.healing import FAILURES_MAX, Sick, is_due, lag_bytes_max, retry_delay_s
@@ -80,7 +81,8 @@ class Resyncer:
                 now = trio.current_time()
                 if away_since is None or self.filler.filled_bytes > before:
                     away_since = now
-                if type(error) is TemporaryError and now - away_since < PATIENCE_S:
+                is_away = type(error) is TemporaryError and now - away_since < PATIENCE_S
+                if is_away or isinstance(error, NoSpaceError):
                     await trio.sleep(RETRY_S)
                     continue
                 await self._wait_after(error)
