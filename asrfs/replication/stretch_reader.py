@@ -24,7 +24,7 @@ from asrfs.replication.folding import Kept, Room, fold
 
 FOLDED_BYTES_MAX = 16 << 20
 """Left of the records of one stretch. It bounds memory, and what is sent again when a link is lost."""
-BYTES_LEAST = 1 << 20
+BYTES_LEAST = 64 << 20
 SAVED_SHARE_LEAST = 0.2
 """Folding less than this is not worth that states are missing and that all is read twice."""
 RECORDS_READ_MAX = 1 << 18
