@@ -88,7 +88,7 @@ class ReplicatedWorld:
         self.keys = MachineKeys(MACHINE_ID, store.history.keys.index_key, store.history.keys.payload_key)
         self.session: _Session | None = None
         self.folded_share = 0.4
-        self._heal_with(host)
+        self.healing = self._healing_of(host, self.applied)
         self.looks: list[PairLook] | None = None
         self._host_storage, self._model, self._store_storage = host.storage, host.model, store.storage
 
@@ -158,11 +158,12 @@ class ReplicatedWorld:
 
     # ---- what happens to a host ----
 
-    def _heal_with(self, host: JournalWorld) -> None:
-        """What gives up and fills, of the host's present life."""
-        self.healing = HealingHost(host, self.applied.positions)
-        self.healing.server.syncs_fills = True
-        self.healing.filler.make_point = self._make_point
+    def _healing_of(self, host: JournalWorld, applied: AppliedWorld) -> HealingHost:
+        """What gives up and fills, of a host's life. Raises what its disk refuses to read."""
+        healing = HealingHost(host, applied.positions)
+        healing.server.syncs_fills = True
+        healing.filler.make_point = self._make_point
+        return healing
 
     def announce(self) -> None:
         """As each start of a disk server does: what the disks are."""
@@ -265,10 +266,14 @@ class ReplicatedWorld:
         storage.keep_failing(self.host.storage)
         self.host.close()
         self._look_at_host(storage, model)
-        self.host = JournalWorld(storage, model, seed=self.rng.getrandbits(32))
-        self.applied = AppliedWorld(self.host, self.rng)
-        self.session = None
-        self._heal_with(self.host)
+        host = JournalWorld(storage, model, seed=self.rng.getrandbits(32))
+        try:
+            applied = AppliedWorld(host, self.rng)
+            healing = self._healing_of(host, applied)
+        except BaseException:  # then it has not started, and nobody goes on with half of it
+            host.close()
+            raise
+        self.host, self.applied, self.healing, self.session = host, applied, healing, None
         if self.looks is not None:
             self.look_at_everything(self.looks)
         self.announce()

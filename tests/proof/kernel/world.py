@@ -21,6 +21,8 @@ from tests.waiting import wait_until
 
 PROGRAM = "tests.proof.kernel.struck"
 DYING_S_MAX = 30.0
+QUOTA = "64G"
+"""Each disk server begins a segment: those of many deaths come to the quota of small disks, and records are given up."""
 
 
 class StruckStore(StoreUnderTest):
@@ -54,6 +56,7 @@ class World:
         self.store.serve()
         self.host = HostUnderTest(scratch, program=PROGRAM)
         self.host.init(**disks)
+        self.asrfs("set", f"journal_quota={QUOTA}")
         self.asrfs("enroll", "--store", self.store.manage, "--token", self.store.token(self.host.name))
         self.host.serve()
         wait_until(lambda: self.host.pid("agent"), what="the agent")
