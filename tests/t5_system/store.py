@@ -30,6 +30,7 @@ from asrfs.transport.stream import SecureStream, connect, parse_address
 from asrfs.transport.tls import client_context, make_key_and_request, pinned_context
 from replica_store.cli import main
 from replica_store.vault.keys import MachineKeys
+from replica_store.vault.vault import Vault
 from tests import sweep
 from tests.fakes.scripted_host import HostEnd, HostHistory
 from tests.waiting import wait_until
@@ -69,6 +70,13 @@ class StoreUnderTest:
             code = main.run(["--vault", str(self.path), "--json", *map(str, arguments)])
         assert code == 0, f"replica-store {arguments} ended with {code}: {said.getvalue()}"
         return json.loads(said.getvalue())
+
+    def state_at(self, machine: str, lsn: int) -> int:
+        """The LSN itself, or where it lies inside a folded stretch, the next one at which there is a state."""
+        with Vault.open(str(self.path)) as vault:
+            row = vault.catalog.object_with(vault.machine(machine).id, lsn)
+        assert row is not None, f"LSN {lsn} of {machine} is not here"
+        return row.last_lsn if row.is_stretch else lsn
 
     def token(self, machine: str, *arguments: str) -> str:
         return str(self.ask("token", machine, *arguments)["token"])

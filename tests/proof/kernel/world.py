@@ -22,7 +22,7 @@ from tests.waiting import wait_until
 PROGRAM = "tests.proof.kernel.struck"
 DYING_S_MAX = 30.0
 QUOTA = "64G"
-"""Each disk server begins a segment: those of many deaths come to the quota of small disks, and records are given up."""
+"""Each disk server begins a segment: many deaths come to the quota of small disks, and records are given up."""
 
 
 class StruckStore(StoreUnderTest):

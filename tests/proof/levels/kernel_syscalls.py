@@ -94,7 +94,8 @@ def _run(made: World, rng: random.Random, notes: Notes) -> None:
     made.drained()
     load.stamper.check(made.export("latest", "end"), exactly=last)
     for _ in range(2):
-        load.stamper.check(made.export(f"lsn:{rng.randint(len(made.disks), made.acknowledged())}", "some"))
+        lsn = made.store.state_at(made.host.name, rng.randint(len(made.disks), made.acknowledged()))
+        load.stamper.check(made.export(f"lsn:{lsn}", "some"))
     assert made.store.ask("verify")["damages"] == []
     assert made.host.stop() == 0, made.host.said()
     load.stamper.check(made.images(), exactly=last)
