@@ -67,6 +67,7 @@ from asrfs.replication.link import Link
 from asrfs.replication.object_builder import ObjectBuilder
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
+from asrfs.replication.seeding import Seeds
 from asrfs.replication.shipper import Shipper, StoreAccess
 from asrfs.replication.shipping_session import Source
 from asrfs.replication.ticker import Ticker
@@ -277,6 +278,7 @@ class Agent:
             given_up=lambda: self._dirty.given_up,
             group_port=self._settings.current.group_port,
             group_address=self._settings.current.group_address,
+            seeds=Seeds(lambda: {disk.slot: disk.name for disk in self._state.load_machine().disks}),
         )
 
     def _make_maker(self) -> PointMaker:

@@ -271,13 +271,16 @@ class FrameTable:
         """`(offset, length)` of sealed frame i inside the object."""
         return self._entries[i][0], self._entries[i][1]
 
+    def flags(self, i: int) -> int:
+        return self._entries[i][2]
+
     def open_frame(self, i: int, sealed: Bytes, payload_key: bytes) -> bytes:
         """The raw bytes of frame i, which hold the raw payload from `i * frame_raw_bytes`. Raises FormatError."""
         header = self.header
         where = f"{self._where}: byte {self.extent(i)[0]}: frame {i} of LSN {header.first_lsn}..{header.last_lsn}"
         raw_length = min(header.frame_raw_bytes, header.payload_raw_length - i * header.frame_raw_bytes)
         packed = _unseal(payload_key, nonce_of(header, i), sealed, self._clear, where)
-        if self._entries[i][2] & FRAME_IS_COMPRESSED:
+        if self.flags(i) & FRAME_IS_COMPRESSED:
             return _unpack(packed, raw_length, where)
         if len(packed) != raw_length:
             raise FormatError(f"{where}: {len(packed)} bytes instead of {raw_length}")

@@ -40,11 +40,34 @@ _ROOMS_KEPT = 2
 _ROOM_STEP = 1 << 20
 
 
+class Packer:
+    """Compresses frames. The same content and level give the same bytes, for one version of zstd."""
+
+    def __init__(self) -> None:
+        self._compressors: dict[int, zstandard.ZstdCompressor] = {}
+
+    def compress(self, content: Bytes, level: int) -> bytes:
+        if level not in self._compressors:
+            self._compressors[level] = zstandard.ZstdCompressor(level=level)
+        return self._compressors[level].compress(content)
+
+    def pack(self, frame: memoryview, level: int | None) -> tuple[Bytes, int]:
+        """A frame and its flags; compressed unless a probe of its middle says that it does not pay."""
+        if level is None:
+            return frame, 0
+        middle = len(frame) // 2
+        probe = frame[middle : middle + _PROBE_BYTES]
+        if len(frame) > 4 * len(probe) and len(self.compress(probe, level)) > len(probe) * _PROBE_KEPT_MAX:
+            return frame, 0
+        packed = self.compress(frame, level)
+        return (packed, FRAME_IS_COMPRESSED) if len(packed) < len(frame) else (frame, 0)
+
+
 class ObjectEncoder:
     """One call at a time; it releases the interpreter in its large steps, so it may run beside an event loop."""
 
     def __init__(self) -> None:
-        self._compressors: dict[int, zstandard.ZstdCompressor] = {}
+        self._packer = Packer()
         self._gathered = memoryview(bytearray())
         self._rooms: list[memoryview] = []
 
@@ -66,8 +89,8 @@ class ObjectEncoder:
         index. The object is the caller's until `give_back`.
         """
         raw_index = encode_index(index)
-        packed_index = self._compressor(ZSTD_LEVEL).compress(raw_index)
-        packed = [self._pack(frame, level) for frame in self._frames(payloads)]
+        packed_index = self._packer.compress(raw_index, ZSTD_LEVEL)
+        packed = [self._packer.pack(frame, level) for frame in self._frames(payloads)]
         table = b"".join(FRAME.pack(len(frame) + SEAL_BYTES, flags) for frame, flags in packed)
         header = ObjectHeader(
             machine_id=machine_id,
@@ -142,23 +165,6 @@ class ObjectEncoder:
                 start = end
         if at > frame:
             yield gathered[frame:at]
-
-    def _pack(self, frame: memoryview, level: int | None) -> tuple[Bytes, int]:
-        """Compress a frame unless a probe of its middle says that it does not pay."""
-        if level is None:
-            return frame, 0
-        compressor = self._compressor(level)
-        middle = len(frame) // 2
-        probe = frame[middle : middle + _PROBE_BYTES]
-        if len(frame) > 4 * len(probe) and len(compressor.compress(probe)) > len(probe) * _PROBE_KEPT_MAX:
-            return frame, 0
-        packed = compressor.compress(frame)
-        return (packed, FRAME_IS_COMPRESSED) if len(packed) < len(frame) else (frame, 0)
-
-    def _compressor(self, level: int) -> zstandard.ZstdCompressor:
-        if level not in self._compressors:
-            self._compressors[level] = zstandard.ZstdCompressor(level=level)
-        return self._compressors[level]
 
 
 def _memory(length: int) -> memoryview:

@@ -48,6 +48,8 @@ class FrameType(IntEnum):
     CONFIGURE = 9
     COMPARE = 10
     COMPARED = 11
+    MATCH = 12
+    MATCHED = 13
     GROUP = 32
     """Of another conversation, that between machines of a group: `group_session.py`."""
 

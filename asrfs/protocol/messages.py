@@ -7,9 +7,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from asrfs.errors import FOREIGN_CHARACTERS_MAX
+from asrfs.format.seed_file import CHUNK_DIGEST_BYTES
 from asrfs.model.configuration import ADDRESS_CHARACTERS_MAX, PORT_MAX, HostConfiguration
 from asrfs.model.digest_tree import REGION_LEAVES_BYTES_MAX, REGION_NODES_MAX, TREE_DIGEST_BYTES, Region
+from asrfs.model.extents import CHUNK_BYTES
 from asrfs.model.machine import SLOT_MAX
+from asrfs.model.names import NAME_BYTES_MAX
 from asrfs.model.quantities import FILE_BYTES_MAX, SECTOR_BYTES
 from asrfs.protocol.frames import Bytes, FrameType, ProtocolError
 
@@ -17,12 +20,17 @@ PROTOCOL_VERSION = 1
 OBJECT_CHUNK_BYTES = 1 << 20
 COMPARES_MAX = 64
 """Of one session, unanswered: no store allows more."""
+MATCHES_MAX = 16
+"""Of one session, unanswered."""
+MATCH_CHUNKS_MAX = 8192
+OMITTED_BYTES_MAX = 8192
 
 Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 """LSNs and times: what the store's catalog can hold. The peer's word goes there, so the decoder takes no other."""
+Chunk = Annotated[int, msgspec.Meta(ge=0, le=FILE_BYTES_MAX // CHUNK_BYTES)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=PORT_MAX)]
 Address = Annotated[str, msgspec.Meta(max_length=ADDRESS_CHARACTERS_MAX)]
-RefusalCode = Literal["authentication", "fenced", "diverged", "state", "corrupt", "space", "busy"]
+RefusalCode = Literal["authentication", "fenced", "diverged", "state", "corrupt", "space", "busy", "seed"]
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +59,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     `acknowledged_time_ns`: time of record `acknowledged_lsn`, 0 for none. The host compares it with that of its own.
     `takes_stretches`: it knows log objects of version 2; a store of before that would call one damaged.
     `compares`: how many COMPAREs may be unanswered at once; 0: it cannot compare, and would end the session.
+    `takes_matches`: it knows MATCH, and log objects that come without frames of which it has the content.
     """
 
     protocol: int
@@ -62,6 +71,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     last_digest: str
     takes_stretches: bool = False
     compares: Annotated[int, msgspec.Meta(ge=0, le=COMPARES_MAX)] = 0
+    takes_matches: bool = False
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,11 +82,17 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ObjectBegin(msgspec.Struct, frozen=True, kw_only=True):
-    """A log object of `length` bytes follows in OBJECT_BYTES frames."""
+    """A log object follows in OBJECT_BYTES frames, `length` bytes of it.
+
+    `omitted`: bit n is set for each frame n that is left out, because a MATCHED said that the store has the chunks in
+    it; `level`: of zstd for the frames, None where they are not packed.
+    """
 
     first_lsn: Number
     last_lsn: Number
     length: int
+    omitted: Annotated[bytes, msgspec.Meta(max_length=OMITTED_BYTES_MAX)] = b""
+    level: Annotated[int, msgspec.Meta(ge=-100, le=22)] | None = None
 
 
 class Acknowledge(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,9 +155,44 @@ class Compared(msgspec.Struct, frozen=True, kw_only=True):
     text: Annotated[str, msgspec.Meta(max_length=FOREIGN_CHARACTERS_MAX)] = ""
 
 
+class ChunksOfDisk(msgspec.Struct, frozen=True, kw_only=True):
+    """Chunks of 64 KiB of the machine's disk `name`: runs of `(first, count)`, and the digest of each
+    (`format/seed_file.py`), one after the other."""
+
+    name: Annotated[str, msgspec.Meta(max_length=NAME_BYTES_MAX)]
+    runs: Annotated[tuple[tuple[Chunk, Chunk], ...], msgspec.Meta(max_length=MATCH_CHUNKS_MAX)]
+    digests: Annotated[bytes, msgspec.Meta(max_length=MATCH_CHUNKS_MAX * CHUNK_DIGEST_BYTES)]
+
+
+class Match(msgspec.Struct, frozen=True, kw_only=True):
+    """The host asks which of these chunks the store has in a seed. `number` comes back in the answer."""
+
+    number: Number
+    disks: Annotated[tuple[ChunksOfDisk, ...], msgspec.Meta(min_length=1, max_length=SLOT_MAX)]
+
+
+class Matched(msgspec.Struct, frozen=True, kw_only=True):
+    """Store's answer: for each disk that was asked about, bit n is set if the store has its nth chunk; empty: there is
+    no seed of that disk."""
+
+    number: Number
+    equal: tuple[Annotated[bytes, msgspec.Meta(max_length=MATCH_CHUNKS_MAX // 8)], ...]
+
+
 Message = (
-    Hello | Welcome | Refused | ObjectBegin | Acknowledge | Heartbeat | Goodbye | Configure | Compare | Compared
-)  # fmt: skip
+    Hello
+    | Welcome
+    | Refused
+    | ObjectBegin
+    | Acknowledge
+    | Heartbeat
+    | Goodbye
+    | Configure
+    | Compare
+    | Compared
+    | Match
+    | Matched
+)
 
 TYPE_OF: dict[type[msgspec.Struct], FrameType] = {
     Hello: FrameType.HELLO,
@@ -154,6 +205,8 @@ TYPE_OF: dict[type[msgspec.Struct], FrameType] = {
     Configure: FrameType.CONFIGURE,
     Compare: FrameType.COMPARE,
     Compared: FrameType.COMPARED,
+    Match: FrameType.MATCH,
+    Matched: FrameType.MATCHED,
 }
 _DECODERS: dict[FrameType, msgspec.msgpack.Decoder[Any]] = {
     frame_type: msgspec.msgpack.Decoder(cls) for cls, frame_type in TYPE_OF.items()
@@ -167,6 +220,14 @@ def region_of(compare: Compare) -> Region:
     if compare.size_bytes % SECTOR_BYTES or len(compare.digests) % TREE_DIGEST_BYTES or not region.is_possible():
         raise ProtocolError(f"no disk of {compare.size_bytes} bytes has {region.nodes} nodes from {region.first} on")
     return region
+
+
+def check_match(match: Match) -> None:
+    """Raise ProtocolError unless each chunk has a digest."""
+    for disk in match.disks:
+        chunks = sum(count for _, count in disk.runs)
+        if not 0 < chunks <= MATCH_CHUNKS_MAX or len(disk.digests) != chunks * CHUNK_DIGEST_BYTES:
+            raise ProtocolError(f"{len(disk.digests)} bytes of digests came for {chunks} chunks of a disk")
 
 
 def encode_message(message: Message) -> bytes:

@@ -13,6 +13,8 @@ bug and trips an assertion. Either way nothing has changed.
                        ◀──         CONFIGURE (to a host whose HELLO said that it takes it)
       COMPARE          ──▶         (to a store whose WELCOME said how many at once)
                        ◀──         COMPARED (in any order)
+      MATCH            ──▶         (to a store whose WELCOME said that it takes it)
+                       ◀──         MATCHED (in any order)
       GOODBYE          ──▶
 """
 
@@ -28,8 +30,10 @@ from asrfs.protocol.messages import (
     OBJECT_CHUNK_BYTES,
     TYPE_OF,
     Compare,
+    Match,
     Message,
     ObjectBegin,
+    check_match,
     decode_message,
     encode_message,
     region_of,
@@ -67,11 +71,13 @@ TABLE: dict[State, dict[Speaks, State]] = {
         Speaks("host", F.OBJECT_BEGIN): State.IN_OBJECT,
         Speaks("host", F.HEARTBEAT): State.STREAMING,
         Speaks("host", F.COMPARE): State.STREAMING,
+        Speaks("host", F.MATCH): State.STREAMING,
         Speaks("host", F.GOODBYE): State.CLOSED,
         Speaks("store", F.ACKNOWLEDGE): State.STREAMING,
         Speaks("store", F.HEARTBEAT): State.STREAMING,
         Speaks("store", F.CONFIGURE): State.STREAMING,
         Speaks("store", F.COMPARED): State.STREAMING,
+        Speaks("store", F.MATCHED): State.STREAMING,
         Speaks("store", F.REFUSED): State.CLOSED,
     },
     State.IN_OBJECT: {
@@ -80,6 +86,7 @@ TABLE: dict[State, dict[Speaks, State]] = {
         Speaks("store", F.HEARTBEAT): State.IN_OBJECT,
         Speaks("store", F.CONFIGURE): State.IN_OBJECT,
         Speaks("store", F.COMPARED): State.IN_OBJECT,
+        Speaks("store", F.MATCHED): State.IN_OBJECT,
         Speaks("store", F.REFUSED): State.CLOSED,
     },
     State.CLOSED: {},
@@ -171,6 +178,8 @@ class Session:
             return None
         if isinstance(message, Compare):
             region_of(message)
+        if isinstance(message, Match):
+            check_match(message)
         self.state = following
         return message
 

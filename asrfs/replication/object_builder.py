@@ -10,20 +10,27 @@ Payload checksums are verified here: a journal that went bad raises IntegrityErr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
 from asrfs.errors import IntegrityError
-from asrfs.format.log_object import RECORDS_MAX, Index, ObjectKeys, derive_keys
+from asrfs.format.log_object import RECORDS_MAX, Index, ObjectHeader, ObjectKeys, decode_object_header, derive_keys
 from asrfs.format.object_encoder import ZSTD_LEVEL, ObjectEncoder
+from asrfs.format.omission import FilledChunk, filled_chunks
 from asrfs.format.record import Kind
+from asrfs.format.seed_file import chunk_digest, derive_digest_key
 from asrfs.journal.columns import Columns
 from asrfs.journal.reader import JournalReader, Slabs
+from asrfs.model.extents import CHUNK_BYTES
 from asrfs.model.machine import DiskRecord, encode_disk
 from asrfs.model.positions import Cursor
+from asrfs.protocol.messages import MATCH_CHUNKS_MAX
 from asrfs.replication.stretch_reader import StretchReader
 
 
@@ -39,6 +46,15 @@ class MachineKeys:
         return derive_keys(self.index, self.payload, self.machine_id, epoch, salt)
 
 
+class Filled(NamedTuple):
+    """Whole chunks of disks that an object's FILL records carry, in the order of its payload, and the digest of each
+    (`format/seed_file.py`)."""
+
+    header: ObjectHeader
+    chunks: list[FilledChunk]
+    digests: list[bytes]
+
+
 @dataclass(frozen=True, slots=True)
 class BuiltObject:
     """A log object ready to be sent. `cursor` is the place just after its last record."""
@@ -51,6 +67,10 @@ class BuiltObject:
     """Its bytes, until they were given back."""
     length: int
     cursor: Cursor
+    level: int | None = None
+    """Of zstd, for its frames."""
+    filled: Filled | None = None
+    """What it has that a seed may have, too."""
 
 
 class ObjectBuilder:
@@ -73,13 +93,15 @@ class ObjectBuilder:
         bytes_max: int,
         level: int | None = ZSTD_LEVEL,
         folds: bool = False,
+        is_seeded: Callable[[int], bool] | None = None,
     ) -> BuiltObject | None:
         """The object of the records after `cursor`, none above `durable_lsn`; None when there are none. `level`: of
         zstd, or None. `folds`: as a stretch up to the next marker, or as far as it gets, if what is left out pays.
+        `is_seeded`: whether FILL records of the disk in a slot may be of content that the store has.
 
         Raises IntegrityError for a corrupt journal, OSError when it cannot be read.
         """
-        seal = partial(self._seal, keys, session_salt, previous_digest)
+        seal = partial(self._seal, keys, session_salt, previous_digest, is_seeded)
         if folds:
             stretch = self._stretches.read(cursor, durable_lsn, session_salt=session_salt, object_size=bytes_max)
             if stretch is not None:
@@ -118,13 +140,14 @@ class ObjectBuilder:
         assert disks, "a gap is one of disks"
         assert all(disk.gap or disk.removed for disk in disks), "I5: what was given up is missing from every disk"
         index = gap_index(first_lsn, through, disks)
-        return self._seal(keys, session_salt, previous_digest, epoch, index, [], through, ZSTD_LEVEL)
+        return self._seal(keys, session_salt, previous_digest, None, epoch, index, [], through, ZSTD_LEVEL)
 
     def _seal(
         self,
         keys: MachineKeys,
         session_salt: bytes,
         previous_digest: bytes,
+        is_seeded: Callable[[int], bool] | None,
         epoch: int,
         index: Index,
         payloads: Sequence[memoryview],
@@ -149,11 +172,33 @@ class ObjectBuilder:
             pieces=[content],
             length=len(content),
             cursor=cursor,
+            level=level,
+            filled=_filled(content, index, payloads, keys, is_seeded) if is_seeded else None,
         )
 
     def give_back(self, built: BuiltObject) -> None:
         """Its bytes were sent; their memory will hold those of another object."""
         self._encoder.give_back(built.pieces.pop())
+
+
+def _filled(
+    content: memoryview,
+    index: Index,
+    payloads: Sequence[memoryview],
+    keys: MachineKeys,
+    is_seeded: Callable[[int], bool],
+) -> Filled | None:
+    chunks = [chunk for chunk in filled_chunks(index) if is_seeded(chunk.slot)][:MATCH_CHUNKS_MAX]
+    if not chunks:
+        return None
+    key = derive_digest_key(keys.index)
+    begins = [0, *accumulate(map(len, payloads))]
+    digests = []
+    for chunk in chunks:
+        n = bisect_right(begins, chunk.position) - 1
+        at = chunk.position - begins[n]
+        digests.append(chunk_digest(key, payloads[n][at : at + CHUNK_BYTES]))
+    return Filled(decode_object_header(content, "a log object of our own"), chunks, digests)
 
 
 def index_of(parts: Sequence[Columns]) -> Index:

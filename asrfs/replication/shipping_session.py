@@ -1,11 +1,12 @@
-"""One connection to the store, from HELLO to its end: four tasks around one `protocol.Session`.
+"""One connection to the store, from HELLO to its end: five tasks around one `protocol.Session`.
 
-    build ──(channel)──▶ send ──▶ stream        at most OBJECTS_UNACKNOWLEDGED_MAX objects built and not acknowledged
-    others ──(outlet)──▲                        between objects
+    build ──▶ match ──(channel)──▶ send ──▶ stream    at most OBJECTS_UNACKNOWLEDGED_MAX built and not acknowledged
+    others ──(outlet)───▲                             between objects
     receive ◀── stream: ACKNOWLEDGE moves positions.acknowledged, and nothing else does (I3)
 
-`build` reads the journal and seals in a thread while `send` writes the object before it. Only `send` writes to the
-stream. An LSN is sealed once in a session: a session that fails is over, and the next one has another salt.
+`build` reads the journal and seals in a thread while `send` writes the object before it; `match` holds an object until
+the store has said what of it is in a seed. Only `send` writes to the stream. An LSN is sealed once in a session: a
+session that fails is over, and the next one has another salt.
 What may change at an await: `progress` and `positions.acknowledged`; the session's own cursor belongs to `build`.
 """
 
@@ -39,7 +40,8 @@ from asrfs.protocol.messages import (
     Goodbye,
     Heartbeat,
     Hello,
-    ObjectBegin,
+    Match,
+    Matched,
     Refused,
     Welcome,
 )
@@ -58,6 +60,7 @@ from asrfs.replication.reconciliation import (
     refusal,
 )
 from asrfs.replication.rewind import check_kept, cursor_at
+from asrfs.replication.seeding import Matching, Outgoing, Seeds
 from asrfs.storage.interface import Storage
 from asrfs.transport.stream import ByteStream
 
@@ -89,10 +92,6 @@ class CorruptJournalError(IntegrityError):
     """Records that were durable cannot be read back. Their bytes are not shipped."""
 
 
-def _follow_nothing(_configuration: HostConfiguration) -> None:
-    """Of a source whose owner takes no word of the store."""
-
-
 @dataclass(slots=True)
 class Source:
     """What sessions ship from; outlives them. `journal_turn` is held while segments are freed or gone back to.
@@ -113,11 +112,12 @@ class Source:
     threads: trio.CapacityLimiter
     journal_turn: trio.Lock
     hurry_lsn: int = 0
-    configured: Callable[[HostConfiguration], None] = _follow_nothing
+    configured: Callable[[HostConfiguration], None] = lambda configuration: None
     given_up: Callable[[], GivenUp] = GivenUp
     group_port: int = 0
     group_address: str = ""
     outlet: Outlet = field(default_factory=Outlet)
+    seeds: Seeds = field(default_factory=Seeds)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await trio.to_thread.run_sync(function, *arguments, limiter=self.threads)
@@ -138,13 +138,14 @@ class ShippingSession:
         self._cursor = source.positions.current.acknowledged
         self._slots = trio.Semaphore(OBJECTS_UNACKNOWLEDGED_MAX)
         self._in_flight: deque[BuiltObject] = deque()
+        self._matching = Matching(source.seeds, source.in_thread)
         self._failure: Exception | None = None
         self._pending_events: deque[Event] = deque()
         self._heartbeat_at = 0.0
         self._cut_at = -math.inf
         self._pace = Pace()
         self._is_sending = False
-        self._takes_stretches = False
+        self._takes_matches = False
         self.welcomed = False
         self.objects_acknowledged = 0
 
@@ -216,6 +217,7 @@ class ShippingSession:
         source.progress.note_acknowledged(cursor)
         self._cursor = cursor
         self._salt, self._takes_stretches = welcome.session_salt, welcome.takes_stretches
+        self._takes_matches = welcome.takes_matches
         self._digest = bytes.fromhex(welcome.last_digest) or NO_DIGEST
 
     async def _locate(self, welcome: Welcome) -> Cursor:
@@ -236,10 +238,12 @@ class ShippingSession:
     # ---- streaming ----------------------------------------------------------------------------------------
 
     async def _stream_objects(self, compares: int) -> None:
-        sending, receiving = trio.open_memory_channel[BuiltObject | Compare](0)
+        sending, receiving = trio.open_memory_channel[Outgoing | Compare | Match](0)
+        built, matching = trio.open_memory_channel[Outgoing](OBJECTS_UNACKNOWLEDGED_MAX)
         tasks: list[Callable[[], Awaitable[None]]] = [
             self._receive,
-            partial(self._build, sending),
+            partial(self._build, built, sending.send),
+            partial(self._matching.pass_on, matching, sending.send),
             partial(self._send_objects, receiving),
         ]
         with self._source.outlet.opened(sending.send, compares):
@@ -257,13 +261,15 @@ class ShippingSession:
             self._failure = self._failure or error
             scope.cancel()
 
-    async def _build(self, channel: trio.MemorySendChannel[BuiltObject | Compare]) -> None:
+    async def _build(self, channel: trio.MemorySendChannel[Outgoing], send: Callable[[Match], Awaitable[None]]) -> None:
         while True:
             await self._slots.acquire()
             built = await self._next_object()
             assert built.first_lsn == self._cursor.lsn + 1, "I4: no gap"
             self._cursor, self._digest = built.cursor, built.digest
-            await channel.send(built)
+            outgoing = Outgoing(built)
+            channel.send_nowait(outgoing)  # it has room for as many as there are turns
+            await self._matching.ask(outgoing, send)
 
     async def _next_object(self) -> BuiltObject:
         """Of the next records, once that is due; of what was given up at once."""
@@ -271,7 +277,9 @@ class ShippingSession:
         while not (given_up := source.given_up()).covers(self._cursor.lsn):
             await self._wait_until_due()
             try:
-                built = await source.in_thread(self._build_next, self._level())
+                built = await source.in_thread(
+                    self._build_next, self._level(), source.seeds.worth_asking(self._takes_matches)
+                )
             except IntegrityError as error:
                 if source.given_up().covers(self._cursor.lsn):
                     continue  # it was freed while it was read
@@ -285,18 +293,17 @@ class ShippingSession:
         return await source.in_thread(self._build_gap, given_up)
 
     def _build_gap(self, given_up: GivenUp) -> BuiltObject:
-        source = self._source
-        return source.builder.build_gap(
+        return self._source.builder.build_gap(
             self._cursor.lsn + 1,
             given_up.through,
             given_up.disks,
-            epoch=source.progress.epoch,
+            epoch=self._source.progress.epoch,
             keys=self._keys,
             session_salt=self._salt,
             previous_digest=self._digest,
         )
 
-    def _build_next(self, level: int | None) -> BuiltObject | None:
+    def _build_next(self, level: int | None, is_seeded: Callable[[int], bool] | None) -> BuiltObject | None:
         source = self._source
         is_far_behind = bytes_between(self._cursor, source.progress.durable) >= FOLD_BACKLOG_BYTES
         return source.builder.build(
@@ -308,6 +315,7 @@ class ShippingSession:
             bytes_max=source.settings.object_size,
             level=level,
             folds=is_far_behind and self._takes_stretches,
+            is_seeded=is_seeded,
         )
 
     def _level(self) -> int | None:
@@ -330,41 +338,39 @@ class ShippingSession:
             await progress.wait_until(is_due)
         self._cut_at = trio.current_time()
 
-    async def _send_objects(self, channel: trio.MemoryReceiveChannel[BuiltObject | Compare]) -> None:
+    async def _send_objects(self, channel: trio.MemoryReceiveChannel[Outgoing | Compare | Match]) -> None:
         self._heartbeat_at = trio.current_time() + HEARTBEAT_S
         while True:
-            built = None
+            next_one = None
             with trio.move_on_at(self._heartbeat_at):
-                built = await channel.receive()
+                next_one = await channel.receive()
             if self._session.state is not State.CLOSED and trio.current_time() >= self._heartbeat_at:
                 await self._send_heartbeat()
             if self._session.state is State.CLOSED:  # the store ended the session: `receive` says why
                 return
-            if built is None:
+            if isinstance(next_one, Outgoing):
+                await self._send_object(next_one)
+            elif next_one is not None:
+                await self._send(self._session.send(next_one))
+
+    async def _send_object(self, outgoing: Outgoing) -> None:
+        self._in_flight.append(outgoing.built)
+        begin, pieces = outgoing.wire()
+        self._source.seeds.bytes_left_out += outgoing.built.length - begin.length
+        header: Bytes = b""
+        for buffer in self._session.send_object(begin, pieces):
+            if len(buffer) < _TOGETHER_BYTES:
+                header = b"".join((header, buffer))
                 continue
-            if isinstance(built, Compare):
-                await self._send(self._session.send(built))
-                continue
-            self._in_flight.append(built)
-            begin = ObjectBegin(first_lsn=built.first_lsn, last_lsn=built.last_lsn, length=built.length)
-            header: Bytes = b""
-            for buffer in self._session.send_object(begin, built.pieces):
-                if len(buffer) < _TOGETHER_BYTES:
-                    header = b"".join((header, buffer))
-                    continue
-                await self._send(header, buffer)
-                header = b""
-            if header:
-                await self._send(header)
-            self._source.builder.give_back(built)
+            await self._send(header, buffer)
+            header = b""
+        await self._send(header)
+        self._source.builder.give_back(outgoing.built)
 
     async def _send_heartbeat(self) -> None:
         progress = self._source.progress
-        beat = Heartbeat(
-            appended_lsn=progress.appended_lsn,
-            durable_lsn=progress.durable.lsn,
-            durable_time_ns=progress.durable.time_ns,
-        )
+        durable = progress.durable
+        beat = Heartbeat(appended_lsn=progress.appended_lsn, durable_lsn=durable.lsn, durable_time_ns=durable.time_ns)
         self._heartbeat_at = trio.current_time() + HEARTBEAT_S
         await self._send(self._session.send(beat))
 
@@ -375,9 +381,12 @@ class ShippingSession:
                 self._on_acknowledge(event)
             elif isinstance(event, Compared):
                 self._source.outlet.answered(event)
+            elif isinstance(event, Matched):
+                self._matching.answered(event)
             elif isinstance(event, Configure):
                 self._source.configured(event.configuration)
             elif isinstance(event, Refused):
+                self._source.seeds.is_useless |= event.code == "seed"
                 raise refusal(event.code, event.text)
 
     def _on_acknowledge(self, acknowledge: Acknowledge) -> None:

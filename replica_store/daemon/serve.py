@@ -35,6 +35,7 @@ from replica_store.api.app import make_app
 from replica_store.daemon.digest_keeper import DigestKeeper
 from replica_store.daemon.group_keeper import GroupKeeper
 from replica_store.daemon.map_keeper import MapKeeper
+from replica_store.daemon.seed_keeper import SeedKeeper
 from replica_store.ingest.listener import Listener
 from replica_store.vault.vault import Vault, describe, lock, open_objects
 
@@ -123,6 +124,7 @@ async def _serve(
             nursery.start_soon(listener.configurations.run)
             nursery.start_soon(GroupKeeper(vault, lambda: listener.connected, clock, listener.threads).run)
             nursery.start_soon(comparing.run)
+            nursery.start_soon(SeedKeeper(vault, listener.threads).run)
             nursery.start_soon(MapKeeper(vault, listener.threads).run)
             announce(addresses)
             async for _ in signals:

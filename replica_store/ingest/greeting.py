@@ -7,6 +7,7 @@ from asrfs.protocol.frames import ProtocolError
 from asrfs.protocol.messages import PROTOCOL_VERSION, Hello, RefusalCode
 from asrfs.transport.tls import MachineIdentity
 from replica_store.ingest.ingester import Position
+from replica_store.ingest.seeding import SeedUselessError
 from replica_store.vault.rows import MachineRow
 
 
@@ -65,6 +66,7 @@ def check_position(hello: Hello, position: Position, digest_at_acknowledged: str
 def refusal_code(error: AsrfsError) -> RefusalCode:
     """How the protocol calls an error that ends a session."""
     codes: tuple[tuple[type[AsrfsError], RefusalCode], ...] = (
+        (SeedUselessError, "seed"),
         (AuthenticationError, "authentication"),
         (FencedError, "fenced"),
         (DivergedError, "diverged"),

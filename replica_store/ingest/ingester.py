@@ -16,7 +16,9 @@ from asrfs.errors import AsrfsError, FencedError, RefusedError
 from asrfs.format.log_object import (
     DIGEST_BYTES,
     NO_DIGEST,
+    Bytes,
     ObjectHeader,
+    ObjectKeys,
     check_digest,
     decode_index,
     decode_object_header,
@@ -25,6 +27,7 @@ from asrfs.model.machine import DiskRecord
 from asrfs.protocol.frames import ProtocolError
 from asrfs.protocol.messages import Acknowledge
 from asrfs.protocol.session import ObjectReceived
+from replica_store.ingest.seeding import complete
 from replica_store.vault.adoption import adopt
 from replica_store.vault.contents import check_extents, entry_of
 from replica_store.vault.rows import Entry, MachineRow
@@ -96,11 +99,12 @@ class Ingester:
         position = self._position
         for received in batch:
             try:
-                entry = self._check(received, position)
-                if entry is None:
+                checked = self._check(received, position)
+                if checked is None:
                     acknowledged.append(self._again(received, position, entries))
                     continue
-                self._vault.objects.put(entry.row.name, [received.content])
+                entry, content = checked
+                self._vault.objects.put(entry.row.name, [content])
             except AsrfsError as failure:
                 error = failure
                 self._settled = self._settled and not failure.retryable  # it may have been put all the same
@@ -135,8 +139,8 @@ class Ingester:
         for entry in entries:
             self._vault.objects.delete(entry.row.name)
 
-    def _check(self, received: ObjectReceived, position: Position) -> Entry | None:
-        """All that must hold before anything is stored. None: it is here already."""
+    def _check(self, received: ObjectReceived, position: Position) -> tuple[Entry, Bytes] | None:
+        """All that must hold before anything is stored, and what is stored. None: it is here already."""
         where = f"log object from machine {self._machine_id}"
         content = received.content
         header = decode_object_header(content, where)
@@ -151,14 +155,23 @@ class Ingester:
             raise ProtocolError(f"{where}: LSN {header.first_lsn} continues another history than the one that is here")
         if (header.first_lsn, header.last_lsn) != (received.begin.first_lsn, received.begin.last_lsn):
             raise ProtocolError(f"{where}: LSN {header.first_lsn}..{header.last_lsn} was announced as something else")
-        digest = check_digest(content, where)
         keys = self._vault.session_keys(self._machine_id, header.epoch, header.session_salt)
+        if received.begin.omitted:
+            content = self._complete(received, header, keys, where)
+        digest = check_digest(content, where)
         index = decode_index(header, content, keys, where)
         entry = entry_of(header, index, digest, self._make_nonce(), where)
         disks = [*self._disks, *(disk.record for disk in entry.disks)]
         check_extents(index, disks, where)
         self._disks = disks
-        return entry
+        return entry, content
+
+    def _complete(self, received: ObjectReceived, header: ObjectHeader, keys: ObjectKeys, where: str) -> memoryview:
+        """With what the host left out because a seed has it."""
+        index = decode_index(header, received.content, keys, where)
+        announced = [disk.record for disk in entry_of(header, index, NO_DIGEST, "", where).disks]
+        disks = [*self._disks, *announced]
+        return complete(self._vault, self._machine_id, received, header, index, disks, where)
 
     def _again(self, received: ObjectReceived, position: Position, entries: Sequence[Entry]) -> Acknowledge:
         """An object that lies wholly below the acknowledged LSN: acknowledged once more if it is the same. `entries`:

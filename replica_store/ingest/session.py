@@ -3,6 +3,7 @@
     receive ──(channel, at most OBJECTS_WAITING)──▶ store, in a thread ──▶ ACKNOWLEDGE
     beat: HEARTBEAT every few seconds            watch: is the certificate still good?
     configure: CONFIGURE at once and on change, to a host that takes it
+    match: one task for each MATCH, answered from a table
     compare: one task for each COMPARE that is not answered yet; what it asks is done elsewhere
 
 What has been received waits for the thread in order; while it waits the host is held back by TCP. The first task that
@@ -25,6 +26,7 @@ import trio
 from asrfs.errors import AsrfsError
 from asrfs.protocol.frames import ProtocolError
 from asrfs.protocol.messages import (
+    MATCHES_MAX,
     PROTOCOL_VERSION,
     Compare,
     Compared,
@@ -32,6 +34,7 @@ from asrfs.protocol.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    Match,
     Message,
     Refused,
     Welcome,
@@ -49,6 +52,7 @@ from replica_store.ingest.greeting import (
 )
 from replica_store.ingest.ingester import Ingester, Position
 from replica_store.ingest.links import Links
+from replica_store.ingest.seeding import match
 from replica_store.vault.groups import put_place
 from replica_store.vault.rows import MachineRow
 from replica_store.vault.vault import Vault
@@ -116,6 +120,7 @@ class StoreSession:
         self._is_torn = False
         self._held = 0
         self._comparing = 0
+        self._matching = 0
         self._log = structlog.get_logger("replica_store.session").bind(machine=identity.name)
         self.scope = trio.CancelScope()
         self.finished = trio.Event()
@@ -166,6 +171,7 @@ class StoreSession:
                 last_digest=position.digest_hex,
                 takes_stretches=True,
                 compares=self._store.comparing.at_once,
+                takes_matches=True,
             )
         )
         return ingester, hello
@@ -247,6 +253,11 @@ class StoreSession:
                     raise ProtocolError(f"the host asked for more than {self._comparing} comparisons at once")
                 self._comparing += 1
                 nursery.start_soon(self._until_failure, nursery.cancel_scope, partial(self._compare, event))
+            elif isinstance(event, Match):
+                if self._matching >= MATCHES_MAX:
+                    raise ProtocolError(f"the host asked for more than {MATCHES_MAX} matches at once")
+                self._matching += 1
+                nursery.start_soon(self._until_failure, nursery.cancel_scope, partial(self._match, event))
             elif isinstance(event, Goodbye):
                 self._log.info("host said goodbye", reason=event.reason[:200])
                 return False
@@ -255,6 +266,11 @@ class StoreSession:
     async def _compare(self, wanted: Compare) -> None:
         answer = await self._store.comparing.compare(self._identity.machine_id, wanted)
         self._comparing -= 1  # before the host hears it, and asks the next
+        await self._send(answer)
+
+    async def _match(self, wanted: Match) -> None:
+        answer = await self._store.in_thread(match, self._store.vault, self._identity.machine_id, wanted)
+        self._matching -= 1
         await self._send(answer)
 
     def _end_of_stream(self) -> None:

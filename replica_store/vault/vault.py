@@ -1,6 +1,6 @@
 """A vault: its directory, its objects, its catalog, its keys, and reading a history from them.
 
-    VAULT/vault.json  keys/  catalog.sqlite3  objects/  maps/  lock
+    VAULT/vault.json  keys/  catalog.sqlite3  objects/  maps/  seeds/  lock
 
 `vault.json` is written last, so a vault that is there is whole. Reading needs nobody's leave: objects never change,
 and the catalog is read beside the process that writes it. Writing history is the holder of the lock alone.
@@ -41,6 +41,7 @@ from replica_store.vault.lock import VaultLock
 from replica_store.vault.map_files import MAPS_DIRECTORY, MAPS_LOCK_FILE, MapFiles
 from replica_store.vault.objects import ObjectMissingError, Objects
 from replica_store.vault.rows import DiskRow, MachineRow, ObjectRow, PointRow
+from replica_store.vault.seed_files import SEEDS_DIRECTORY, SeedFiles
 
 VAULT_FILE = "vault.json"
 CATALOG_FILE = "catalog.sqlite3"
@@ -55,6 +56,7 @@ _ENTRIES = frozenset(
         "keys",
         "objects",
         MAPS_DIRECTORY,
+        SEEDS_DIRECTORY,
         LOCK_FILE,
         DESCRIPTIONS_LOCK_FILE,
         CATALOG_FILE,
@@ -82,6 +84,7 @@ class Vault:
         self.objects = objects
         self.catalog = catalog
         self.maps = MapFiles(DirectoryStorage(root), lambda: lock_maps(root))
+        self.seeds = SeedFiles(DirectoryStorage(root))
         self.keys = KeyFiles(os.path.join(root, "keys"))
         self.sealer: Sealer = self.keys.sealer()
         self._session_keys = lru_cache(_SESSION_KEYS_KEPT)(self._derive)
@@ -187,10 +190,11 @@ class Vault:
         return self._session_keys(machine_id, epoch, session_salt)
 
     def _derive(self, machine_id: str, epoch: int, session_salt: bytes) -> ObjectKeys:
-        keys = self._keys_of(machine_id)
+        keys = self.keys_of(machine_id)
         return derive_keys(keys.index_key, keys.payload_key, bytes.fromhex(machine_id), epoch, session_salt)
 
-    def _keys_of(self, machine_id: str) -> MachineKeys:
+    def keys_of(self, machine_id: str) -> MachineKeys:
+        """Raises NotFoundError, IntegrityError."""
         machine = self.catalog.machine_by_id(machine_id)
         if machine is None:
             raise NotFoundError(f"the store knows no machine with id {machine_id}")
@@ -198,7 +202,7 @@ class Vault:
 
     def map_key(self, machine_id: str, salt: bytes) -> bytes:
         """What seals a map checkpoint of this machine with this salt."""
-        return derive_map_key(self._keys_of(machine_id).index_key, bytes.fromhex(machine_id), salt)
+        return derive_map_key(self.keys_of(machine_id).index_key, bytes.fromhex(machine_id), salt)
 
     # ---- log objects ----------------------------------------------------------------------------------------
 

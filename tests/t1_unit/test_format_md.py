@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import asrfs.format
-from asrfs.format import dirty_map, log_object, log_writes, map_checkpoint, record, segment, segment_index
+from asrfs.format import dirty_map, log_object, log_writes, map_checkpoint, record, seed_file, segment, segment_index
 from asrfs.model import marker
 from asrfs.model.dirty_map import CHUNK_SHIFT, GAPS_MAX, Gap, Reason
 from asrfs.model.marker import MarkerRecord
@@ -75,6 +75,8 @@ LAYOUTS = {
     "Frame table entry": fields_of(log_object.FRAME, ["stored_length", "flags"]),
     "Map checkpoint header": fields_of(map_checkpoint._PREFIX, ["magic", "crc"])
     + fields_of(map_checkpoint._HEADER, list(map_checkpoint.MapHeader._fields), map_checkpoint._PREFIX.size),
+    "Seed header": fields_of(seed_file._PREFIX, ["magic", "crc"])
+    + fields_of(seed_file._HEADER, list(seed_file.SeedHeader._fields), seed_file._PREFIX.size),
     "Frame header": fields_of(frames._HEADER, ["magic", "type", "zero", "length", "sequence"])
     + fields_of(frames._CRC, ["crc"], frames._HEADER.size),
 }
@@ -120,6 +122,11 @@ def test_write_log_flags() -> None:
 
 
 def test_sizes_named_in_the_text() -> None:
+    assert (seed_file.SEED_HEADER_BYTES, seed_file.CHUNK_DIGEST_BYTES, seed_file.SEALED_CHUNK_BYTES) == (
+        4096,
+        16,
+        65552,
+    )
     assert record.RECORD_HEADER_BYTES == 64
     assert segment.SEGMENT_HEADER_BYTES == 8192
     assert segment.SEGMENT_BYTES == 64 << 20

@@ -16,11 +16,14 @@ from asrfs.protocol.frames import FRAME_HEADER_BYTES, ProtocolError, encode_fram
 from asrfs.protocol.messages import (
     TYPE_OF,
     Acknowledge,
+    ChunksOfDisk,
     Compare,
     Compared,
     Configure,
     Goodbye,
     Heartbeat,
+    Match,
+    Matched,
     Message,
     ObjectBegin,
     Refused,
@@ -33,6 +36,8 @@ from tests.fakes.wire import Cut, SessionPair, all_at_once, byte_by_byte, cut_at
 REFUSED = Refused(code="fenced", text="no")
 GOODBYE = Goodbye(reason="done")
 COMPARE = Compare(number=3, slot=0, disk_id="ab" * 16, size_bytes=5 << 20, first=1, digests=bytes(32))
+MATCH = Match(number=3, disks=(ChunksOfDisk(name="root", runs=((2, 3),), digests=bytes(48)),))
+MATCHED = Matched(number=3, equal=(b"\x05",))
 COMPARED = Compared(number=3, lsn=10, differs=b"\x01", leaves=bytes(16 * 32))
 CONFIGURE = Configure(configuration=HostConfiguration(generation=3, policy="gold", keys={"crash_interval": "1s"}))
 
@@ -48,16 +53,25 @@ def test_a_whole_session_however_it_is_cut(cut: Cut) -> None:
     pair.say_object(begin_of(content), [content[:256], content[256:300], content[300:]])
     pair.say("host", Heartbeat(appended_lsn=10, durable_lsn=10, durable_time_ns=1))
     pair.say("host", COMPARE)
+    pair.say("host", MATCH)
     assert pair.carry("host", cut) == [
         ObjectReceived(begin_of(content), content),
         Heartbeat(appended_lsn=10, durable_lsn=10, durable_time_ns=1),
         COMPARE,
+        MATCH,
     ]
     pair.say("store", Acknowledge(lsn=10, digest="12" * 32))
     pair.say("store", Heartbeat())
     pair.say("store", CONFIGURE)
     pair.say("store", COMPARED)
-    assert pair.carry("store", cut) == [Acknowledge(lsn=10, digest="12" * 32), Heartbeat(), CONFIGURE, COMPARED]
+    pair.say("store", MATCHED)
+    assert pair.carry("store", cut) == [
+        Acknowledge(lsn=10, digest="12" * 32),
+        Heartbeat(),
+        CONFIGURE,
+        COMPARED,
+        MATCHED,
+    ]
     pair.say("host", GOODBYE)
     assert pair.carry("host", cut) == [GOODBYE]
     assert {end.state for end in pair.ends.values()} == {State.CLOSED}
@@ -112,6 +126,14 @@ ILLEGAL: list[tuple[str, Callable[[], tuple[SessionPair, Role]], Message]] = [
     ("the host asks before it is welcome", lambda: (SessionPair(), "store"), COMPARE),
     ("the store asks", lambda: (greeted(), "host"), COMPARE),
     ("the host answers", lambda: (greeted(), "store"), COMPARED),
+    ("matching before it is welcome", lambda: (SessionPair(), "store"), MATCH),
+    ("the store asks for a match", lambda: (greeted(), "host"), MATCH),
+    ("the host matches", lambda: (greeted(), "store"), MATCHED),
+    (
+        "chunks without digests",
+        lambda: (greeted(), "store"),
+        Match(number=1, disks=(ChunksOfDisk(name="root", runs=((0, 4),), digests=bytes(48)),)),
+    ),
     ("a region of no disk", lambda: (greeted(), "store"), msgspec.structs.replace(COMPARE, first=2)),
     ("the store says goodbye", lambda: (greeted(), "host"), GOODBYE),
 ]

@@ -69,7 +69,7 @@ class InlineSource(Source):
 class Host:
     """A machine with two disks, its agent's parts, and the disk server that they ask. It digests its own images."""
 
-    def __init__(self, store: StoreWorld, rng: random.Random) -> None:
+    def __init__(self, store: StoreWorld, rng: random.Random, **journal: Any) -> None:
         self.rng = rng
         self.store = store
         keys = store.enrol(number=int(MACHINE_ID.hex(), 16)).keys
@@ -78,7 +78,8 @@ class Host:
         for slot, size in enumerate(SIZES):
             with closing(images.create(str(slot))) as file:
                 file.truncate(size)
-        self.world = JournalWorld(storage, Model(tuple(bytes(size) for size in SIZES)), seed=rng.getrandbits(32))
+        model = Model(tuple(bytes(size) for size in SIZES))
+        self.world = JournalWorld(storage, model, seed=rng.getrandbits(32), **journal)
         self.disks = [
             DiskConfig(slot=slot, id=f"{slot:032x}", name=f"d{slot}", size_bytes=size)
             for slot, size in enumerate(SIZES)

@@ -22,13 +22,14 @@ from asrfs.journal.reader import JournalReader
 from asrfs.model.dirty_map import GivenUp
 from asrfs.model.machine import NO_SLOT
 from asrfs.model.positions import Cursor, Positions
-from asrfs.protocol.messages import RefusalCode, Refused
+from asrfs.protocol.messages import Compare, Match, RefusalCode, Refused
 from asrfs.replication import shipping_session, stretch_reader
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.link import Link
-from asrfs.replication.object_builder import BuiltObject, MachineKeys, ObjectBuilder
+from asrfs.replication.object_builder import MachineKeys, ObjectBuilder
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
+from asrfs.replication.seeding import Outgoing
 from asrfs.replication.shipper import HOPELESS_RETRY_S, Shipper, StoreAccess
 from asrfs.replication.shipping_session import (
     OBJECTS_UNACKNOWLEDGED_MAX,
@@ -441,10 +442,10 @@ async def test_nothing_is_said_after_a_refusal_that_comes_with_the_next_object(
         await session._reconcile(await session._greet())
         assert host.store._current is not None
         session._session.receive(host.store._current.send(Refused(code="space", text="full")))
-        built = session._build_next(session._level())
+        built = session._build_next(session._level(), None)
         assert built is not None
-        sending, receiving = trio.open_memory_channel[BuiltObject](1)
-        await sending.send(built)
+        sending, receiving = trio.open_memory_channel[Outgoing | Compare | Match](1)
+        await sending.send(Outgoing(built))
         before = host.store.bytes_received
         with trio.fail_after(60):
             await session._send_objects(receiving)

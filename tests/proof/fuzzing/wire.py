@@ -30,11 +30,14 @@ from asrfs.protocol import frames, session
 from asrfs.protocol.frames import FRAME_HEADER_BYTES, FRAME_PAYLOAD_BYTES_MAX, FrameType, ProtocolError
 from asrfs.protocol.messages import (
     Acknowledge,
+    ChunksOfDisk,
     Compare,
     Compared,
     Configure,
     Goodbye,
     Heartbeat,
+    Match,
+    Matched,
     Refused,
     encode_message,
 )
@@ -222,6 +225,8 @@ def host_says(history: HostHistory, records_each: int) -> Conversation:
         beat = Heartbeat(appended_lsn=history.last_lsn, durable_lsn=first, durable_time_ns=history.records[0].time_ns)
         said.append(_piece(beat, FrameType.HEARTBEAT))
     ask = Compare(number=1, slot=0, disk_id="0" * 32, size_bytes=1 << 20, first=0, digests=bytes(32))
+    wanted = Match(number=1, disks=(ChunksOfDisk(name="root", runs=((0, 2),), digests=bytes(32)),))
+    said.append(_piece(wanted, FrameType.MATCH))
     said += [_piece(ask, FrameType.COMPARE), _piece(msgspec.structs.replace(ask, lsn=2), FrameType.COMPARE)]
     return [*said, _piece(Goodbye(reason="done"), FrameType.GOODBYE)]
 
@@ -232,6 +237,7 @@ def store_says(acknowledged: list[Acknowledge]) -> Conversation:
     for acknowledge in acknowledged:
         said += [_piece(acknowledge, FrameType.ACKNOWLEDGE), _piece(Heartbeat(), FrameType.HEARTBEAT)]
     said.append(_piece(Compared(number=1, lsn=3, differs=b"\x02", leaves=bytes(range(32)) * 16), FrameType.COMPARED))
+    said.append(_piece(Matched(number=1, equal=(b"\x02",)), FrameType.MATCHED))
     return [*said, _piece(Refused(code="busy", text="later"), FrameType.REFUSED)]
 
 
