@@ -31,6 +31,7 @@ class StoreVerbs(frame.Verbs):
         "group": "group:group",
         "export": "export:export",
         "mount": "mount:mount",
+        "nbd": "nbd:nbd",
         "verify": "verify:verify",
         "rebuild": "rebuild:rebuild",
     }
