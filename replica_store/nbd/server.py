@@ -11,6 +11,7 @@ import errno
 import signal
 import ssl
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import trio
@@ -257,11 +258,11 @@ def run_server(server: NbdServer, host: str, port: int, ready: Callable[[str], N
 
     async def main() -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            listening = listen(host, port)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(server.serve, [listener_of(listening)])
-                ready(address_of(listening))
-                async for _ in signals:
-                    nursery.cancel_scope.cancel()
+            with closing(listen(host, port)) as listening:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(server.serve, [listener_of(listening)])
+                    ready(address_of(listening))
+                    async for _ in signals:
+                        nursery.cancel_scope.cancel()
 
     trio.run(main)

@@ -129,7 +129,7 @@ class Transmission:
         return Request(command, cookie, offset, length, CommandFlag(flags & 0x0F), payload, error)
 
     def _judge(self, command: Command, flags: int, offset: int, length: int) -> ErrorNumber:
-        if flags & ~_FLAGS_OF[command] or (flags & CommandFlag.DF and not self._structured):
+        if flags & ~int(_FLAGS_OF[command]) or (flags & CommandFlag.DF and not self._structured):
             return ErrorNumber.EINVAL
         if command is Command.FLUSH:
             return ErrorNumber.NONE
