@@ -32,6 +32,7 @@ class StoreVerbs(frame.Verbs):
         "export": "export:export",
         "mount": "mount:mount",
         "nbd": "nbd:nbd",
+        "boot": "boot:boot",
         "verify": "verify:verify",
         "rebuild": "rebuild:rebuild",
     }
