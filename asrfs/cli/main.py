@@ -35,6 +35,7 @@ class HostVerbs(frame.Verbs):
         "pause": "pause:pause",
         "resume": "pause:resume",
         "resync": "resync:resync",
+        "boot": "boot:boot",
         "set": "settings:set_settings",
         "settings": "settings:show_settings",
         "inspect": "inspect:inspect",

@@ -66,6 +66,8 @@ class ServedMachine:
         machine = state.load_machine()
         self._served: dict[int, _Served] = {}
         self._announced: dict[int, DiskRecord] = {}
+        self._boot = b""
+        """What `machine.json` says of how the machine is started; under `_changing`."""
         self._changing = threading.Lock()
         self._images: dict[int, OpenFile] = {}
         """Held and not served: until the disk is, or while what was written to a removed one is being applied."""
@@ -135,7 +137,7 @@ class ServedMachine:
 
     def _announce(self, config: DiskConfig) -> None:
         """Have the disk's present DISK record in the history; under `_changing`. Raises OSError."""
-        record = DiskRecord.of(config)
+        record = DiskRecord.of(config, self._boot)
         if self._announced.get(config.slot) != record:
             self.journal.append(Kind.DISK, config.slot, 0, 0, encode_disk(record))
             self._announced[config.slot] = record
@@ -156,6 +158,7 @@ class ServedMachine:
 
     def _take_over(self, machine: MachineConfig) -> None:
         """Under `_changing`."""
+        self._boot = machine.boot_document()
         for config in machine.disks:
             if config.removed:
                 self._withdraw(config)

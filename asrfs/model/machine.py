@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from asrfs.errors import BadInputError, FormatError, NotFoundError
+from asrfs.model.boot import BOOT_BYTES_MAX, BootSettings, check_boot, encode_boot
 from asrfs.model.names import check_name, is_id
 from asrfs.model.quantities import check_disk_size
 
@@ -41,12 +42,20 @@ class DiskConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The host's description of its machine. Removed disks stay, so that slots are never reused."""
+    """The host's description of its machine. Removed disks stay, so that slots are never reused.
+
+    `boot`: how it is started where it is recovered; None where nobody has said.
+    """
 
     format: Literal[1] = 1
     id: str
     name: str
     disks: tuple[DiskConfig, ...] = ()
+    boot: BootSettings | None = None
+
+    def boot_document(self) -> bytes:
+        """`boot` as DISK records carry it."""
+        return b"" if self.boot is None else encode_boot(self.boot)
 
     def live_disks(self) -> tuple[DiskConfig, ...]:
         """Disks that exist now, by slot."""
@@ -68,7 +77,11 @@ class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
 
 class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """Payload of a DISK record: what holds for a slot from this LSN on. Writing it again changes nothing."""
+    """Payload of a DISK record: what holds for a slot from this LSN on. Writing it again changes nothing.
+
+    `boot`: what holds for the whole machine from there on, a document of `model/boot.py`, empty for none. The newest
+    record of any slot counts. It is in records of disks because they are told anew wherever a history begins again.
+    """
 
     slot: int
     id: str
@@ -76,9 +89,10 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     removed: bool = False
     gap: bool = False
+    boot: bytes = b""
 
     @classmethod
-    def of(cls, disk: DiskConfig) -> DiskRecord:
+    def of(cls, disk: DiskConfig, boot: bytes = b"") -> DiskRecord:
         return cls(
             slot=disk.slot,
             id=disk.id,
@@ -86,6 +100,7 @@ class DiskRecord(msgspec.Struct, frozen=True, kw_only=True):
             size_bytes=disk.size_bytes,
             removed=disk.removed,
             gap=disk.gap,
+            boot=boot,
         )
 
 
@@ -108,6 +123,8 @@ def check_machine(machine: MachineConfig) -> None:
             check_disk_size(disk.size_bytes, f"disk {disk.name}")
             if disk.growing_from is not None and not 0 < disk.growing_from <= disk.size_bytes:
                 raise FormatError(f"disk {disk.name} cannot be growing from {disk.growing_from} bytes")
+        if machine.boot is not None:
+            check_boot(machine.boot)
     except BadInputError as error:
         raise FormatError(str(error)) from None
     slots = [disk.slot for disk in machine.disks]
@@ -136,4 +153,6 @@ def decode_disk(payload: bytes) -> DiskRecord:
         raise FormatError(f"a DISK record is not acceptable: {error}") from None
     if not is_id(record.id) or not 0 <= record.slot <= SLOT_MAX:
         raise FormatError(f"a DISK record names slot {record.slot} and id {record.id[:40]!r}")
+    if len(record.boot) > BOOT_BYTES_MAX:
+        raise FormatError(f"a DISK record has boot settings of {len(record.boot)} bytes")
     return record

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import structlog
 import trio
@@ -105,7 +106,8 @@ class Quota:
             if not given_up.covers(acknowledged.lsn):
                 given_up = given_up._replace(since_lsn=acknowledged.lsn).opened(acknowledged.lsn)
             through, last = await self._in_thread(mark_records, self.reader, start, host.durable.lsn, dirty.map)
-            records = {disk.slot: DiskRecord.of(disk) for disk in machine.disks} | last
+            boot = machine.boot_document()
+            records = {disk.slot: DiskRecord.of(disk, boot) for disk in machine.disks} | last
             disks = tuple(_with_gap(records[slot]) for slot in sorted(records))
             given_up = given_up._replace(through=through, disks=disks)
             await self._in_thread(self.dirty.save, given_up)
@@ -139,14 +141,7 @@ class Quota:
 
 
 def _with_gap(record: DiskRecord) -> DiskRecord:
-    return DiskRecord(
-        slot=record.slot,
-        id=record.id,
-        name=record.name,
-        size_bytes=record.size_bytes,
-        removed=record.removed,
-        gap=not record.removed,
-    )
+    return msgspec.structs.replace(record, gap=not record.removed)
 
 
 def mark_records(

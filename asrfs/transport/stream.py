@@ -351,7 +351,7 @@ async def serve(
 
     async with trio.open_nursery() as nursery:
         for listener in listeners:
-            nursery.start_soon(_accept, listener, one, nursery)
+            nursery.start_soon(accept, listener, one, nursery)
 
 
 async def _secured(
@@ -368,9 +368,10 @@ async def _secured(
     return None
 
 
-async def _accept(
+async def accept(
     listener: trio.SocketListener, one: Callable[[trio.SocketStream], Awaitable[None]], nursery: trio.Nursery
 ) -> None:
+    """For ever: start a task for each connection that comes."""
     while True:
         try:
             connection = await listener.accept()

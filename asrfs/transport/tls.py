@@ -28,9 +28,11 @@ from asrfs.errors import AuthenticationError, BadInputError, IntegrityError
 from asrfs.model.names import check_name, is_id
 
 MACHINE_URN = "urn:asrfs:machine:"
+NBD_URN = "urn:asrfs:nbd:"
 AUTHORITY_DAYS = 3653
 SERVER_DAYS = 3653
 MACHINE_DAYS = 1826
+NBD_DAYS = 7
 CLOCK_SKEW = timedelta(days=1)
 """Certificates begin to hold this long before they are made, for hosts whose clock is behind."""
 _UNREADABLE = (
@@ -128,8 +130,28 @@ def sign_request(
     return certificate.public_bytes(Encoding.PEM), identity
 
 
+def make_nbd_client(authority: Credential, machine_id: str, now_ns: int) -> Credential:
+    """A key and certificate for who may use what is exported of one machine over NBD, for a week, and nothing else."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(NBD_URN + machine_id)]
+    certificate = _sign(authority, key.public_key(), "asrfs nbd client", names, now_ns, NBD_DAYS, server=False)
+    return Credential(_key_pem(key), certificate.public_bytes(Encoding.PEM))
+
+
 def machine_identity(der: bytes) -> MachineIdentity:
     """Whom a peer's certificate names; its chain has been verified by TLS. Raises AuthenticationError."""
+    return _identity(der, MACHINE_URN)
+
+
+def nbd_machine_id(der: bytes) -> str | None:
+    """The machine that a certificate of `make_nbd_client` was made for; None for any other certificate."""
+    try:
+        return _identity(der, NBD_URN).machine_id
+    except AuthenticationError:
+        return None
+
+
+def _identity(der: bytes, urn: str) -> MachineIdentity:
     try:
         certificate = x509.load_der_x509_certificate(der)
         alternative = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -137,7 +159,7 @@ def machine_identity(der: bytes) -> MachineIdentity:
         (common_name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     except _UNREADABLE as error:
         raise AuthenticationError(f"the certificate names no machine: {error}") from None
-    ids = [uri.removeprefix(MACHINE_URN) for uri in uris if uri.startswith(MACHINE_URN)]
+    ids = [uri.removeprefix(urn) for uri in uris if uri.startswith(urn)]
     if len(ids) != 1 or not is_id(ids[0]):
         raise AuthenticationError("the certificate names no machine")
     return MachineIdentity(ids[0], str(common_name.value), f"{certificate.serial_number:x}")

@@ -32,6 +32,8 @@ class StoreVerbs(frame.Verbs):
         "seed": "seed:seed",
         "export": "export:export",
         "mount": "mount:mount",
+        "nbd": "nbd:nbd",
+        "boot": "boot:boot",
         "verify": "verify:verify",
         "rebuild": "rebuild:rebuild",
     }

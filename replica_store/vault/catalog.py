@@ -33,7 +33,7 @@ BUSY_S = 15.0
 
 _MACHINE = "id, name, epoch, serial, revoked, enrolled_ns, generation, sealed_keys"
 _OBJECT = "machine_id, epoch, first_lsn, last_lsn, first_time_ns, last_time_ns, digest, length, nonce, is_stretch"
-_DISK = "slot, id, name, size_bytes, removed, gap"
+_DISK = "slot, id, name, size_bytes, removed, gap, boot"
 
 
 class Catalog:
@@ -231,10 +231,10 @@ class Catalog:
         if newest and _disk_record(newest[0]) == record:
             return
         self.change(
-            f"INSERT INTO disks (machine_id, lsn, {_DISK}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+            f"INSERT INTO disks (machine_id, lsn, {_DISK}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
             (
                 *(disk.machine_id, disk.lsn, record.slot, record.id, record.name),
-                *(record.size_bytes, record.removed, record.gap),
+                *(record.size_bytes, record.removed, record.gap, record.boot),
             ),
         )
 
@@ -381,6 +381,7 @@ def _machine(row: tuple[Any, ...]) -> MachineRow:
 
 
 def _disk_record(row: tuple[Any, ...]) -> DiskRecord:
-    slot, disk_id, name, size_bytes, removed, gap = row
-    record = DiskRecord(slot=slot, id=disk_id, name=name, size_bytes=size_bytes, removed=bool(removed), gap=bool(gap))
+    slot, disk_id, name, size_bytes, *flags, boot = row
+    removed, gap = map(bool, flags)
+    record = DiskRecord(slot=slot, id=disk_id, name=name, size_bytes=size_bytes, removed=removed, gap=gap, boot=boot)
     return checked_disk(record)

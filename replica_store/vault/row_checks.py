@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from asrfs.errors import BadInputError, IntegrityError
 from asrfs.format.log_object import DIGEST_BYTES, OBJECT_BYTES_MAX
+from asrfs.model.boot import BOOT_BYTES_MAX
 from asrfs.model.machine import SLOT_MAX, DiskRecord
 from asrfs.model.names import is_id, is_name
 from asrfs.model.quantities import check_disk_size
@@ -59,7 +60,8 @@ def checked_disk(record: DiskRecord) -> DiskRecord:
         check_disk_size(record.size_bytes, "disk")
     except BadInputError:
         raise impossible("disk", f"{record.slot}") from None
-    if not (is_id(record.id) and is_name(record.name) and 0 <= record.slot <= SLOT_MAX):
+    is_document = isinstance(record.boot, bytes) and len(record.boot) <= BOOT_BYTES_MAX
+    if not (is_id(record.id) and is_name(record.name) and 0 <= record.slot <= SLOT_MAX and is_document):
         raise impossible("disk", f"{record.slot}")
     return record
 

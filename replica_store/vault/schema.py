@@ -6,8 +6,8 @@ it open goes on reading; columns are always named, because their order depends o
 
 from __future__ import annotations
 
-VERSION = 3
-"""1 knew less of points, and no policies; 2 knew no stretches."""
+VERSION = 4
+"""1 knew less of points, and no policies; 2 knew no stretches, 3 no boot settings."""
 
 _HISTORY_TABLES = """
 CREATE TABLE machines (
@@ -75,6 +75,7 @@ CREATE TABLE disks (
     size_bytes INTEGER NOT NULL,
     removed INTEGER NOT NULL,
     gap INTEGER NOT NULL,           -- 1: content from before the history is missing, no point can be listed (I5)
+    boot BLOB NOT NULL DEFAULT x'', -- JSON: how the machine, not only the disk, is started from this record on
     PRIMARY KEY (machine_id, slot, lsn)
 ) STRICT, WITHOUT ROWID;
 
@@ -159,7 +160,11 @@ _STRETCHES = """
 ALTER TABLE objects ADD COLUMN is_stretch INTEGER NOT NULL DEFAULT 0;
 """
 
-UPGRADES = {1: _MORE_OF_POINTS + _POLICY_TABLES + _GROUP_TABLES, 2: _STRETCHES}
+_BOOT_SETTINGS = """
+ALTER TABLE disks ADD COLUMN boot BLOB NOT NULL DEFAULT x'';
+"""
+
+UPGRADES = {1: _MORE_OF_POINTS + _POLICY_TABLES + _GROUP_TABLES, 2: _STRETCHES, 3: _BOOT_SETTINGS}
 """By the version a catalog has: what makes it one of the next."""
 
 REBUILDABLE = ("machines", "objects", "points", "disks", "policies", "assignments", "groups", "confirmations")

@@ -27,6 +27,7 @@ from asrfs.format.log_object import (
     derive_keys,
 )
 from asrfs.format.map_checkpoint import derive_map_key
+from asrfs.model.boot import NO_BOOT, BootSettings, decode_boot
 from asrfs.model.clock import Clock
 from asrfs.model.machine import DiskRecord
 from asrfs.model.names import check_name, is_id, is_name
@@ -172,6 +173,11 @@ class Vault:
             if row.lsn <= lsn:
                 newest[row.record.slot] = row
         return [newest[slot].record for slot in sorted(newest)]
+
+    def boot_at(self, machine_id: str, lsn: int) -> BootSettings:
+        """How the machine is started in its state at this LSN. Raises FormatError for settings of a newer host."""
+        rows = [row for row in self.catalog.disk_rows(machine_id) if row.lsn <= lsn]
+        return decode_boot(max(rows, key=lambda row: row.lsn).record.boot) if rows else NO_BOOT
 
     def gap_at(self, machine_id: str, lsn: int) -> Gap | None:
         """The gap that lies open at this LSN: there is no point there (I5)."""

@@ -327,6 +327,9 @@ TABLES_1 = (
     "last_lsn INTEGER NOT NULL, epoch INTEGER NOT NULL, first_time_ns INTEGER NOT NULL, last_time_ns INTEGER NOT NULL, "
     "digest BLOB NOT NULL, length INTEGER NOT NULL, nonce TEXT NOT NULL, PRIMARY KEY (machine_id, first_lsn)) "
     "STRICT, WITHOUT ROWID",
+    "CREATE TABLE disks (machine_id TEXT NOT NULL REFERENCES machines (id), slot INTEGER NOT NULL, "
+    "lsn INTEGER NOT NULL, id TEXT NOT NULL, name TEXT NOT NULL, size_bytes INTEGER NOT NULL, "
+    "removed INTEGER NOT NULL, gap INTEGER NOT NULL, PRIMARY KEY (machine_id, slot, lsn)) STRICT, WITHOUT ROWID",
 )
 """Of the first version, those that later ones changed or refer to."""
 
@@ -340,6 +343,7 @@ def test_a_catalog_of_the_first_version_is_brought_to_this_one(scratch: Path, wr
     old.execute("INSERT INTO machines VALUES (?, 'web1', 1, 'abc', 0, 5, 1, x'00')", (ID,))
     old.execute("INSERT INTO points VALUES (?, 3, ?, 1, 30, 'crash', NULL, 'noon', 0.5, NULL, 0)", (ID, f"{3:032x}"))
     old.execute("INSERT INTO objects VALUES (?, 1, 5, 1, 10, 50, ?, 500, '0badcafe')", (ID, bytes([5]) * 32))
+    old.execute("INSERT INTO disks VALUES (?, 0, 1, ?, 'root', 512, 0, 0)", (ID, f"{9:032x}"))
     old.execute("PRAGMA user_version = 1")
     old.commit()
     old.close()
@@ -347,13 +351,15 @@ def test_a_catalog_of_the_first_version_is_brought_to_this_one(scratch: Path, wr
     statement = (
         "SELECT m.name, c.name, c.type, c.pk FROM sqlite_schema m, pragma_table_info(m.name) c "
         "WHERE m.type = 'table' AND m.name IN "
-        "('machines', 'points', 'objects', 'policies', 'assignments', 'generations') ORDER BY 1, 2"
+        "('machines', 'points', 'objects', 'disks', 'policies', 'assignments', 'generations') ORDER BY 1, 2"
     )
     for _ in range(2):
         catalog = Catalog(path, writable=writable)
         said = MarkerRecord(id=f"{3:032x}", name="noon", hold_ms=0.5)
         assert catalog.points(ID) == [PointRow(ID, 3, 1, 30, said)]
         assert catalog.objects_of(ID, 9) == [ObjectRow(ID, 1, 1, 5, 10, 50, bytes([5]) * 32, 500, "0badcafe")]
+        (disk,) = catalog.disk_rows(ID)
+        assert disk.record == DiskRecord(slot=0, id=f"{9:032x}", name="root", size_bytes=512)
         assert catalog.configuration_generation() == 0
         assert catalog.select(statement) == new.select(statement)
         assert catalog.select("PRAGMA user_version") == [(schema.VERSION,)]

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from asrfs.daemon import served_machine
+from asrfs.daemon.boot_change import change_boot
 from asrfs.daemon.disks import add_sized, remove, resize
 from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.served_machine import FILL_BYTES_MAX, ServedMachine
@@ -24,6 +25,7 @@ from asrfs.format.record import Kind, RecordHeader
 from asrfs.journal.reader import JournalReader
 from asrfs.journal.recovery import Recovered
 from asrfs.journal.writer import Journal
+from asrfs.model.boot import BootSettings, QemuBoot, decode_boot
 from asrfs.model.machine import MachineConfig, decode_disk
 from asrfs.model.marker import MarkerRecord, decode_marker, encode_marker
 from asrfs.model.names import id_bytes
@@ -434,3 +436,21 @@ def test_an_end_in_a_hold_lets_go_and_keeps_what_was_written(state: StateDirecto
     machine.hold.end()
     assert machine.release({"id": HOLD})["holding"] is False
     assert read(serve(), "data", 0, 4096) == b"x" * 4096
+
+
+def test_how_the_machine_is_started_is_in_the_history_and_said_again(state: StateDirectory, serve: Open) -> None:
+    machine = serve()
+    change_boot(state, BootSettings(kind="qemu", qemu=QemuBoot(disks=("root",))))
+    machine.disks({})
+    change_boot(state, BootSettings(kind="none"))
+    machine.disks({})
+    machine.disks({})
+    with pytest.raises(NotFoundError, match="gone"):
+        change_boot(state, BootSettings(kind="qemu", qemu=QemuBoot(disks=("gone",))))
+    serve().disks({})
+    found = [decode_disk(payload) for header, payload in history(state, serve()) if header.kind == Kind.DISK]
+    kinds = [(record.name, decode_boot(record.boot).kind) for record in found]
+    first = [("root", "none"), ("data", "none")]
+    assert kinds[:4] == [*first, ("root", "qemu"), ("data", "qemu")]
+    assert kinds[4:6] == first and set(kinds[6:]) <= set(first), "every start says what holds"
+    assert [record.boot for record in found[:2]] == [b"", b""]
