@@ -92,6 +92,7 @@ class Agent:
         self._state = state
         self._files = DirectoryStorage(state.root)
         self._machine = state.load_machine()
+        self._recovered = state.load_recovered()
         self._enrolment: tuple[Enrolment | None, bytes] = (None, b"")
         self._stop = trio.Event()
         self._status_turn = trio.Lock()
@@ -399,6 +400,7 @@ class Agent:
             processes=processes,
             alarms=in_order(alarms),
             groups=self._groups.groups.standing(),
+            recovered=self._recovered,
         )
 
 

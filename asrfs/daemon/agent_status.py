@@ -21,6 +21,7 @@ from asrfs.model.machine import MachineConfig
 from asrfs.model.names import id_bytes
 from asrfs.model.policy import Policy
 from asrfs.model.positions import Cursor, Positions
+from asrfs.model.recovered import RecoveredMachine
 from asrfs.replication.alarms import Alarm, in_order
 from asrfs.replication.dirty_map_file import load_dirty_map
 from asrfs.replication.progress import bytes_between
@@ -55,6 +56,7 @@ class Facts:
     processes: Mapping[str, int | None] = field(default_factory=dict)
     alarms: Sequence[Alarm] = ()
     groups: Sequence[Mapping[str, Any]] = ()
+    recovered: RecoveredMachine | None = None
 
 
 def status(facts: Facts) -> dict[str, Any]:
@@ -62,6 +64,8 @@ def status(facts: Facts) -> dict[str, Any]:
     applied, acknowledged = facts.positions.applied, facts.positions.acknowledged
     durable = facts.durable
     state, reason = "unprotected", "not enrolled with a store"
+    if facts.recovered is not None:
+        state, reason = "recovered", f"goes on from {facts.recovered.described()}; not enrolled with a store"
     if facts.is_enrolled:
         state, reason = protection(facts.machine, acknowledged.lsn, facts.healing, facts.policy.resync_window)
     is_behind = durable.lsn > acknowledged.lsn
@@ -163,6 +167,7 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
         link=AGENT_NOT_RUNNING if processes["agent"] is None else AGENT_SILENT,
         processes=processes,
         alarms=in_order(alarms),
+        recovered=state.load_recovered(),
     )
 
 

@@ -101,6 +101,7 @@ def resize(state: StateDirectory, name: str, size_bytes: int) -> DiskConfig:
                 f"disk {name} has {disk.size_bytes} bytes and is not made smaller: what lies behind byte {size_bytes} "
                 "would be lost; add a smaller disk and copy"
             )
+        _check_hydrated(disk)
         if size_bytes > disk.size_bytes:
             _lengthen(state.image_path(disk), disk, size_bytes)
             is_uneven = disk.size_bytes % BLOCK_BYTES != 0
@@ -118,7 +119,9 @@ def remove(state: StateDirectory, name: str, apply: Callable[[], object]) -> Dis
     `apply` has everything written so far put into the images. Where it raises, the disk is gone from the machine but
     its image is not given up: the same call again goes on from there.
     """
-    disk = _change(state, state.load_machine().disk_to_remove(name), removed=True)
+    disk = state.load_machine().disk_to_remove(name)
+    _check_hydrated(disk)
+    disk = _change(state, disk, removed=True)
     _tell_disk_server(state)
     apply()
     if disk.adopted:
@@ -127,6 +130,15 @@ def remove(state: StateDirectory, name: str, apply: Callable[[], object]) -> Dis
     with suppress(TemporaryError):  # one that starts now does not touch the image any more
         _tell_disk_server(state)
     return disk
+
+
+def _check_hydrated(disk: DiskConfig) -> None:
+    """RefusedError for a disk of which a part lies in its base alone."""
+    if disk.base is not None:
+        raise RefusedError(
+            f"disk {disk.name} is still being hydrated from {disk.base}: try again when `asrfs status` shows no "
+            "hydration of it any more"
+        )
 
 
 def apply_unserved(state: StateDirectory) -> None:

@@ -33,6 +33,7 @@ from asrfs.model.configuration import HostConfiguration, decode_configuration
 from asrfs.model.machine import SLOT_MAX, DiskConfig, MachineConfig, check_machine
 from asrfs.model.names import check_name
 from asrfs.model.positions import Positions
+from asrfs.model.recovered import RecoveredMachine, decode_recovered, encode_recovered
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import read_whole, write_atomically
 
@@ -47,6 +48,7 @@ POSITIONS_FILE = "positions.json"
 DIRTY_MAP_FILE = "dirty.map"
 POINTS_FILE = "points.jsonl"
 CONFIGURATION_FILE = "configuration.json"
+RECOVERED_FILE = "recovered.json"
 SERVED_FILE = "run/served.json"
 _DIRECTORIES = ("journal", "images", "keys", "run", "log", "hooks")
 _LOCK_TRIES = 25
@@ -96,21 +98,45 @@ class StateDirectory:
         """
         check_name(machine_name, "machine")
         state = cls(root)
-        if os.path.lexists(state.path(MACHINE_FILE)):
-            raise RefusedError(f"{state.root} is already the state directory of a machine")
-        if os.path.lexists(state.root) and not os.path.isdir(state.root):
-            raise RefusedError(f"{state.root} is not a directory")
-        if os.path.isdir(state.root) and set(os.listdir(state.root)) - {*_DIRECTORIES, "machine.lock"}:
-            raise RefusedError(f"{state.root} is not empty: choose another directory for the state")
-        os.makedirs(state.root, mode=0o700, exist_ok=True)
-        os.chmod(state.root, 0o700)
-        for name in _DIRECTORIES:
-            os.makedirs(state.path(name), mode=0o700, exist_ok=True)
-        with state._exclusive("machine.lock"):
-            if os.path.lexists(state.path(MACHINE_FILE)):
-                raise RefusedError(f"{state.root} is already the state directory of a machine")
+        with state._creating():
             state.save_machine(MachineConfig(id=uuid.uuid4().hex, name=machine_name))
         return state
+
+    @classmethod
+    def create_recovered(cls, root: str, recovered: RecoveredMachine) -> StateDirectory:
+        """Make the state directory of a machine that goes on from a recovery point, with empty images over its bases.
+
+        The machine exists once `machine.json` does. Raises RefusedError as `create` does, NoSpaceError, BadInputError
+        where the filesystem takes no file as long as a disk.
+        """
+        state = cls(root)
+        names = (RECOVERED_FILE, POSITIONS_FILE, MACHINE_FILE)
+        with state._creating(*names[:2], *(f".{name}.new" for name in names)):
+            machine = recovered.config()
+            for disk in machine.live_disks():
+                state.make_image(disk, anew=True)
+            state._replace(RECOVERED_FILE, encode_recovered(recovered))
+            state.save_positions(recovered.positions())
+            state.save_machine(machine)
+        return state
+
+    @contextmanager
+    def _creating(self, *left: str) -> Iterator[None]:
+        """Empty directories, and the right to make the machine. `left`: what who died while doing so may have left."""
+        if os.path.lexists(self.path(MACHINE_FILE)):
+            raise RefusedError(f"{self.root} is already the state directory of a machine")
+        if os.path.lexists(self.root) and not os.path.isdir(self.root):
+            raise RefusedError(f"{self.root} is not a directory")
+        if os.path.isdir(self.root) and set(os.listdir(self.root)) - {*_DIRECTORIES, "machine.lock", *left}:
+            raise RefusedError(f"{self.root} is not empty: choose another directory for the state")
+        os.makedirs(self.root, mode=0o700, exist_ok=True)
+        os.chmod(self.root, 0o700)
+        for name in _DIRECTORIES:
+            os.makedirs(self.path(name), mode=0o700, exist_ok=True)
+        with self._exclusive("machine.lock"):
+            if os.path.lexists(self.path(MACHINE_FILE)):
+                raise RefusedError(f"{self.root} is already the state directory of a machine")
+            yield
 
     def check(self) -> None:
         """Raise IntegrityError if a file that serving needs cannot be read: one that only the agent reads, too."""
@@ -208,10 +234,15 @@ class StateDirectory:
         with self._exclusive("run/attached.lock"):
             yield
 
-    def make_image(self, disk: DiskConfig) -> None:
-        """Make the sparse image of a new disk of ours, durable, before `machine.json` names the disk."""
+    def make_image(self, disk: DiskConfig, *, anew: bool = False) -> None:
+        """Make the sparse image of a new disk of ours, durable, before `machine.json` names the disk.
+
+        `anew`: one that is there was left by who died before that.
+        """
         storage = DirectoryStorage(self.path("images"))
         try:
+            if anew and storage.exists(f"{disk.id}.img"):
+                storage.unlink(f"{disk.id}.img")
             file = storage.create(f"{disk.id}.img")
             try:
                 file.truncate(disk.size_bytes)
@@ -262,6 +293,15 @@ class StateDirectory:
             return decode_configuration(read_whole(DirectoryStorage(self.root), CONFIGURATION_FILE))
         except (FileNotFoundError, FormatError):
             return HostConfiguration()
+
+    def load_recovered(self) -> RecoveredMachine | None:
+        """The point from which this machine goes on; None for one that began with nothing. Raises IntegrityError."""
+        try:
+            return decode_recovered(read_whole(DirectoryStorage(self.root), RECOVERED_FILE))
+        except FileNotFoundError:
+            return None
+        except FormatError as error:
+            raise IntegrityError(f"{self.path(RECOVERED_FILE)}: {error}") from None
 
     def load_positions(self) -> Positions:
         """What the agent wrote down last; the beginning of the history if it never did."""
@@ -354,7 +394,9 @@ class StateDirectory:
             raise IntegrityError(f"{self.path(name)} cannot be read: {error}") from None
 
     def _save(self, name: str, value: Any) -> None:
-        content = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+        self._replace(name, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+
+    def _replace(self, name: str, content: bytes) -> None:
         try:
             write_atomically(DirectoryStorage(self.root), name, content)
         except OSError as error:

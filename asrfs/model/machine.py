@@ -27,6 +27,7 @@ class DiskConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     sparse image; `gap` is true until content from before the history has been read into it. A disk that was `removed`
     takes no more writes; once it is `released` too, its image holds all of them and is nobody's concern here.
     `growing_from`: bytes it had, while its last block, which was not a whole one, is being made longer in the history.
+    `base`: path of a file with what our image has no data for yet, holes of the image; None when it holds all.
     """
 
     slot: int
@@ -38,6 +39,7 @@ class DiskConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     released: bool = False
     gap: bool = False
     growing_from: int | None = None
+    base: str | None = None
 
 
 class MachineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -108,6 +110,8 @@ def check_machine(machine: MachineConfig) -> None:
             check_disk_size(disk.size_bytes, f"disk {disk.name}")
             if disk.growing_from is not None and not 0 < disk.growing_from <= disk.size_bytes:
                 raise FormatError(f"disk {disk.name} cannot be growing from {disk.growing_from} bytes")
+            if disk.base is not None and (disk.adopted is not None or disk.growing_from is not None or disk.removed):
+                raise FormatError(f"disk {disk.name} cannot have a base: it was adopted, is growing or was removed")
     except BadInputError as error:
         raise FormatError(str(error)) from None
     slots = [disk.slot for disk in machine.disks]

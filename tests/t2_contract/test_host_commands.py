@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
 
 from asrfs.cli.main import run
 from asrfs.model.configuration import HostConfiguration, encode_configuration
 from asrfs.model.policy import DEFAULT_TEXTS as POLICY_TEXTS
+from asrfs.model.recovered import RecoveredDisk, RecoveredMachine, encode_recovered
 
 
 class Outcome(NamedTuple):
@@ -42,6 +44,32 @@ def asrfs(scratch: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
         return Outcome(code, out, err)
 
     return call
+
+
+def recovered_file(path: Path, **changes: object) -> str:
+    """A description of machine db1 with one disk over `base`, as a store writes it."""
+    disk = RecoveredDisk(slot=3, id="d" * 32, name="root", size_bytes=1 << 20, base=str(path.parent / "base"))
+    machine = RecoveredMachine(machine_id="a" * 32, name="db1", epoch=2, lsn=7, time_ns=10**18, disks=(disk,))
+    path.write_bytes(encode_recovered(msgspec.structs.replace(machine, **changes)))
+    return str(path)
+
+
+def test_machine_from_a_recovery_point(asrfs: Run, scratch: Path) -> None:
+    file = recovered_file(scratch / "db1.json")
+    assert asrfs("init", "db2", "--recovered", file).code == 2
+    assert asrfs("init", "db1", "--recovered", str(scratch / "none.json")).code == 3
+    assert asrfs("init", "db1", "--recovered", str(scratch)).code == 2
+    (scratch / "bad.json").write_text("{}")
+    assert asrfs("init", "db1", "--recovered", str(scratch / "bad.json")).code == 5
+    assert not (scratch / "state" / "machine.json").exists()
+    made = asrfs("init", "db1", "--recovered", file, "--json")
+    assert json.loads(made.out)["id"] == "a" * 32
+    assert asrfs("init", "db1", "--recovered", file).code == 4
+    shown = json.loads(asrfs("status", "--json").out)
+    assert (shown["state"], shown["epoch"], shown["lsn"]["appended"]) == ("recovered", 2, 7)
+    assert "LSN 7 of 2001-09-09" in shown["reason"]
+    assert asrfs("disk", "resize", "root", "2M").code == 4
+    assert asrfs("disk", "remove", "root", "--yes").code == 4
 
 
 @pytest.fixture
