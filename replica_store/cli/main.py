@@ -29,6 +29,7 @@ class StoreVerbs(frame.Verbs):
         "point": "point:point",
         "policy": "policy:policy",
         "group": "group:group",
+        "failover": "failover:failover",
         "export": "export:export",
         "mount": "mount:mount",
         "verify": "verify:verify",

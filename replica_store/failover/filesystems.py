@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from asrfs.errors import AsrfsError, NotFoundError
+from asrfs.errors import AsrfsError
 from replica_store.failover.processes import run
 from replica_store.vault.operations import Examined
 
@@ -57,10 +57,7 @@ def examine(operation_id: str, disk: str, path: str, found: Filesystem | None, *
     words = ["xfs_repair", "-n", path] if found.type == "xfs" else ["e2fsck", "-f", "-n", path]
     if found.type == "xfs" and Path(path).is_file():
         words.insert(2, "-f")
-    try:
-        code, output = run(operation_id, words, accepted=())
-    except FileNotFoundError:
-        raise NotFoundError(f"the program {words[0]} is not installed: disk {disk} cannot be examined") from None
+    code, output = run(operation_id, words, accepted=())
     return Examined(
         disk=disk,
         filesystem=found.type,
@@ -70,10 +67,8 @@ def examine(operation_id: str, disk: str, path: str, found: Filesystem | None, *
     )
 
 
-def wants_replay(found: Filesystem | None, examined: Examined | None, output: str = "") -> bool:
+def wants_replay(found: Filesystem, examined: Examined | None) -> bool:
     """Whether a verdict counts only after the journal was replayed. Pure."""
-    if found is None:
-        return False
     return found.is_dirty or (examined is not None and _XFS_DIRTY_LOG in examined.text)
 
 

@@ -1,4 +1,4 @@
-"""A network of its own for a test failover: a namespace with nothing but loopback, known by name until it is removed."""
+"""A network of its own for a test failover: a namespace that has only loopback, known by its name until it goes."""
 
 from __future__ import annotations
 

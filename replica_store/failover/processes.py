@@ -16,10 +16,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import replica_store
-from asrfs.errors import AsrfsError, TemporaryError, error_class, foreign_line
+from asrfs.errors import AsrfsError, NotFoundError, TemporaryError, error_class, foreign_line
 
 Part = Literal["tree", "machine", "copy", "tool"]
 """`tree`: the read-only points; `machine`: what serves the recovered disks; `copy`: the same for a copy that is
@@ -62,15 +62,7 @@ def start(operation_id: str, part: Part, words: Sequence[str], log: Path) -> Non
     """Start a daemon in a session of its own and wait until it says `ready`. Raises what it could not start for."""
     with log.open("ab") as errors:
         begin = errors.tell()
-        child = subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            start_new_session=True,
-            cwd="/",
-            env=environment(operation_id, part),
-        )
+        child = _spawn(words, errors, environment(operation_id, part))
     assert child.stdout is not None
     with child.stdout as said:
         if _is_ready(said.fileno(), time.monotonic() + READY_S_MAX):
@@ -93,15 +85,7 @@ def run(
     more: dict[str, str] | None = None,
 ) -> tuple[int, str]:
     """Run a tool to its end: exit code and output. Raises AsrfsError if its exit code is not one of the accepted."""
-    tool = subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        cwd="/",
-        env=environment(operation_id, "tool") | (more or {}),
-    )
+    tool = _spawn(words, subprocess.STDOUT, environment(operation_id, "tool") | (more or {}))
     try:
         output, _ = tool.communicate(timeout=seconds_max)
     except BaseException as error:
@@ -118,6 +102,21 @@ def run(
     if accepted and tool.returncode not in accepted:
         raise _failure(words, tool.returncode, text)
     return tool.returncode, text
+
+
+def _spawn(words: Sequence[str], errors: IO[bytes] | int, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+            cwd="/",
+            env=variables,
+        )
+    except FileNotFoundError:
+        raise NotFoundError(f"the program {words[0]} is not installed") from None
 
 
 # ---- finding and ending ---------------------------------------------------------------------------------------------
@@ -260,5 +259,8 @@ def _shown(words: Sequence[str]) -> str:
     """A command as people know it."""
     shown = list(words)
     if shown[:1] == [sys.executable] and shown[1:2] == ["-m"]:
-        shown = [{"asrfs.cli.main": "asrfs", "replica_store.cli.main": "replica-store"}.get(shown[2], shown[2]), *shown[3:]]
+        shown = [
+            {"asrfs.cli.main": "asrfs", "replica_store.cli.main": "replica-store"}.get(shown[2], shown[2]),
+            *shown[3:],
+        ]
     return " ".join(shown)[:300]
