@@ -305,14 +305,12 @@ class Failovers:
     # ---- what is due ------------------------------------------------------------------------------------------
 
     def sweep(self) -> list[Operation]:
-        """Do what is due: tests whose time or space is up, what ended ones left, bases that are served no more.
+        """Do what is due: tests whose time or space is up, and what ended ones left.
 
         Whatever somebody works on just now is left alone; so is what fails, until the next time. Those that were ended.
         """
-        with Vault.open(self._root) as vault:
-            found = [each for each in operations(vault.catalog) if each.remains]
         ended = []
-        for each in found:
+        for each in self._remaining():
             try:
                 if each.state in ENDED:
                     with places.take_lock(each.places):
@@ -322,6 +320,14 @@ class Failovers:
             except (AsrfsError, OSError):
                 continue
         return ended
+
+    def is_anything_due(self) -> bool:
+        """Whether `sweep` would try something."""
+        return any(each.state in ENDED or self._is_due(each) is not None for each in self._remaining())
+
+    def _remaining(self) -> list[Operation]:
+        with Vault.open(self._root) as vault:
+            return [each for each in operations(vault.catalog) if each.remains]
 
     def _is_due(self, found: Operation) -> str | None:
         if found.kind != "test":

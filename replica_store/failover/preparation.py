@@ -164,25 +164,27 @@ def _check(operation: Operation, command: str) -> Checked:
 # ---- again ----------------------------------------------------------------------------------------------------------
 
 
-def is_serving(operation: Operation) -> bool:
+def _is_serving(operation: Operation) -> bool:
     """Whether somebody serves the recovered disks."""
     return any("serve" in each.words for each in processes.find(operation.id, "machine"))
 
 
-def lacks_tree(operation: Operation) -> bool:
-    """Whether disks still need their bases, and nobody serves these."""
-    return _has_bases(operation) and not processes.find(operation.id, "tree")
-
-
 def bring_back(root: str, operation: Operation) -> None:
     """Start what is missing of a machine that was ready before. What it wrote is kept."""
-    places.make(operation.places)
-    if lacks_tree(operation):
-        mounts.take_away(places.tree_of(operation.places))
+    where = operation.places
+    lacks_tree = _has_bases(operation) and not processes.find(operation.id, "tree")
+    is_gone = not processes.find(operation.id, "machine")
+    if is_gone:  # a mount that nobody serves is in the way; one whose supervisor alone died is adopted
+        mounts.release_loops(where.mount)
+        mounts.take_away(where.mount)
+    if lacks_tree:
+        mounts.take_away(places.tree_of(where))
+    places.make(where)
+    if lacks_tree:
         start_tree(root, operation)
-    if not is_serving(operation):
-        if operation.places.namespace is not None and not processes.find(operation.id, "machine"):
-            network.make(operation.id, operation.places.namespace)
+    if is_gone and where.namespace is not None:
+        network.make(operation.id, where.namespace)
+    if not _is_serving(operation):
         start_machine(operation)
 
 
