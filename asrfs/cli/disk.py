@@ -121,6 +121,7 @@ def describe(state: StateDirectory, each: DiskConfig) -> dict[str, Any]:
         "size_bytes": each.size_bytes,
         "image": state.image_path(each),
         "adopted": each.adopted is not None,
+        "base": each.base,
     }
 
 

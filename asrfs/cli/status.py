@@ -103,6 +103,13 @@ def draw(document: dict[str, Any]) -> Group:
         for disk in document["disks"]
     ]
     parts: list[Any] = [pairs(facts), Text(), table(("DISK", "SIZE", "DIRTY", "IMAGE"), rows)]
+    hydrated = [
+        [disk["name"], format_size(each["bytes_done"]), format_size(each["bytes_total"]), each["state"]]
+        for disk in document["disks"]
+        if (each := disk["hydration"]) is not None
+    ]
+    if hydrated:
+        parts.append(table(("HYDRATED", "DONE", "OF", "STATE"), hydrated))
     for alarm in document["alarms"]:
         colour = "red" if alarm["severity"] == "critical" else "yellow"
         parts.append(Text(f"{alarm['severity']}: {alarm['text']}", style=colour))

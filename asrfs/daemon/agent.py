@@ -2,6 +2,7 @@
 
     ticker      asks the disk server where the history stands        ─▶ Progress
     applier     durable records ─▶ images ─▶ positions ─▶ maps dropped ─▶ segments freed
+    hydrator    bases ─▶ images
     shipper     durable records ─▶ log objects ─▶ store ─▶ positions
     quota       records that are too many ─▶ dirty map
     resyncer    dirty map, adopted content ─▶ FILL records
@@ -32,14 +33,10 @@ from asrfs.consistency.points import Point, PointLog
 from asrfs.consistency.scheduler import Scheduler
 from asrfs.daemon.agent_groups import AgentGroups
 from asrfs.daemon.agent_healing import AgentHealing
+from asrfs.daemon.agent_hydration import AgentHydration
 from asrfs.daemon.agent_images import StateImages
 from asrfs.daemon.agent_log import start_agent_log
-from asrfs.daemon.agent_status import (
-    Facts,
-    OldestUnacknowledged,
-    images_of,
-    status,
-)
+from asrfs.daemon.agent_status import Facts, OldestUnacknowledged, images_of, status
 from asrfs.daemon.agent_verbs import AgentVerbs, check_is_kept, through_a_restart
 from asrfs.daemon.control_trio import serve_control
 from asrfs.daemon.digesting import DigestProcess, comparing
@@ -92,7 +89,6 @@ class Agent:
         self._state = state
         self._files = DirectoryStorage(state.root)
         self._machine = state.load_machine()
-        self._recovered = state.load_recovered()
         self._enrolment: tuple[Enrolment | None, bytes] = (None, b"")
         self._stop = trio.Event()
         self._status_turn = trio.Lock()
@@ -108,7 +104,7 @@ class Agent:
         self._link = Link()
         self._configuration = ConfigurationKeeper(self._files, CONFIGURATION_FILE, self._alarms, self._threads)
         self._points = PointLog(self._files, POINTS_FILE)
-        self._images = StateImages(state)
+        self._images = StateImages(state, self._positions, beside_server=True)
         self._server = DiskServerClient(state.socket_path("disk_server"))
         self._readers = [JournalReader(journal, machine_id) for _ in range(4)]
         self._oldest = OldestUnacknowledged(self._readers[3])
@@ -125,6 +121,13 @@ class Agent:
             self._threads,
             journal_turn,
             lambda: dirty.given_up,
+        )
+        self._hydration = AgentHydration(
+            state,
+            self._images,
+            self._applier,
+            lambda: self._settings.current,
+            (self._server, self._progress, self._alarms, self._threads),
         )
         self._shipper = self._make_shipper(self._make_source(journal, journal_turn))
         self._note_pause()
@@ -177,6 +180,7 @@ class Agent:
                     self._ticker.run,
                     self._applier.run,
                     self._applier.run_trimming,
+                    self._hydration.run,
                     self._shipper.run,
                     self._healing.quota.run,
                     self._healing.resyncer.run,
@@ -400,7 +404,8 @@ class Agent:
             processes=processes,
             alarms=in_order(alarms),
             groups=self._groups.groups.standing(),
-            recovered=self._recovered,
+            recovered=self._hydration.recovered,
+            hydration=self._hydration.standing(),
         )
 
 

@@ -12,11 +12,12 @@ from asrfs.daemon.disk_server_client import host_positions
 from asrfs.daemon.enrolment import is_enrolled
 from asrfs.daemon.health import process_alarms, quota_alarms, rpo_alarms, space_alarms
 from asrfs.daemon.protection import Healing, protection, protection_alarms, resync_document, standing_of
-from asrfs.daemon.state import DIRTY_MAP_FILE, StateDirectory
+from asrfs.daemon.state import DIRTY_MAP_FILE, HYDRATION_FILE, StateDirectory
 from asrfs.errors import AsrfsError
 from asrfs.fuse.mount import FILESYSTEM_TYPE, mount_at
 from asrfs.journal.reader import JournalReader
 from asrfs.journal.segments import list_journal
+from asrfs.model.hydration import NO_TURN
 from asrfs.model.machine import MachineConfig
 from asrfs.model.names import id_bytes
 from asrfs.model.policy import Policy
@@ -24,6 +25,7 @@ from asrfs.model.positions import Cursor, Positions
 from asrfs.model.recovered import RecoveredMachine
 from asrfs.replication.alarms import Alarm, in_order
 from asrfs.replication.dirty_map_file import load_dirty_map
+from asrfs.replication.hydration_file import load_turn
 from asrfs.replication.progress import bytes_between
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.system_clock import SystemClock
@@ -36,7 +38,10 @@ AGENT_SILENT = "agent does not answer"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What status is made of. `first_unacknowledged_ns`: time of the first durable record the store does not have."""
+    """What status is made of. `first_unacknowledged_ns`: time of the first durable record the store does not have.
+
+    `hydration`: by slot, of disks that have a base.
+    """
 
     machine: MachineConfig
     images: Mapping[int, str]
@@ -57,6 +62,7 @@ class Facts:
     alarms: Sequence[Alarm] = ()
     groups: Sequence[Mapping[str, Any]] = ()
     recovered: RecoveredMachine | None = None
+    hydration: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def status(facts: Facts) -> dict[str, Any]:
@@ -103,6 +109,7 @@ def status(facts: Facts) -> dict[str, Any]:
                 "size_bytes": disk.size_bytes,
                 "image": facts.images[disk.slot],
                 "dirty_bytes": facts.healing.dirty_bytes.get(disk.slot, 0),
+                "hydration": facts.hydration.get(disk.slot),
             }
             for disk in facts.machine.live_disks()
         ],
@@ -168,7 +175,22 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
         processes=processes,
         alarms=in_order(alarms),
         recovered=state.load_recovered(),
+        hydration=_resting_hydration(state, machine),
     )
+
+
+def _resting_hydration(state: StateDirectory, machine: MachineConfig) -> dict[int, dict[str, Any]]:
+    """How far it is at least while no agent runs, in bytes of the disk."""
+    based = [disk for disk in machine.live_disks() if disk.base is not None]
+    turn = load_turn(DirectoryStorage(state.root), HYDRATION_FILE) if based else NO_TURN
+    return {
+        disk.slot: {
+            "bytes_total": disk.size_bytes,
+            "bytes_done": turn.through if turn.disk_id == disk.id else 0,
+            "state": "waiting",
+        }
+        for disk in based
+    }
 
 
 def oldest_unacknowledged_ns(reader: JournalReader, acknowledged: Cursor, durable: Cursor) -> int | None:

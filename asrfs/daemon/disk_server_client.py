@@ -6,6 +6,7 @@ connection is made when it is needed and made again after any error of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from asrfs.consistency.group_share import Held
@@ -123,6 +124,9 @@ class DiskServerClient:
     async def fill(self, slot: int, offset: int, length: int) -> int:
         reply = await self._fill.call("fill", slot=slot, offset=offset, length=length)
         return int(reply["lsn"])
+
+    async def hydrating(self, slot: int, extents: Sequence[tuple[int, int]], applied_lsn: int) -> None:
+        await self._long.call("hydrating", slot=slot, extents=list(extents), applied_lsn=applied_lsn)
 
     async def reread_disks(self) -> None:
         await self._fill.call("disks")

@@ -26,10 +26,10 @@ def apply_everything(state: StateDirectory) -> int:
     lock = state.take_lock("disk_server")
     if lock is None:
         raise RefusedError(f"the disk server still runs as process {state.lock_holder('disk_server')}: stop it first")
-    images = StateImages(state)
     journal = DirectoryStorage(state.journal)
     machine_id = id_bytes(state.load_machine().id)
     positions = PositionsFile(state.load_positions(), state.save_positions)
+    images = StateImages(state, positions, beside_server=False)
     points = PointLog(DirectoryStorage(state.root), POINTS_FILE)
     reader = JournalReader(journal, machine_id)
     try:

@@ -19,12 +19,16 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from asrfs.daemon.base_readers import BaseReaders
+from asrfs.daemon.based_disks import BasedDisks
 from asrfs.daemon.control import Fields
 from asrfs.daemon.hardening import ARMED_URGENCY, HOLDING_URGENCY, hurry, take_time
 from asrfs.daemon.state import StateDirectory
+from asrfs.disk.interface import waiting
+from asrfs.disk.overlay import BasedImage
 from asrfs.errors import AsrfsError, BadInputError, IntegrityError, NotFoundError, RefusedError
 from asrfs.format.record import PAYLOAD_BYTES_MAX, Kind
-from asrfs.fuse.direct import Bytes, Volume
+from asrfs.fuse.volume import Bytes, Volume
 from asrfs.journal.block_map import BlockMap
 from asrfs.journal.disk import JournaledDisk, WriteTogether, rebuild_maps
 from asrfs.journal.hold import WriteHold
@@ -67,6 +71,8 @@ class ServedMachine:
         self._served: dict[int, _Served] = {}
         self._announced: dict[int, DiskRecord] = {}
         self._changing = threading.Lock()
+        self._based = BasedDisks(state)
+        self._readers = BaseReaders()
         self._images: dict[int, OpenFile] = {}
         """Held and not served: until the disk is, or while what was written to a removed one is being applied."""
         try:
@@ -108,7 +114,9 @@ class ServedMachine:
         self.journal = Journal(storage, id_bytes(machine.id), recovered, clock)
         self._keeper = MapKeeper(self.journal, storage, self._maps, recovered)
         self.hold = WriteHold(self.journal, clock)
-        self.volume = Volume(self.journal.request_sync, WriteTogether(self.journal), self.hold.keep)
+        self.volume = Volume(
+            self.journal.request_sync, WriteTogether(self.journal), self.hold.keep, self._readers.submit
+        )
 
     def _recover(
         self, storage: DirectoryStorage, positions: Positions, machine: MachineConfig, *, by_indexes: bool
@@ -143,6 +151,7 @@ class ServedMachine:
     def flush(self) -> None:
         """Make everything durable and close the journal. Raises OSError if it cannot be."""
         self.hold.end()
+        self._readers.close()
         self.journal.sync()
         self.journal.close()
         self._keeper.close()
@@ -190,12 +199,15 @@ class ServedMachine:
     def _serve(self, config: DiskConfig) -> None:
         served = self._served.get(config.slot)
         if served is not None:
+            if config.base is None and served.config.base is not None:
+                served.disk.image = served.image  # which has all of it by now
+                self._based.is_whole(config.slot)
             served.config = config
             return
         image = self._images.pop(config.slot, None) or self._open_image(config)
         block_map = self._maps.setdefault(config.slot, BlockMap())
         size_bytes = config.growing_from or config.size_bytes
-        disk = JournaledDisk(config.slot, size_bytes, image, self.journal, block_map)
+        disk = JournaledDisk(config.slot, size_bytes, self._based.overlay(config, image), self.journal, block_map)
         self._served[config.slot] = _Served(config, disk, image)
 
     def _withdraw(self, config: DiskConfig) -> None:
@@ -308,6 +320,7 @@ class ServedMachine:
     def applied(self, request: Fields) -> Fields:
         """Drop the maps of segments that are wholly in the images."""
         lsn, segment = int(request["lsn"]), int(request["segment"])
+        self._based.applied(lsn)
         self.journal.drop_through(segment, list(self._maps.values()))  # also of disks that are removed
         self._applied_lsn = max(self._applied_lsn, lsn)
         return {}
@@ -322,6 +335,8 @@ class ServedMachine:
             raise BadInputError(f"a fill has 1 to {FILL_BYTES_MAX} bytes, not {length}")
         if slot not in self._announced:
             self.announce_late(slot)
+        if (based := self._based.based(slot)) is not None:
+            return {"lsn": waiting(lambda: _fill_based(served.disk, based, offset, length))}
         return {"lsn": served.disk.fill(offset, length)}
 
     def disks(self, request: Fields) -> Fields:
@@ -340,7 +355,14 @@ class ServedMachine:
             "applied": self.applied,
             "fill": self.fill,
             "disks": self.disks,
+            "hydrating": self._based.hydrating,
         }
+
+
+def _fill_based(disk: JournaledDisk, based: BasedImage, offset: int, length: int) -> int:
+    """Nothing is appended before all of it is here. What is journaled is fetched in vain."""
+    disk.read(offset, length)
+    return disk.fill(offset, length)
 
 
 def _hold_id(request: Fields) -> str:

@@ -28,7 +28,7 @@ QUOTA_BYTES_LEAST = 128 << 20
 QUOTA_SHARE_OF_ROOM = 0.8
 OBJECT_BYTES_MIN = 64 << 10
 OBJECT_BYTES_MAX = 32 << 20
-SCAN_RATE_MIN = 1 << 20
+RATE_MIN = 1 << 20
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +36,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     The journal's quota is `journal_quota_bytes` when that is set, else `journal_quota_percent` of the bytes
     of all disks (see `quota_bytes`). `unfollowed`: a line for each thing the store told that cannot be followed.
-    `scan_rate`: bytes a second that comparing may read of images, 0 for no limit.
+    `scan_rate`: bytes a second that comparing may read of images, `hydration_limit`: that are copied from the bases of
+    a recovered machine; 0 for no limit.
     """
 
     journal_quota_bytes: int | None = None
@@ -49,6 +50,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     group_address: str = ""
     freeze_deadline: float = 10.0
     scan_rate: int = 400 << 20
+    hydration: bool = True
+    hydration_limit: int = 0
     policy: Policy = Policy()
     unfollowed: tuple[str, ...] = ()
 
@@ -74,6 +77,8 @@ _OWN_TEXTS = {
     "group_address": "auto",
     "freeze_deadline": "10s",
     "scan_rate": "400M",
+    "hydration": "on",
+    "hydration_limit": "none",
 }
 DEFAULT_TEXTS = _OWN_TEXTS | {key: text for key, text in policies.DEFAULT_TEXTS.items() if key not in STORE_KEYS}
 """Every key that can be set here, with its default, as it would be written."""
@@ -188,13 +193,22 @@ def _object_size(text: str) -> dict[str, Any]:
     return {"object_size": size}
 
 
-def _scan_rate(text: str) -> dict[str, Any]:
-    if text.lower() in ("none", "unlimited"):
-        return {"scan_rate": 0}
-    rate = parse_size(text)
-    if rate < SCAN_RATE_MIN:
-        raise BadInputError(f"at least {SCAN_RATE_MIN >> 20}M a second, or none for no limit")
-    return {"scan_rate": rate}
+def _rate(key: str) -> Callable[[str], dict[str, Any]]:
+    def parse(text: str) -> dict[str, Any]:
+        if text.lower() in ("none", "unlimited"):
+            return {key: 0}
+        rate = parse_size(text)
+        if rate < RATE_MIN:
+            raise BadInputError(f"at least {RATE_MIN >> 20}M a second, or none for no limit")
+        return {key: rate}
+
+    return parse
+
+
+def _hydration(text: str) -> dict[str, Any]:
+    if text.lower() not in ("on", "off"):
+        raise BadInputError("hydration is on or off")
+    return {"hydration": text.lower() == "on"}
 
 
 def _compression(text: str) -> dict[str, Any]:
@@ -236,5 +250,7 @@ _PARSERS: dict[str, Callable[[str], dict[str, Any]]] = {
     "group_port": _group_port,
     "group_address": _group_address,
     "freeze_deadline": _duration("freeze_deadline", 0.1, 300),
-    "scan_rate": _scan_rate,
+    "scan_rate": _rate("scan_rate"),
+    "hydration": _hydration,
+    "hydration_limit": _rate("hydration_limit"),
 }

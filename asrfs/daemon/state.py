@@ -49,6 +49,7 @@ DIRTY_MAP_FILE = "dirty.map"
 POINTS_FILE = "points.jsonl"
 CONFIGURATION_FILE = "configuration.json"
 RECOVERED_FILE = "recovered.json"
+HYDRATION_FILE = "hydration.json"
 SERVED_FILE = "run/served.json"
 _DIRECTORIES = ("journal", "images", "keys", "run", "log", "hooks")
 _LOCK_TRIES = 25

@@ -6,15 +6,51 @@ first (`check_extent`).
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
 from asrfs.errors import BadInputError
 
 Bytes = bytes | bytearray | memoryview
+T = TypeVar("T")
 
 
 class HeldError(Exception):
     """Changes of this disk are being held, and nothing was done: whoever asked for one keeps it until the release."""
+
+
+class Fetching(Protocol):
+    """Gets bytes from where they are far away, for the thread that calls."""
+
+    def fetch(self, extents: Sequence[tuple[int, int]]) -> None:
+        """Have the bytes of `(offset, end)` ready for this thread, or what is wrong with them. May take long."""
+
+    def forget(self) -> None:
+        """Give up what was fetched for this thread."""
+
+
+class AbsentError(Exception):
+    """Some bytes are not on this host yet, and nothing was done: who can wait has them fetched and asks again."""
+
+    def __init__(self, source: Fetching, extents: Sequence[tuple[int, int]]) -> None:
+        super().__init__(f"{len(extents)} extents are not here yet")
+        self.source = source
+        self.extents = extents
+
+
+def waiting(ask: Callable[[], T]) -> T:
+    """What `ask` returns, whatever has to be fetched for it. Blocks for as long as that takes."""
+    sources: list[Fetching] = []
+    try:
+        while True:
+            try:
+                return ask()
+            except AbsentError as absent:
+                sources.append(absent.source)
+                absent.source.fetch(absent.extents)
+    finally:
+        for source in sources:
+            source.forget()
 
 
 class ReadableDisk(Protocol):

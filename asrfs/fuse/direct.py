@@ -3,7 +3,8 @@
 A turn takes what has arrived at the channel: one request, or several. Small writes of a turn that can be journaled
 together are, with one system call; everything else is done one by one, in the order of arrival. Answered later, from
 other threads, are only FSYNC and FLUSH, by whoever makes the journal durable, and a change that came while changes are
-held (`HeldError`), by whoever lets them go; reads go on meanwhile.
+held (`HeldError`), by whoever lets them go; reads go on meanwhile. So is what needs bytes that are not on this host
+(`AbsentError`), by who waits for them.
 
 The kernel keeps every request until it is answered. If this process dies, the next one asks for them again
 (`resume`), and what it then gets carries `RESEND_BIT`. So an exception that is not the disk's word (OSError,
@@ -19,15 +20,13 @@ import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
 
-from asrfs.disk.interface import HeldError
+from asrfs.disk.interface import AbsentError, HeldError
 from asrfs.errors import AsrfsError
 from asrfs.fuse import abi
 from asrfs.fuse.channel import HEAD_OFFSET, REQUEST_GONE, Channel, MountGoneError, Slot, open_channel
+from asrfs.fuse.volume import FIRST_DISK_NODE, Bytes, ServedDisk, TogetherWrite, Volume
 
-FILE_SUFFIX = b".img"
-_FIRST_DISK_NODE = abi.ROOT_NODE + 1
 _FIRST_DISK_COOKIE = 3
 _ARGUMENTS_OFFSET = HEAD_OFFSET + abi.IN_HEADER_BYTES
 
@@ -52,80 +51,7 @@ _IN_PAGE = abi.PAGE_BYTES - 1
 _TOGETHER_BYTES_MAX = 128 << 10
 """Longer requests are done one by one and answered at once: a system call is nothing to them, waiting for others is."""
 
-Bytes = bytes | bytearray | memoryview
 Handler = Callable[[int, int, memoryview], bytes]
-SyncCallback = Callable[[OSError | None], None]
-RequestSync = Callable[[SyncCallback], None]
-Keep = Callable[[Callable[[], None], int], bool]
-"""Keeps a request of so many bytes that met HeldError, to call it when changes go on. False: they do already."""
-
-
-class ServedDisk(Protocol):
-    """What a session needs of a disk. Failures are OSError and reach the kernel as they are."""
-
-    @property
-    def size_bytes(self) -> int: ...
-
-    def write(self, offset: int, payload: Bytes) -> None: ...
-
-    def read_into(self, offset: int, buffer: memoryview) -> None: ...
-
-    def zero(self, offset: int, length: int) -> None: ...
-
-    def discard(self, offset: int, length: int) -> None: ...
-
-
-TogetherWrite = tuple[ServedDisk, int, Any]
-"""Disk, offset, and what `frame` made of the payload."""
-
-
-class WriteTogether(Protocol):
-    """Does writes at once and returns True, or nothing and returns False.
-
-    `frame` makes what it wants to have of a payload with `room` bytes before it that may be written over; the memory
-    stays the same for many writes.
-    """
-
-    @property
-    def room(self) -> int: ...
-
-    def frame(self, whole: memoryview, /) -> object: ...
-
-    def __call__(self, writes: Sequence[TogetherWrite]) -> bool: ...
-
-
-class _NotTogether:
-    room = 0
-
-    def frame(self, whole: memoryview) -> object:
-        return None
-
-    def __call__(self, writes: Sequence[TogetherWrite]) -> bool:
-        return False
-
-
-class Volume:
-    """The disks of a mount, by name and by node. May be changed by another thread while the session runs."""
-
-    def __init__(
-        self, request_sync: RequestSync, write_together: WriteTogether | None = None, keep: Keep | None = None
-    ) -> None:
-        self.request_sync = request_sync
-        self.keep = keep
-        self.write_together = write_together or _NotTogether()
-        self.disks: dict[int, ServedDisk] = {}
-        self.nodes: dict[bytes, int] = {}
-
-    def add(self, name: str, slot: int, disk: ServedDisk) -> None:
-        """Make the disk appear as `NAME.img`."""
-        node = slot + _FIRST_DISK_NODE
-        self.disks[node] = disk
-        self.nodes[name.encode() + FILE_SUFFIX] = node
-
-    def remove(self, name: str) -> None:
-        """Let the file vanish; whoever still has it open gets EIO."""
-        node = self.nodes.pop(name.encode() + FILE_SUFFIX, abi.ROOT_NODE)
-        self.disks.pop(node, None)
 
 
 class _StopReading(Exception):
@@ -246,6 +172,11 @@ class DirectSession:
         except HeldError:
             self._keep(channel, slot, opcode, unique, node, offset, size)
             return
+        except AbsentError:
+            wait = self._volume.wait
+            assert wait is not None, "a volume whose disks have bases waits for them"
+            wait(partial(self._answer_later, opcode, unique, node, offset, size, _copied(slot, opcode, size)))
+            return
         except Exception as error:
             length = _put(slot, _refusal(error, opcode, unique, node))
         if length:
@@ -253,33 +184,58 @@ class DirectSession:
             if size > _TOGETHER_BYTES_MAX and opcode in (abi.WRITE, abi.READ):
                 channel.flush()
 
-    # ---- requests that are held ----------------------------------------------------------------------------------
+    # ---- requests that are answered from other threads ------------------------------------------------------------
 
     def _keep(self, channel: Channel, slot: Slot, opcode: int, unique: int, node: int, offset: int, size: int) -> None:
         """Keep a copy of the request, so that its slot is free for others; where changes go on by now, do it again."""
         keep = self._volume.keep
         assert keep is not None, "a volume whose disks may be held keeps what they hold"
         channel.flush()  # what was answered in this turn must not wait for this
-        if opcode == abi.WRITE:
-            arguments = bytes(slot.payload(size))
-        else:
-            arguments = bytes(slot.request[_ARGUMENTS_OFFSET : HEAD_OFFSET + slot.length])
-        if not keep(partial(self._answer_kept, opcode, unique, node, offset, arguments), len(arguments)):
+        arguments = _copied(slot, opcode, size)
+        if not keep(partial(self._answer_kept, opcode, unique, node, offset, size, arguments), len(arguments)):
             self._answer_one(channel, slot, opcode, unique, node, offset, size)
 
-    def _answer_kept(self, opcode: int, unique: int, node: int, offset: int, arguments: bytes) -> None:
+    def _answer_kept(self, opcode: int, unique: int, node: int, offset: int, size: int, arguments: bytes) -> None:
         """In the thread that lets go."""
+        try:
+            self._answer_later(opcode, unique, node, offset, size, arguments)
+        except AbsentError:
+            wait = self._volume.wait
+            assert wait is not None
+            wait(partial(self._answer_later, opcode, unique, node, offset, size, arguments))
+
+    def _answer_later(self, opcode: int, unique: int, node: int, offset: int, size: int, arguments: bytes) -> None:
+        """Raises AbsentError: nothing was done or answered."""
+        reply: Bytes
         try:
             if opcode == abi.WRITE:
                 self._volume.disks.get(node, _GONE).write(offset, arguments)
                 reply = abi.WRITE_REPLY.pack(abi.WRITE_REPLY_BYTES, 0, unique, len(arguments), 0)
+            elif opcode == abi.READ:
+                reply = self._read_reply(unique, node, offset, size)
             else:
                 reply = self._handlers[opcode](unique, node, memoryview(arguments))
+        except AbsentError:
+            raise
+        except HeldError:  # not for the thread that lets go
+            keep = self._volume.keep
+            assert keep is not None
+            if not keep(partial(self._answer_kept, opcode, unique, node, offset, size, arguments), len(arguments)):
+                self._answer_later(opcode, unique, node, offset, size, arguments)
+            return
         except Exception as error:
             reply = _refusal(error, opcode, unique, node)
         self._reply_later(reply)
 
-    def _reply_later(self, reply: bytes) -> None:
+    def _read_reply(self, unique: int, node: int, offset: int, size: int) -> bytearray:
+        disk = self._volume.disks.get(node, _GONE)
+        reply = bytearray(abi.OUT_HEADER_BYTES + max(0, min(size, disk.size_bytes - offset)))
+        abi.OUT_HEADER.pack_into(reply, 0, len(reply), 0, unique)
+        if len(reply) > abi.OUT_HEADER_BYTES:
+            disk.read_into(offset, memoryview(reply)[abi.OUT_HEADER_BYTES :])
+        return reply
+
+    def _reply_later(self, reply: Bytes) -> None:
         """From another thread than that of `run`. Raises OSError."""
         try:
             os.write(self._fd, reply)
@@ -335,7 +291,7 @@ class DirectSession:
         after, bytes_max = abi.decode_read(arguments)
         entries = [(1, abi.ROOT_NODE, True, b"."), (2, abi.ROOT_NODE, True, b"..")]
         for name, found in sorted(self._volume.nodes.copy().items(), key=lambda item: item[1]):
-            entries.append((found - _FIRST_DISK_NODE + _FIRST_DISK_COOKIE, found, False, name))
+            entries.append((found - FIRST_DISK_NODE + _FIRST_DISK_COOKIE, found, False, name))
         return abi.encode_reply(unique, abi.encode_directory(entries, after, bytes_max))
 
     def _statfs(self, unique: int, node: int, arguments: memoryview) -> bytes:
@@ -404,6 +360,13 @@ def _put(slot: Slot, reply: bytes) -> int:
     """The length of the reply, which is in the slot now."""
     slot.reply[: len(reply)] = reply
     return len(reply)
+
+
+def _copied(slot: Slot, opcode: int, size: int) -> bytes:
+    """What there is to a request beside the numbers in its head."""
+    if opcode == abi.WRITE:
+        return bytes(slot.payload(size))
+    return bytes(slot.request[_ARGUMENTS_OFFSET : HEAD_OFFSET + slot.length])
 
 
 def _size_inside(disk: ServedDisk, offset: int, size: int) -> int:

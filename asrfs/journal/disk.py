@@ -2,6 +2,7 @@
 
 It never writes to the image (I1): the applier does, from durable records. Writes are widened to whole 4 KiB blocks;
 a change and its note in the map are one step under the journal's lock, so that no reader, drop or fill comes between.
+Where the image has a base, a read or a change of shares of blocks may raise AbsentError: nothing that counts was done.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from asrfs.disk.interface import check_extent
+from asrfs.disk.overlay import BasedImage
 from asrfs.format.record import (
     CARRIES_EXTENT_BYTES,
     PAYLOAD_BYTES_MAX,
@@ -40,7 +42,9 @@ _JOIN_GAP_MAX = 2 * BLOCK_BYTES
 class JournaledDisk:
     """One disk of the machine. Safe for any thread; offsets and lengths are bytes inside `size_bytes`."""
 
-    def __init__(self, slot: int, size_bytes: int, image: File, journal: Journal, block_map: BlockMap) -> None:
+    def __init__(
+        self, slot: int, size_bytes: int, image: File | BasedImage, journal: Journal, block_map: BlockMap
+    ) -> None:
         self.slot = slot
         self.size_bytes = size_bytes
         self._room = size_bytes
@@ -177,7 +181,10 @@ class JournaledDisk:
     def _complete(self, offset: int, buffer: memoryview, runs: list[Run], journaled: list[tuple[int, Bytes]]) -> None:
         """Put everything into `buffer`: in one read what is in the image, over it zeros and what was in the journal."""
         holes = [run for run in runs if run[2] is None]
-        if holes:
+        image = self.image
+        if holes and isinstance(image, BasedImage):
+            image.read_pieces([(at, buffer[at - offset : at - offset + length]) for at, length, _ in holes])
+        elif holes:
             start, end = holes[0][0], holes[-1][0] + holes[-1][1]
             self._read_image(start, buffer[start - offset : end - offset])
         for start, length, place in runs:

@@ -55,6 +55,9 @@ class Images(Protocol):
     def drop(self, slot: int) -> None:
         """Close the image, if it is open, because what it holds is uncertain; `image` opens it again."""
 
+    def settle(self) -> None:
+        """Take out of the images what hydration has left in doubt. Before every span. Raises OSError."""
+
 
 class Applier:
     """`on_marker` sees every MARKER record applied, in order, and may see one twice after a crash."""
@@ -83,6 +86,7 @@ class Applier:
         Covers at most a few rounds, so call again while the result is below `durable_lsn`. Raises OSError or
         TemporaryError (nothing lost, call again), IntegrityError for a corrupt journal or a record that fits no disk.
         """
+        self._images.settle()
         cursor = self._positions.current.applied
         touched: set[int] = set()
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from asrfs.model.positions import Cursor
@@ -32,6 +33,9 @@ class DiskServer(Protocol):
 
     async def fill(self, slot: int, offset: int, length: int) -> int:
         """Append the extent's present content as a FILL record: its LSN."""
+
+    async def hydrating(self, slot: int, extents: Sequence[tuple[int, int]], applied_lsn: int) -> None:
+        """These `(offset, end)` of a disk, and nothing else, are in doubt: they are read from its base."""
 
     async def reread_disks(self) -> None:
         """Take up changes of the machine's disks and append their DISK records."""

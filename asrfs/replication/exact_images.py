@@ -36,6 +36,12 @@ class ExactImages:
                 raise
 
     @asynccontextmanager
+    async def hydrating(self) -> AsyncIterator[None]:
+        """A turn of the hydrator, which writes what is no record's: no span and no exact moment meanwhile."""
+        async with self._turn:
+            yield
+
+    @asynccontextmanager
     async def held(self, lsn: int) -> AsyncIterator[int]:
         """The LSN at which every image is, as long as this lasts: at least `lsn`, which was durable at the call."""
         while True:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from ctypes import CDLL, c_int, c_int64, get_errno
 
 from asrfs.storage.interface import Bytes
@@ -93,6 +94,12 @@ class OpenFile:
                 raise
             at = os.lseek(self.fd, begin, os.SEEK_HOLE)
             yield begin, at - begin
+
+    def will_need(self, offset: int, length: int) -> None:
+        """Let the kernel read ahead, if it cares to; nobody waits for it."""
+        if length > 0:
+            with suppress(OSError):
+                os.posix_fadvise(self.fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         os.close(self.fd)

@@ -33,6 +33,9 @@ class StoredImages:
     def drop(self, slot: int) -> None:
         self._open.pop(slot).close()
 
+    def settle(self) -> None:
+        """Nothing is hydrated."""
+
 
 class AppliedWorld:
     """See the module. How many rounds share a datasync, and how large each is, is drawn."""

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from asrfs.fuse.channel import Channel, open_channel
-from asrfs.fuse.direct import DirectSession, Volume
+from asrfs.fuse.direct import DirectSession
+from asrfs.fuse.volume import Volume
 
 ANSWER_SECONDS_MAX = 10.0
 _SO_SNDBUFFORCE = 32

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from asrfs.fuse.direct import DirectSession, SyncCallback, Volume
+from asrfs.fuse.direct import DirectSession
 from asrfs.fuse.mount import mount_volume, prepare_directory
+from asrfs.fuse.volume import SyncCallback, Volume
 from tests.fakes.memory_disk import MemoryDisk, NullDisk
 
 

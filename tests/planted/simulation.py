@@ -300,6 +300,9 @@ class _WithoutSync:
         image = self._images.image(slot)
         return image and Image(cast(File, _UnsyncedFile(image.file)), image.size_bytes)
 
+    def settle(self) -> None:
+        """Nothing is hydrated."""
+
     def drop(self, slot: int) -> None:
         self._images.drop(slot)
 

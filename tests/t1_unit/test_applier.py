@@ -139,6 +139,9 @@ class SomeImages:
         file: File = self._world.images[slot]
         return Image(file, self._size_bytes or file.size())
 
+    def settle(self) -> None:
+        """Nothing is hydrated."""
+
     def drop(self, slot: int) -> None:
         self.dropped.append(slot)
 

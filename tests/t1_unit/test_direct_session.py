@@ -25,8 +25,9 @@ from asrfs.fuse.channel import (
     _make_slots,
     open_channel,
 )
-from asrfs.fuse.direct import DirectSession, SyncCallback, Volume
+from asrfs.fuse.direct import DirectSession
 from asrfs.fuse.ring import Ring
+from asrfs.fuse.volume import SyncCallback, Volume
 from tests.fakes.fuse_kernel import FuseKernel
 from tests.fakes.memory_disk import MemoryDisk
 

@@ -16,7 +16,7 @@ from asrfs.errors import BadInputError, RefusedError
 from asrfs.format.record import Kind
 from asrfs.fuse import abi
 from asrfs.fuse.channel import SLOTS, Channel, PlainChannel, RingChannel
-from asrfs.fuse.direct import Volume
+from asrfs.fuse.volume import Volume
 from asrfs.journal import hold as hold_room
 from asrfs.journal.block_map import BlockMap
 from asrfs.journal.disk import JournaledDisk, WriteTogether

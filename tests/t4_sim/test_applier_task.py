@@ -75,6 +75,9 @@ class Agent:
         file = self.world.images[slot]
         return Image(file, file.size())
 
+    def settle(self) -> None:
+        """Nothing is hydrated."""
+
     def drop(self, slot: int) -> None:
         """The world's images stay open."""
 

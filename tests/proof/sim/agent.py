@@ -60,6 +60,9 @@ class Images:
             self._open[slot] = self._storage.open(f"images/{slot}", write=True)
         return Image(self._open[slot], self._sizes[slot])
 
+    def settle(self) -> None:
+        """Nothing is hydrated."""
+
     def drop(self, slot: int) -> None:
         if slot in self._open:
             self._open.pop(slot).close()
