@@ -30,6 +30,7 @@ class StoreVerbs(frame.Verbs):
         "policy": "policy:policy",
         "group": "group:group",
         "seed": "seed:seed",
+        "failover": "failover:failover",
         "export": "export:export",
         "mount": "mount:mount",
         "nbd": "nbd:nbd",

@@ -9,8 +9,10 @@ from rich.console import Console
 
 from asrfs.errors import IntegrityError
 from asrfs.model.quantities import format_size
+from asrfs.storage.system_clock import SystemClock
 from asrfs.terminal.output import pairs, progress_bar
 from replica_store.cli.invocation import Invocation, pass_invocation
+from replica_store.vault.flaws import flaw_before, note_flaws
 from replica_store.vault.scrub import Damage, Scrubbed, scrub
 
 
@@ -18,11 +20,18 @@ from replica_store.vault.scrub import Damage, Scrubbed, scrub
 @click.argument("machine", required=False)
 @pass_invocation
 def verify(invocation: Invocation, machine: str | None) -> None:
-    """Check every byte of every log object, of MACHINE or of all. Exit code 5 if anything is damaged."""
+    """Check every byte of every log object, of MACHINE or of all. Exit code 5 if anything is damaged.
+
+    What is found is remembered until the next time: a failover to a point that may need it is refused.
+    """
     with invocation.open_vault() as vault:
         machines = vault.machines() if machine is None else [vault.machine(machine)]
         with progress_bar("verifying") as step:
             scrubbed = scrub(vault, machines, step)
+        for each in machines:
+            found = [damage for damage in scrubbed.damages if damage.machine == each.name]
+            if found or flaw_before(vault.catalog, each.id, vault.received_lsn(each.id)):
+                note_flaws(vault.root, each.id, found, SystemClock().time_ns())
     invocation.answer(_document(scrubbed), lambda out: _render(out, scrubbed))
     if scrubbed.damages:
         more = f" (and {len(scrubbed.damages) - 1} more)" if len(scrubbed.damages) > 1 else ""

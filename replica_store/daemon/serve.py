@@ -3,6 +3,7 @@
     data port    TLS, mutual ─▶ ingest.listener ─▶ vault          hosts
     manage port  HTTPS ─▶ api.app ─▶ vault                        enrolling, health
     now and then          map_keeper ─▶ map_worker (a process)    map checkpoints
+    when one is due       failover_keeper ─▶ failover_worker (a process)   the end of test failovers
     when a host asks      digest_keeper ─▶ digest_workers         comparing disks
 
 It holds the vault's lock for its whole life. SIGTERM and SIGINT end it: what is being stored is stored to its end,
@@ -33,6 +34,7 @@ from asrfs.storage.system_clock import SystemClock
 from asrfs.transport import stream, tls
 from replica_store.api.app import make_app
 from replica_store.daemon.digest_keeper import DigestKeeper
+from replica_store.daemon.failover_keeper import FailoverKeeper
 from replica_store.daemon.group_keeper import GroupKeeper
 from replica_store.daemon.map_keeper import MapKeeper
 from replica_store.daemon.seed_keeper import SeedKeeper
@@ -126,6 +128,7 @@ async def _serve(
             nursery.start_soon(comparing.run)
             nursery.start_soon(SeedKeeper(vault, listener.threads).run)
             nursery.start_soon(MapKeeper(vault, listener.threads).run)
+            nursery.start_soon(FailoverKeeper(vault, clock, listener.threads).run)
             announce(addresses)
             async for _ in signals:
                 break

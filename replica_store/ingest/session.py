@@ -54,6 +54,7 @@ from replica_store.ingest.ingester import Ingester, Position
 from replica_store.ingest.links import Links
 from replica_store.ingest.seeding import match
 from replica_store.vault.groups import put_place
+from replica_store.vault.protection import check_not_committed
 from replica_store.vault.rows import MachineRow
 from replica_store.vault.vault import Vault
 
@@ -190,7 +191,10 @@ class StoreSession:
 
     def _authorised(self) -> MachineRow:
         """Blocks."""
-        return check_identity(self._identity, self._store.vault.catalog.machine_by_id(self._identity.machine_id))
+        catalog = self._store.vault.catalog
+        machine = check_identity(self._identity, catalog.machine_by_id(self._identity.machine_id))
+        check_not_committed(catalog, machine)
+        return machine
 
     def _begin(self, ingester: Ingester, hello: Hello, salt: bytes) -> tuple[Position, str | None]:
         """Blocks. The position, and the digest of our object that ends where the host's acknowledged ones do."""

@@ -1,6 +1,6 @@
 """A new catalog from the objects alone.
 
-    newest policies and groups; list machines ─▶ newest description of each ─▶ survey its log ─▶ chain
+    newest policies, groups and failovers; list machines ─▶ newest description of each ─▶ survey its log ─▶ chain
         ─▶ catalog.sqlite3.new ─▶ in place of the old
 
 The new one takes its place only once its file holds all of it, without SQLite's write-ahead log beside it.
@@ -22,6 +22,7 @@ from replica_store.vault.group_changes import GROUP_BOOKS
 from replica_store.vault.groups import write_groups
 from replica_store.vault.keys import KeyFiles, MachineDescription, Sealer
 from replica_store.vault.objects import Objects
+from replica_store.vault.operations import sealed_operations, write_operation
 from replica_store.vault.policies import write_book
 from replica_store.vault.policy_changes import POLICY_BOOKS
 from replica_store.vault.rows import Entry, MachineRow, description_prefix, log_prefix, parse_log_name
@@ -72,7 +73,7 @@ def _fill(catalog: Catalog, objects: Objects, sealer: Sealer, progress: Callable
     report = Rebuilt()
     names_of = {machine_id: log_names(objects, machine_id) for machine_id in _machine_ids(objects)}
     total = sum(map(len, names_of.values()))
-    _fill_policies_and_groups(catalog, objects, sealer, report)
+    _fill_decisions(catalog, objects, sealer, report)
     done = 0
     for machine_id, names in sorted(names_of.items()):
         description = _description(objects, sealer, machine_id, report)
@@ -104,12 +105,15 @@ def _fill(catalog: Catalog, objects: Objects, sealer: Sealer, progress: Callable
     return report
 
 
-def _fill_policies_and_groups(catalog: Catalog, objects: Objects, sealer: Sealer, report: Rebuilt) -> None:
-    """What hosts are told rises above whatever they were told before."""
+def _fill_decisions(catalog: Catalog, objects: Objects, sealer: Sealer, report: Rebuilt) -> None:
+    """What people decided. What hosts are told rises above whatever they were told before."""
     book, damages = POLICY_BOOKS.newest(objects, sealer)
     groups, more_damages = GROUP_BOOKS.newest(objects, sealer)
-    report.damages += damages + more_damages
+    failovers, damaged_failovers = sealed_operations(objects, sealer)
+    report.damages += damages + more_damages + damaged_failovers
     with catalog.transaction():
+        for each in failovers:
+            write_operation(catalog, each)
         if book is not None:
             write_book(catalog, book)
         if groups is not None:

@@ -1,4 +1,5 @@
-"""Tables of the catalog. What is here can be made again from the objects, except tokens, links and when points came.
+"""Tables of the catalog. What is here can be made again from the objects, except tokens, links, when points came,
+and what verification found.
 
 A catalog of an older version is brought to this one when it is opened. `UPGRADES` only ever adds, so a program that has
 it open goes on reading; columns are always named, because their order depends on what a catalog was before.
@@ -7,7 +8,7 @@ it open goes on reading; columns are always named, because their order depends o
 from __future__ import annotations
 
 VERSION = 4
-"""1 knew less of points, and no policies; 2 knew no stretches, 3 no boot settings."""
+"""1 knew less of points, and no policies; 2 knew no stretches, 3 no boot settings and no failover."""
 
 _HISTORY_TABLES = """
 CREATE TABLE machines (
@@ -143,7 +144,29 @@ CREATE INDEX confirmations_by_point ON confirmations (group_point);
 CREATE INDEX points_by_group_point ON points (group_point) WHERE group_point IS NOT NULL;
 """
 
-TABLES = _HISTORY_TABLES + _POLICY_TABLES + _GROUP_TABLES
+_FAILOVER_TABLES = """
+CREATE TABLE operations (
+    id TEXT PRIMARY KEY,            -- 32 hexadecimal digits
+    machine_id TEXT NOT NULL,       -- what is failed over
+    kind TEXT NOT NULL,             -- test, unplanned, planned or failback
+    state TEXT NOT NULL,            -- preparing, serving, commit-pending, committed, cancelled or cleaned
+    generation INTEGER NOT NULL,    -- counts changes; of its sealed objects the one with the highest is valid
+    content TEXT NOT NULL           -- JSON: all of it, see `operations.Operation`
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX operations_by_machine ON operations (machine_id);
+
+CREATE TABLE flaws (
+    machine_id TEXT NOT NULL,
+    first_lsn INTEGER NOT NULL,     -- of the records that verification could not read back
+    last_lsn INTEGER NOT NULL,
+    what TEXT NOT NULL,             -- which file, what is wrong with it
+    found_ns INTEGER NOT NULL,      -- store's clock
+    PRIMARY KEY (machine_id, first_lsn, last_lsn)
+) STRICT, WITHOUT ROWID;
+"""
+
+TABLES = _HISTORY_TABLES + _POLICY_TABLES + _GROUP_TABLES + _FAILOVER_TABLES
 
 _MORE_OF_POINTS = """
 ALTER TABLE points ADD COLUMN wanted TEXT;
@@ -164,8 +187,11 @@ _BOOT_SETTINGS = """
 ALTER TABLE disks ADD COLUMN boot BLOB NOT NULL DEFAULT x'';
 """
 
-UPGRADES = {1: _MORE_OF_POINTS + _POLICY_TABLES + _GROUP_TABLES, 2: _STRETCHES, 3: _BOOT_SETTINGS}
+UPGRADES = {1: _MORE_OF_POINTS + _POLICY_TABLES + _GROUP_TABLES, 2: _STRETCHES, 3: _BOOT_SETTINGS + _FAILOVER_TABLES}
 """By the version a catalog has: what makes it one of the next."""
 
-REBUILDABLE = ("machines", "objects", "points", "disks", "policies", "assignments", "groups", "confirmations")
+REBUILDABLE = (
+    *("machines", "objects", "points", "disks", "policies", "assignments", "groups", "confirmations"),
+    "operations",
+)
 """Tables that are equal after a rebuild."""

@@ -13,11 +13,12 @@ from asrfs.model.quantities import NS_PER_SECOND
 from asrfs.model.rpo_alarm import rpo_text
 from replica_store.vault.configuration import policy_of
 from replica_store.vault.gaps import Gap
+from replica_store.vault.operations import Operation, holder, operations
 from replica_store.vault.policies import Assigned, read_book
 from replica_store.vault.rows import LinkRow, MachineRow, PointRow
 from replica_store.vault.vault import Vault
 
-State = Literal["unprotected", "initial-replication", "protected"]
+State = Literal["unprotected", "initial-replication", "protected", "failed-over", "committed"]
 
 SILENT_S_MAX = 20.0
 """A link that has not been heard of for so long is down, whatever was last written of it: the store may be, too."""
@@ -62,7 +63,8 @@ def standing_of(vault: Vault, machine: MachineRow, now_ns: int) -> Standing:
     gap = vault.gap_at(machine.id, received)
     objects, size = vault.catalog.space(machine.id)
     heard_recently = link is not None and now_ns - link.heard_ns < SILENT_S_MAX * NS_PER_SECOND
-    state, reason = _state(machine, is_empty=last is None, gap=gap)
+    holding = holder(operations(vault.catalog, machine.id))
+    state, reason = _failed_over(holding) if holding else _state(machine, is_empty=last is None, gap=gap)
     points = vault.points(machine.id)
     book = read_book(vault.catalog)
     policy = policy_of(vault.catalog, book, machine.id)
@@ -114,6 +116,14 @@ def point_alarms(
         if text is not None:
             alarms.append(StandingAlarm(alarm_id(kind), "warning", text))
     return tuple(alarms)
+
+
+def _failed_over(holding: Operation) -> tuple[State, str]:
+    """Of a machine that a failover holds."""
+    at = f"{holding.kind} failover {holding.id[:12]} to LSN {holding.point.lsn}"
+    if holding.state == "committed":
+        return "committed", f"it runs elsewhere since {at}: nothing of its old side is taken any more"
+    return "failed-over", f"{at} is {holding.state}: change the point, cancel or commit"
 
 
 def _state(machine: MachineRow, *, is_empty: bool, gap: Gap | None) -> tuple[State, str]:

@@ -1,0 +1,357 @@
+"""What a person can ask of a failover. Each is durable before it is reported, and may be asked again after any death.
+
+    test       preparing ─▶ serving ─▶ cleaned            beside the machine, whose state it does not touch
+    unplanned  preparing ─▶ commit-pending ─▶ committed   the machine is failed-over, then committed
+                   ▲  change-point │ cancel ─▶ cancelled
+
+A state is written down before what it means is done, where that takes something away (cancelled, cleaned), and after,
+where it promises something (serving, commit-pending, committed). What an ended one left is marked by `remains`; whoever
+comes next takes it away.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from asrfs.errors import AsrfsError, BadInputError, RefusedError
+from asrfs.model.clock import Clock
+from asrfs.model.protection_states import ProtectionEvent, next_state
+from asrfs.model.quantities import NS_PER_SECOND, format_duration, format_size
+from replica_store.failover import network, places, undoing
+from replica_store.failover.choice import Chosen, check_space, choose, free_bytes
+from replica_store.failover.mounts import allocated_bytes
+from replica_store.failover.preparation import Stopwatch, Told, bring_back, prepare
+from replica_store.vault.epochs import raise_epoch
+from replica_store.vault.operations import (
+    ENDED,
+    Kind,
+    Operation,
+    OperationState,
+    begin,
+    change,
+    holder,
+    operation,
+    operations,
+)
+from replica_store.vault.protection import protection_of
+from replica_store.vault.vault import Vault, lock_descriptions
+
+TTL_S = 24 * 3600.0
+TTL_S_MAX = 366 * 24 * 3600.0
+SPACE_LIMIT_MIN = 64 << 20
+"""Less than the journal of a machine that does nothing."""
+_LOCK_S_MAX = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is asked for; directories None: the failover's own."""
+
+    machine: str
+    selector: str
+    state: str | None = None
+    mount: str | None = None
+    check_command: str | None = None
+    accept_damage: bool = False
+    ttl_s: float = TTL_S
+    space_limit_bytes: int | None = None
+
+
+class Failovers:
+    """The failovers of the vault at `root`. `told`: called with the name of each step before it begins."""
+
+    def __init__(self, root: str, clock: Clock, told: Told = lambda step: None) -> None:
+        self._root = os.path.abspath(root)
+        self._clock = clock
+        self._told = told
+
+    # ---- beginning --------------------------------------------------------------------------------------------
+
+    def test(self, wanted: Wanted) -> Operation:
+        """A recovered machine beside the protected one, isolated, with an end. Raises AsrfsError; then nothing is
+        left."""
+        if not 0 < wanted.ttl_s <= TTL_S_MAX:
+            raise BadInputError("--ttl is more than nothing and at most 366 days")
+        limit = wanted.space_limit_bytes
+        if limit is not None and limit < SPACE_LIMIT_MIN:
+            raise BadInputError(f"--space-limit is at least {format_size(SPACE_LIMIT_MIN)}")
+        return self._begin("test", wanted)
+
+    def unplanned(self, wanted: Wanted) -> Operation:
+        """The machine goes on from a point, commit pending. One that died while it began is carried on with."""
+        with Vault.open(self._root) as vault:
+            holding = holder(operations(vault.catalog, vault.machine(wanted.machine).id))
+        if holding is not None and _is_same(holding, wanted):
+            return self.resume(holding.id)
+        return self._begin("unplanned", wanted)
+
+    def _begin(self, kind: Kind, wanted: Wanted) -> Operation:
+        watch = Stopwatch(self._told)
+        operation_id = secrets.token_hex(16)
+        with watch.step("resolve"):
+            namespace = network.namespace_of(operation_id) if kind == "test" else None
+            where = places.choose_places(self._root, operation_id, wanted.state, wanted.mount, namespace)
+            with Vault.open(self._root) as vault:
+                chosen = choose(vault, wanted.machine, wanted.selector, accept_damage=wanted.accept_damage)
+                self._check_room(vault, kind, chosen, wanted, where.state)
+        now_ns = self._clock.time_ns()
+        made = Operation(
+            id=operation_id,
+            machine_id=chosen.machine.id,
+            machine=chosen.machine.name,
+            kind=kind,
+            state="preparing",
+            point=chosen.point,
+            places=where,
+            begun_ns=now_ns,
+            expires_ns=now_ns + int(wanted.ttl_s * NS_PER_SECOND) if kind == "test" else None,
+            space_limit_bytes=wanted.space_limit_bytes,
+            check_command=wanted.check_command,
+            data_loss_s=chosen.data_loss_s,
+            disks=chosen.disk_names,
+            warnings=chosen.warnings,
+        ).to("preparing", now_ns, f"{kind} failover to {wanted.selector} was asked for")
+
+        def check(vault: Vault) -> Operation:
+            others = operations(vault.catalog)
+            places.check_not_taken(where, others)
+            if kind != "test":
+                event = ProtectionEvent.UNPLANNED_FAILOVER
+                next_state(protection_of(vault, vault.machine(wanted.machine)), event, wanted.machine)
+            return made
+
+        with places.take_lock(where):
+            try:
+                begun = begin(self._root, check)
+            except BaseException:
+                shutil.rmtree(where.directory, ignore_errors=True)
+                raise
+            try:
+                return self._prepare(begun, chosen, watch)
+            except BaseException as error:
+                self._give_up(begun, error)
+                raise
+
+    def _check_room(self, vault: Vault, kind: Kind, chosen: Chosen, wanted: Wanted, directory: str) -> None:
+        if kind != "test":
+            check_space(vault, chosen, directory)
+        elif wanted.space_limit_bytes is not None and (free := free_bytes(directory)) < wanted.space_limit_bytes:
+            raise RefusedError(
+                f"{directory} has {format_size(free)} free, less than --space-limit: make space or choose another "
+                "place with --state"
+            )
+
+    def _prepare(self, begun: Operation, chosen: Chosen, watch: Stopwatch) -> Operation:
+        is_test = begun.kind == "test"
+        epoch = chosen.machine.epoch if is_test else chosen.machine.epoch + 1
+        ready = prepare(self._root, begun, chosen.disks, epoch, watch, examined=is_test)
+        state: OperationState = "serving" if is_test else "commit-pending"
+        self._told("report")
+
+        def finish(vault: Vault, before: Operation) -> Operation:
+            if before.state != "preparing":
+                raise RefusedError(f"failover {begun.id[:12]} is {before.state} meanwhile")
+            return msgspec.structs.replace(
+                before.to(state, self._clock.time_ns(), f"it serves LSN {begun.point.lsn}, {ready.rto_s:.2f} s after"),
+                steps=ready.steps,
+                rto_s=ready.rto_s,
+                examined=ready.examined,
+                checked=ready.checked,
+            )
+
+        return change(self._root, begun.id, finish)
+
+    def _give_up(self, begun: Operation, error: BaseException) -> None:
+        """What could not be prepared is taken back. What cannot be taken back now is, by whoever comes next."""
+        ended: OperationState = "cleaned" if begun.kind == "test" else "cancelled"
+        try:
+            now, text = self._clock.time_ns(), str(error) or type(error).__name__
+            after = change(self._root, begun.id, lambda vault, before: before.to(ended, now, f"it failed: {text}"))
+            undoing.tidy(self._root, after)
+        except (AsrfsError, OSError):
+            return
+
+    # ---- going on ---------------------------------------------------------------------------------------------
+
+    def resume(self, text: str) -> Operation:
+        """Carry on with one that was interrupted, or start again what a ready one lacks, as after a restart."""
+        found = self._find(text)
+        with places.take_lock(found.places):
+            found = self._find(found.id)
+            if found.state in ENDED:
+                return undoing.tidy(self._root, found) if found.remains else found
+            if found.state == "preparing":
+                with Vault.open(self._root) as vault:
+                    chosen = choose(vault, found.machine, f"lsn:{found.point.lsn}", accept_damage=True)
+                return self._prepare(found, chosen, Stopwatch(self._told))
+            bring_back(self._root, found)
+            return self._commit(found) if found.epoch is not None and found.state != "committed" else found
+
+    def change_point(self, text: str, selector: str, *, accept_damage: bool = False) -> Operation:
+        """Another point for a failover that is not committed; what was written since it began is given up."""
+        found = self._find(text)
+        with places.take_lock(found.places):
+            watch = Stopwatch(self._told)
+            with watch.step("resolve"), Vault.open(self._root) as vault:
+                self._allow(vault, self._find(found.id), ProtectionEvent.CHANGE_POINT)
+                chosen = choose(vault, found.machine, selector, accept_damage=accept_damage)
+                check_space(vault, chosen, found.places.state)
+            now = self._clock.time_ns()
+
+            def move(vault: Vault, before: Operation) -> Operation:
+                self._allow(vault, before, ProtectionEvent.CHANGE_POINT)
+                text = f"another point was asked for: {selector}, LSN {chosen.point.lsn}"
+                return msgspec.structs.replace(
+                    before.to("preparing", now, text),
+                    point=chosen.point,
+                    disks=chosen.disk_names,
+                    data_loss_s=chosen.data_loss_s,
+                    warnings=chosen.warnings,
+                )
+
+            return self._prepare(change(self._root, found.id, move), chosen, watch)
+
+    def commit(self, text: str) -> Operation:
+        """For good: the machine's old side can add nothing any more, from before this returns."""
+        found = self._find(text)
+        with places.take_lock(found.places):
+            return self._commit(self._find(found.id))
+
+    def _commit(self, found: Operation) -> Operation:
+        def intend(vault: Vault, before: Operation) -> Operation:
+            self._allow(vault, before, ProtectionEvent.COMMIT)
+            if before.state != "commit-pending":
+                raise RefusedError(
+                    f"failover {before.id[:12]} is {before.state}: commit is refused; allowed: "
+                    f"`replica-store failover resume {before.id[:12]}`, change-point, cancel"
+                )
+            row = vault.machine(before.machine)
+            return msgspec.structs.replace(before, epoch=before.epoch or row.epoch + 1)
+
+        found = change(self._root, found.id, intend)
+        self._told("epoch")
+        with lock_descriptions(self._root, _LOCK_S_MAX), Vault.open(self._root, writable=True) as vault:
+            epoch = vault.machine(found.machine).epoch
+            if found.epoch is None or epoch < found.epoch:
+                epoch = raise_epoch(vault, found.machine_id)
+        self._told("committed")
+        now = self._clock.time_ns()
+
+        def finish(vault: Vault, before: Operation) -> Operation:
+            after = before.to("committed", now, f"it was committed: epoch {epoch}")
+            return msgspec.structs.replace(after, epoch=epoch)
+
+        return change(self._root, found.id, finish)
+
+    # ---- ending -----------------------------------------------------------------------------------------------
+
+    def cancel(self, text: str) -> Operation:
+        """Take a failover back that is not committed: the machine is where it was. What was written since is given
+        up."""
+        return self._end(text, "cancelled", "it was cancelled", self._allow_cancel)
+
+    def cleanup(self, text: str, cause: str = "it was cleaned up") -> Operation:
+        """End a test failover; nothing of it is left but its report."""
+
+        def allow(vault: Vault, before: Operation) -> None:
+            if before.kind != "test":
+                raise RefusedError(
+                    f"failover {before.id[:12]} is no test, it is {before.state}: cleanup is refused; allowed: "
+                    + ("nothing that ends it" if before.state == "committed" else "cancel, commit")
+                )
+
+        return self._end(text, "cleaned", cause, allow)
+
+    def _end(
+        self, text: str, state: OperationState, cause: str, allow: Callable[[Vault, Operation], None]
+    ) -> Operation:
+        found = self._find(text)
+        with places.take_lock(found.places):
+            now = self._clock.time_ns()
+            if (found := self._find(found.id)).state == state == "cleaned" and not found.remains:
+                return found
+
+            def decide(vault: Vault, before: Operation) -> Operation:
+                if before.state == state and before.remains:
+                    return before  # this was asked for, and died
+                allow(vault, before)
+                return before if before.state == state else before.to(state, now, cause)
+
+            ended = change(self._root, found.id, decide)
+            self._told("undo")
+            return undoing.tidy(self._root, ended)
+
+    def _allow_cancel(self, vault: Vault, before: Operation) -> None:
+        self._allow(vault, before, ProtectionEvent.CANCEL)
+
+    def _allow(self, vault: Vault, found: Operation, event: ProtectionEvent) -> None:
+        """Raise RefusedError where the table, or what has begun, does not let it be."""
+        if found.kind == "test":
+            raise RefusedError(f"failover {found.id[:12]} is a test: {event} is refused; allowed: cleanup")
+        machine = vault.machine(found.machine)
+        next_state(protection_of(vault, machine), event, machine.name)
+        holding = holder(operations(vault.catalog, machine.id))
+        if holding is None or holding.id != found.id:
+            raise RefusedError(f"failover {found.id[:12]} is {found.state}: {event} is refused; allowed: nothing")
+        if found.epoch is not None and event is not ProtectionEvent.COMMIT:
+            raise RefusedError(f"the commit of failover {found.id[:12]} has begun: {event} is refused; allowed: commit")
+
+    # ---- what is due ------------------------------------------------------------------------------------------
+
+    def sweep(self) -> list[Operation]:
+        """Do what is due: tests whose time or space is up, and what ended ones left.
+
+        Whatever somebody works on just now is left alone; so is what fails, until the next time. Those that were ended.
+        """
+        ended = []
+        for each in self._remaining():
+            try:
+                if each.state in ENDED:
+                    with places.take_lock(each.places):
+                        ended.append(undoing.tidy(self._root, each))
+                elif (cause := self._is_due(each)) is not None:
+                    ended.append(self.cleanup(each.id, cause))
+            except (AsrfsError, OSError):
+                continue
+        return ended
+
+    def is_anything_due(self) -> bool:
+        """Whether `sweep` would try something."""
+        return any(each.state in ENDED or self._is_due(each) is not None for each in self._remaining())
+
+    def _remaining(self) -> list[Operation]:
+        with Vault.open(self._root) as vault:
+            return [each for each in operations(vault.catalog) if each.remains]
+
+    def _is_due(self, found: Operation) -> str | None:
+        if found.kind != "test":
+            return None
+        if found.expires_ns is not None and self._clock.time_ns() >= found.expires_ns:
+            return f"its time was up after {format_duration((found.expires_ns - found.begun_ns) / NS_PER_SECOND)}"
+        limit = found.space_limit_bytes
+        if limit is None or not os.path.isdir(found.places.state):
+            return None
+        if (taken := allocated_bytes(found.places.state)) > limit:
+            return f"it took {format_size(taken)}, more than its limit of {format_size(limit)}"
+        return None
+
+    def _find(self, text: str) -> Operation:
+        with Vault.open(self._root) as vault:
+            return operation(vault.catalog, text)
+
+
+def _is_same(found: Operation, wanted: Wanted) -> bool:
+    """Whether a failover that died while it began is what is asked for again."""
+    return (
+        found.state == "preparing"
+        and found.kind == "unplanned"
+        and found.point.selector == wanted.selector
+        and (wanted.state is None or os.path.realpath(wanted.state) == found.places.state)
+        and (wanted.mount is None or os.path.realpath(wanted.mount) == found.places.mount)
+    )

@@ -1,0 +1,144 @@
+"""What is failed over to: the cut, its disks, and everything that speaks against it before anything is touched."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from asrfs.errors import NotFoundError, RefusedError
+from asrfs.model.machine import DiskRecord
+from asrfs.model.quantities import NS_PER_SECOND, format_size
+from asrfs.model.recovered import RecoveredDisk, RecoveredMachine, encode_recovered
+from replica_store.points.builder import Cut, build_states, disks_of, resolve
+from replica_store.vault.flaws import flaw_before
+from replica_store.vault.groups import read_groups
+from replica_store.vault.operations import ChosenPoint, Operation
+from replica_store.vault.rows import MachineRow
+from replica_store.vault.vault import Vault
+
+RESERVE_BYTES = 512 << 20
+"""Beside the disks, for the journal of the recovered machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A cut that may be failed over to. `disks`: all slots, removed ones too. `data_loss_s`: None if nobody knows."""
+
+    machine: MachineRow
+    point: ChosenPoint
+    disks: tuple[DiskRecord, ...]
+    data_loss_s: float
+    warnings: tuple[str, ...]
+
+    @property
+    def disk_names(self) -> tuple[str, ...]:
+        return tuple(disk.name for disk in self.disks if not disk.removed)
+
+
+def choose(vault: Vault, machine: str, selector: str, *, accept_damage: bool = False) -> Chosen:
+    """Raises NotFoundError where there is no such point, RefusedError for one that verification has flagged."""
+    row = vault.machine(machine)
+    cut = resolve(vault, machine, selector)
+    disks = vault.disks_at(row.id, cut.lsn)
+    if not disks_of(vault, cut):
+        raise NotFoundError(f"machine {machine} has no disk at LSN {cut.lsn}: choose a later point")
+    warnings = _group_warnings(vault, row, cut)
+    flaw = flaw_before(vault.catalog, row.id, cut.lsn)
+    if flaw is not None and not accept_damage:
+        raise RefusedError(
+            f"LSN {cut.lsn} of machine {machine} may need what verification found damaged "
+            f"(LSN {flaw.first_lsn}..{flaw.last_lsn}): choose a point before LSN {flaw.first_lsn}, or take this one "
+            "all the same with --accept-damage"
+        )
+    if flaw is not None:
+        warnings.append(f"verification found LSN {flaw.first_lsn}..{flaw.last_lsn} damaged: {flaw.what}")
+    point = ChosenPoint(
+        selector=selector,
+        lsn=cut.lsn,
+        epoch=cut.epoch,
+        time_ns=cut.time_ns,
+        id=cut.point.id if cut.point else None,
+        name=cut.point.name if cut.point else None,
+        consistency=cut.point.consistency if cut.point else None,
+    )
+    return Chosen(row, point, tuple(disks), _data_loss_s(vault, row, cut), tuple(warnings))
+
+
+def _group_warnings(vault: Vault, row: MachineRow, cut: Cut) -> list[str]:
+    groups = read_groups(vault.catalog).of(row.id)
+    names = {machine.id: machine.name for machine in vault.machines()}
+    warnings = []
+    for group in groups:
+        others = ", ".join(names.get(member, member) for member in group.members if member != row.id)
+        if others:
+            is_cut_together = cut.point is not None and cut.point.group == group.name
+            advice = (
+                "take them to the same point" if is_cut_together else f"choose a point of group {group.name} for all"
+            )
+            warnings.append(
+                f"machine {row.name} belongs to group {group.name}, and {others} stay where they are: to have all "
+                f"agree with each other, {advice}"
+            )
+    return warnings
+
+
+def _data_loss_s(vault: Vault, row: MachineRow, cut: Cut) -> float:
+    """Between the chosen state and the newest record that the store knows of: its own, or one that has not come and of
+    which the host said so. Both times are the host's."""
+    last = vault.catalog.last_object(row.id)
+    link = vault.catalog.link(row.id)
+    newest_ns = last.last_time_ns if last else 0
+    if link is not None and last is not None and link.durable_lsn > last.last_lsn:
+        newest_ns = max(newest_ns, link.durable_time_ns)
+    return max(0, newest_ns - cut.time_ns) / NS_PER_SECOND
+
+
+def check_space(vault: Vault, chosen: Chosen, directory: str) -> None:
+    """Raise RefusedError if hydration would fill the filesystem. Reads the disks' maps and nothing of their content."""
+    free = free_bytes(directory)
+    live = [disk for disk in chosen.disks if not disk.removed]
+    states = build_states(vault, chosen.machine.id, chosen.point.lsn, live)
+    needed = sum(state.layers.bytes_max for state in states.values())
+    if needed + RESERVE_BYTES > free:  # that was an upper bound; the exact figure takes longer
+        needed = sum(group.mapped_bytes for state in states.values() for group in state.layers.groups())
+    if needed + RESERVE_BYTES > free:
+        raise RefusedError(
+            f"the disks of machine {chosen.machine.name} hold {format_size(needed)} at LSN {chosen.point.lsn}, and "
+            f"{directory} has {format_size(free)} free, of which {format_size(RESERVE_BYTES)} are for the journal: "
+            "make space, or choose another place with --state"
+        )
+
+
+def free_bytes(directory: str) -> int:
+    """Of the filesystem on which the directory is or would be made."""
+    while not os.path.isdir(directory):
+        directory = os.path.dirname(directory)
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
+
+
+def recovered_file(operation: Operation, disks: tuple[DiskRecord, ...], tree: str, epoch: int) -> bytes:
+    """What `asrfs init --recovered` makes the machine of. `tree`: where the points are mounted."""
+    point = operation.point
+    directory = f"{tree}/{operation.machine}/lsn:{point.lsn}"
+    return encode_recovered(
+        RecoveredMachine(
+            machine_id=operation.machine_id,
+            name=operation.machine,
+            epoch=epoch,
+            lsn=point.lsn,
+            time_ns=point.time_ns,
+            point=point.name or point.id or "",
+            disks=tuple(
+                RecoveredDisk(
+                    slot=disk.slot,
+                    id=disk.id,
+                    name=disk.name,
+                    size_bytes=disk.size_bytes,
+                    base="" if disk.removed else f"{directory}/{disk.name}.img",
+                    removed=disk.removed,
+                )
+                for disk in disks
+            ),
+        )
+    )

@@ -1,0 +1,110 @@
+"""Where a recovered machine lies: chosen and checked before anything is touched, made, and taken away again.
+
+VAULT/failover/ID/       lock, recovered.json, logs, tree/ (the points, mounted), copy/ (while one is examined)
+VAULT/failover/ID/state  and  VAULT/failover/ID/disks, or the two directories that were asked for
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from asrfs.errors import BadInputError, RefusedError
+from replica_store.failover import mounts
+from replica_store.vault.lock import VaultLock
+from replica_store.vault.operations import Operation, Places
+
+DIRECTORY = "failover"
+_LOCK_FILE = "lock"
+
+
+def choose_places(root: str, operation_id: str, state: str | None, mount: str | None, namespace: str | None) -> Places:
+    """Raises BadInputError, and RefusedError for a directory that is in use. Nothing is made."""
+    directory = os.path.join(root, DIRECTORY, operation_id[:12])
+    chosen_state = os.path.realpath(state) if state else os.path.join(directory, "state")
+    chosen_mount = os.path.realpath(mount) if mount else os.path.join(directory, "disks")
+    for path, what in ((chosen_state, "--state"), (chosen_mount, "--mount")):
+        _check_free(path, what)
+    if _overlap(chosen_state, chosen_mount):
+        raise BadInputError("--state and --mount must be two directories, and neither may lie in the other")
+    made = tuple(path for path in (chosen_state, chosen_mount) if not os.path.isdir(path))
+    return Places(directory=directory, state=chosen_state, mount=chosen_mount, made=made, namespace=namespace)
+
+
+def _check_free(path: str, what: str) -> None:
+    if mounts.is_mount_point(path):
+        raise RefusedError(f"{what} {path}: something is mounted there already: choose another directory")
+    if not os.path.lexists(path):
+        return
+    if not os.path.isdir(path):
+        raise BadInputError(f"{what} {path} is not a directory")
+    if os.listdir(path):
+        raise RefusedError(f"{what} {path} is not empty: choose an empty directory or a new one")
+
+
+def _overlap(one: str, other: str) -> bool:
+    return one == other or one.startswith(f"{other}/") or other.startswith(f"{one}/")
+
+
+def check_not_taken(places: Places, others: list[Operation]) -> None:
+    """Raise RefusedError if another failover has these directories, be they empty or not."""
+    for other in others:
+        if not other.remains:
+            continue
+        for mine in (places.state, places.mount):
+            if any(_overlap(mine, theirs) for theirs in (other.places.state, other.places.mount)):
+                raise RefusedError(
+                    f"{mine} is a directory of {other.kind} failover {other.id[:12]}: choose another one"
+                )
+
+
+def take_lock(places: Places) -> VaultLock:
+    """Be the only one that works on this failover. Raises RefusedError while another is."""
+    os.makedirs(places.directory, mode=0o700, exist_ok=True)
+    return VaultLock(os.path.join(places.directory, _LOCK_FILE), "being worked on", "wait until that is done")
+
+
+def tree_of(places: Places) -> str:
+    return os.path.join(places.directory, "tree")
+
+
+def copy_of(places: Places) -> str:
+    return os.path.join(places.directory, "copy")
+
+
+def recovered_of(places: Places) -> str:
+    return os.path.join(places.directory, "recovered.json")
+
+
+def log_of(places: Places, name: str) -> Path:
+    return Path(places.directory, f"{name}.log")
+
+
+def make(places: Places) -> None:
+    """All directories of the failover, empty ones where nothing is yet."""
+    for path in (places.directory, places.state, places.mount, tree_of(places)):
+        os.makedirs(path, mode=0o700, exist_ok=True)
+
+
+def empty(directory: str) -> None:
+    """Remove what is in it; nothing happens if it is not there."""
+    if not os.path.isdir(directory):
+        return
+    for entry in os.scandir(directory):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def remove(places: Places) -> None:
+    """What was made goes, what was there before is left empty. Nothing of it is mounted any more."""
+    for path in (places.state, places.mount):
+        if mounts.is_mount_point(path):
+            raise RefusedError(f"{path} is still mounted")
+        empty(path)
+    for path in reversed(places.made):
+        if os.path.isdir(path):
+            os.rmdir(path)
+    shutil.rmtree(places.directory, ignore_errors=False) if os.path.isdir(places.directory) else None

@@ -1,0 +1,203 @@
+"""Making a machine of a point, step by step, each measured; and bringing one back whose processes are gone.
+
+    nothing left over ─▶ tree: the points, mounted ─▶ state: `asrfs init --recovered` ─▶ network, if it has its own
+        ─▶ serve: `asrfs serve` is ready ─▶ fsck of each disk ─▶ check: the user's command
+
+Until the operation is said to be ready nobody has used its disks, so who finds one half made begins anew.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import msgspec
+
+from asrfs.errors import FormatError, IntegrityError
+from asrfs.model.machine import DiskRecord, MachineConfig
+from asrfs.storage.directory import DirectoryStorage
+from asrfs.storage.interface import read_whole, write_atomically
+from replica_store.failover import filesystems, mounts, network, places, processes, undoing
+from replica_store.failover.choice import recovered_file
+from replica_store.failover.filesystems import Filesystem
+from replica_store.vault.operations import Checked, Examined, Operation, Step
+
+CHECK_S_MAX = 600.0
+_OUTPUT_CHARACTERS_MAX = 4000
+
+Told = Callable[[str], None]
+"""Called with the name of each step before it begins."""
+
+
+@dataclass
+class Stopwatch:
+    """Measures steps that follow one another."""
+
+    told: Told
+    steps: list[Step] = field(default_factory=list)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        self.told(name)
+        begin = time.monotonic()
+        yield
+        self.steps.append(Step(name, round(time.monotonic() - begin, 4)))
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps."""
+        return round(sum(step.seconds for step in self.steps), 4)
+
+
+def prepare(
+    root: str, operation: Operation, disks: tuple[DiskRecord, ...], epoch: int, watch: Stopwatch, *, examined: bool
+) -> Operation:
+    """The operation with what was found; the machine serves. The caller has its lock, and makes the result durable."""
+    where = operation.places
+    with watch.step("clear"):
+        undoing.discard(operation)
+        places.empty(where.state)
+        places.make(where)
+    with watch.step("tree"):
+        start_tree(root, operation)
+    with watch.step("state"):
+        content = recovered_file(operation, disks, places.tree_of(where), epoch)
+        write_atomically(DirectoryStorage(where.directory), "recovered.json", content)
+        _init(operation, where.state)
+    with watch.step("serve"):
+        if where.namespace is not None:
+            network.make(operation.id, where.namespace)
+        start_machine(operation)
+    verdicts: tuple[Examined, ...] = ()
+    if examined:
+        with watch.step("fsck"):
+            verdicts = _examine(operation)
+    checked = None
+    if operation.check_command is not None:
+        with watch.step("check"):
+            checked = _check(operation, operation.check_command)
+    return msgspec.structs.replace(
+        operation, steps=tuple(watch.steps), rto_s=watch.seconds, examined=verdicts, checked=checked
+    )
+
+
+def start_tree(root: str, operation: Operation) -> None:
+    """Mount the points for the bases of the recovered disks."""
+    where = operation.places
+    words = processes.program("replica_store.cli.main", "--vault", root, "mount", places.tree_of(where))
+    processes.start(operation.id, "tree", words, places.log_of(where, "tree"))
+
+
+def start_machine(operation: Operation) -> None:
+    """Serve the recovered disks, in the network of the operation."""
+    where = operation.places
+    words = processes.program("asrfs.cli.main", "--state", where.state, "serve", "--mount", where.mount)
+    inside = processes.inside(where.namespace, words)
+    processes.start(operation.id, "machine", inside, places.log_of(where, "machine"))
+
+
+def _init(operation: Operation, state: str) -> None:
+    file = places.recovered_of(operation.places)
+    words = ("--state", state, "init", operation.machine, "--recovered", file)
+    processes.run(operation.id, processes.program("asrfs.cli.main", *words))
+
+
+# ---- what it is worth -----------------------------------------------------------------------------------------------
+
+
+def _examine(operation: Operation) -> tuple[Examined, ...]:
+    """fsck of every disk; of those whose journal is to be replayed, on a copy."""
+    verdicts: dict[str, Examined] = {}
+    dirty: dict[str, Filesystem] = {}
+    for disk in operation.disks:
+        path = os.path.join(operation.places.mount, f"{disk}.img")
+        found = filesystems.filesystem_of(path)
+        if found is not None and not found.is_dirty:
+            verdicts[disk] = filesystems.examine(operation.id, disk, path, found)
+        elif found is None:
+            verdicts[disk] = filesystems.examine(operation.id, disk, path, None)
+        if found is not None and filesystems.wants_replay(found, verdicts.get(disk)):
+            dirty[disk] = found
+    if dirty:
+        verdicts |= _examine_replayed(operation, dirty)
+    return tuple(verdicts[disk] for disk in operation.disks)
+
+
+def _examine_replayed(operation: Operation, dirty: dict[str, Filesystem]) -> dict[str, Examined]:
+    """A second machine of the same point, whose disks a start may write to."""
+    copy = places.copy_of(operation.places)
+    state, disks, mounted = (os.path.join(copy, name) for name in ("state", "disks", "mounted"))
+    verdicts = {}
+    try:
+        for directory in (copy, disks, mounted):
+            os.makedirs(directory, mode=0o700, exist_ok=True)
+        _init(operation, state)
+        words = processes.program("asrfs.cli.main", "--state", state, "serve", "--mount", disks)
+        log = places.log_of(operation.places, "copy")
+        processes.start(operation.id, "copy", processes.inside(operation.places.namespace, words), log)
+        for disk, found in dirty.items():
+            device = filesystems.attach(operation.id, os.path.join(disks, f"{disk}.img"))
+            filesystems.replay(operation.id, device, found, mounted)
+            verdicts[disk] = filesystems.examine(operation.id, disk, device, found, replayed=True)
+    finally:
+        undoing.discard_copy(operation)
+    return verdicts
+
+
+def _check(operation: Operation, command: str) -> Checked:
+    where = operation.places
+    more = {
+        "ASRFS_STATE": where.state,
+        "ASRFS_MOUNT": where.mount,
+        "ASRFS_MACHINE": operation.machine,
+        "ASRFS_OPERATION": operation.id,
+    }
+    words = processes.inside(where.namespace, ["sh", "-c", command])
+    code, output = processes.run(operation.id, words, accepted=(), seconds_max=CHECK_S_MAX, more=more)
+    return Checked(command=command, exit_code=code, output=output[-_OUTPUT_CHARACTERS_MAX:])
+
+
+# ---- again ----------------------------------------------------------------------------------------------------------
+
+
+def _is_serving(operation: Operation) -> bool:
+    """Whether somebody serves the recovered disks."""
+    return any("serve" in each.words for each in processes.find(operation.id, "machine"))
+
+
+def bring_back(root: str, operation: Operation) -> None:
+    """Start what is missing of a machine that was ready before. What it wrote is kept."""
+    where = operation.places
+    lacks_tree = _has_bases(operation) and not processes.find(operation.id, "tree")
+    is_gone = not processes.find(operation.id, "machine")
+    if is_gone:  # a mount that nobody serves is in the way; one whose supervisor alone died is adopted
+        mounts.release_loops(where.mount)
+        mounts.take_away(where.mount)
+    if lacks_tree:
+        mounts.take_away(places.tree_of(where))
+    places.make(where)
+    if lacks_tree:
+        start_tree(root, operation)
+    if is_gone and where.namespace is not None:
+        network.make(operation.id, where.namespace)
+    if not _is_serving(operation):
+        start_machine(operation)
+
+
+def _has_bases(operation: Operation) -> bool:
+    """Whether a disk's content is not all in its own image yet. Raises IntegrityError."""
+    path = os.path.join(operation.places.state, "machine.json")
+    try:
+        machine = msgspec.json.decode(
+            read_whole(DirectoryStorage(operation.places.state), "machine.json"), type=MachineConfig
+        )
+    except (OSError, msgspec.MsgspecError, ValueError, FormatError) as error:
+        raise IntegrityError(
+            f"{path} cannot be read ({error}): what failover {operation.id[:12]} wrote may be lost; "
+            f"see `replica-store failover cancel` and `cleanup` ({shlex.quote(operation.id)})"
+        ) from None
+    return any(disk.base is not None for disk in machine.disks)

@@ -1,0 +1,122 @@
+"""PURE: failovers as documents: one, a list, and the history of drills with its trend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import median
+from typing import Any
+
+from asrfs.errors import AsrfsError, IntegrityError, TemporaryError
+from asrfs.model.quantities import format_time
+from replica_store.vault.operations import Operation
+
+TREND_LEAST = 3
+"""So many drills before the last one, fewer say nothing of a trend."""
+
+
+def document(operation: Operation) -> dict[str, Any]:
+    """A failover as commands print it."""
+    point, where = operation.point, operation.places
+    verdicts = {each.disk: each for each in operation.examined}
+    disks = []
+    for name in operation.disks:
+        verdict = verdicts.get(name)
+        disks.append(
+            {
+                "name": name,
+                "path": f"{where.mount}/{name}.img",
+                "filesystem": verdict.filesystem if verdict else None,
+                "fsck": verdict.result if verdict else None,
+                "fsck_text": verdict.text if verdict else None,
+                "journal_replayed": verdict.replayed if verdict else None,
+            }
+        )
+    checked = operation.checked
+    return {
+        "id": operation.id,
+        "kind": operation.kind,
+        "machine": operation.machine,
+        "point": point.id,
+        "selector": point.selector,
+        "lsn": point.lsn,
+        "time": format_time(point.time_ns),
+        "consistency": point.consistency,
+        "state": operation.state,
+        "state_directory": where.state,
+        "mount": where.mount,
+        "network": where.namespace,
+        "disks": disks,
+        "steps": [{"name": step.name, "seconds": step.seconds} for step in operation.steps],
+        "rto_seconds": operation.rto_s,
+        "data_loss_seconds": operation.data_loss_s,
+        "check": None
+        if checked is None
+        else {"command": checked.command, "exit_code": checked.exit_code, "output": checked.output},
+        "begun": format_time(operation.begun_ns),
+        "expires": None if operation.expires_ns is None else format_time(operation.expires_ns),
+        "epoch": operation.epoch,
+        "remains": operation.remains,
+        "warnings": list(operation.warnings),
+        "log": [
+            {"time": format_time(cause.time_ns), "state": cause.state, "cause": cause.text}
+            for cause in operation.causes
+        ],
+    }
+
+
+def verdict(operation: Operation) -> AsrfsError | None:
+    """What of the recovered machine is not as it should be: a filesystem, else what the check command said."""
+    for each in operation.examined:
+        if each.result == "damaged":
+            return IntegrityError(
+                f"disk {each.disk} of failover {operation.id[:12]}: fsck found its {each.filesystem} damaged: "
+                f"{each.text}"
+            )
+    checked = operation.checked
+    if checked is not None and checked.exit_code != 0:
+        last = (checked.output.strip().splitlines() or ["it said nothing"])[-1]
+        return TemporaryError(
+            f"the check command of failover {operation.id[:12]} ended with exit code {checked.exit_code}: {last[:200]}"
+        )
+    return None
+
+
+def drills(operations: Iterable[Operation]) -> list[dict[str, Any]]:
+    """By machine: how often it was tried, with what result, and whether it gets slower. Those that never were ready
+    count as failed."""
+    by_machine: dict[str, list[Operation]] = {}
+    for each in operations:
+        if each.kind == "test" and each.state != "preparing":
+            by_machine.setdefault(each.machine, []).append(each)
+    return [_drills_of(machine, each) for machine, each in sorted(by_machine.items())]
+
+
+def _drills_of(machine: str, tests: list[Operation]) -> dict[str, Any]:
+    ready = [each for each in tests if each.rto_s is not None]
+    passed = [each for each in ready if verdict(each) is None]
+    times = [each.rto_s for each in ready if each.rto_s is not None]
+    before = times[:-1]
+    usual = median(before) if len(before) >= TREND_LEAST else None
+    return {
+        "machine": machine,
+        "drills": len(tests),
+        "passed": len(passed),
+        "last": format_time(tests[-1].begun_ns),
+        "last_passed": format_time(passed[-1].begun_ns) if passed else None,
+        "last_rto_seconds": times[-1] if times else None,
+        "best_rto_seconds": min(times, default=None),
+        "median_rto_seconds": round(median(times), 4) if times else None,
+        "worst_rto_seconds": max(times, default=None),
+        "trend": round(times[-1] / usual - 1.0, 3) if usual else None,
+        "runs": [
+            {
+                "id": each.id,
+                "time": format_time(each.begun_ns),
+                "lsn": each.point.lsn,
+                "rto_seconds": each.rto_s,
+                "data_loss_seconds": each.data_loss_s,
+                "passed": each.rto_s is not None and verdict(each) is None,
+            }
+            for each in tests
+        ],
+    }

@@ -1,0 +1,241 @@
+"""Failover operations: what is being tried, what is failed over, and what became of it.
+
+Each is a row of the catalog and a sealed object beside the log, so that a rebuilt catalog has it again: of its objects
+the one with the highest generation is valid. A change is durable, there and in the catalog, before it is reported. A
+change that died between object and catalog was asked for, and a rebuild may find it; the next one is newer still.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import msgspec
+
+from asrfs.errors import BadInputError, IntegrityError, NotFoundError
+from asrfs.model.names import is_id, is_name
+from replica_store.vault.books import Shelf
+from replica_store.vault.catalog import Catalog
+from replica_store.vault.keys import Sealer
+from replica_store.vault.objects import Objects
+from replica_store.vault.vault import Vault, lock_descriptions
+
+Kind = Literal["test", "unplanned", "planned", "failback"]
+OperationState = Literal["preparing", "serving", "commit-pending", "committed", "cancelled", "cleaned"]
+ENDED: tuple[OperationState, ...] = ("cancelled", "cleaned")
+
+LOCK_S_MAX = 10.0
+_PREFIX = "operations/"
+_NAME = re.compile(r"operations/(?P<id>[0-9a-f]{32})-[0-9a-f]+\.obj")
+_COLUMNS = "id, machine_id, kind, state, generation, content"
+
+
+class ChosenPoint(msgspec.Struct, frozen=True, kw_only=True):
+    """The cut that was chosen; `id`, `name` and `consistency` of the listed point there, if there is one."""
+
+    selector: str
+    lsn: int
+    epoch: int
+    time_ns: int
+    id: str | None = None
+    name: str | None = None
+    consistency: str | None = None
+
+
+class Step(msgspec.Struct, frozen=True):
+    """A part of the work, and how long it took."""
+
+    name: str
+    seconds: float
+
+
+class Examined(msgspec.Struct, frozen=True, kw_only=True):
+    """What fsck said of a disk. `replayed`: on a copy, after its journal was replayed there, as a start does."""
+
+    disk: str
+    filesystem: str | None
+    result: Literal["clean", "damaged", "no filesystem"]
+    text: str = ""
+    replayed: bool = False
+
+
+class Checked(msgspec.Struct, frozen=True, kw_only=True):
+    """How the user's check command ended."""
+
+    command: str
+    exit_code: int
+    output: str
+
+
+class Cause(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of state, and why."""
+
+    time_ns: int
+    state: OperationState
+    text: str
+
+
+class Places(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a recovered machine is: absolute paths. `directory`: of the operation's own files; `made`: directories that
+    were made for it, which go with it, parents first; `namespace`: of a network of its own."""
+
+    directory: str
+    state: str
+    mount: str
+    made: tuple[str, ...] = ()
+    namespace: str | None = None
+
+
+class Operation(msgspec.Struct, frozen=True, kw_only=True):
+    """One failover. `remains`: processes, mounts or directories of it are there, or may be.
+
+    `begun_s`: when its present preparation began is in the first of `steps`; `rto_s` is their sum once it was ready.
+    `epoch`: what commit raised the machine to.
+    """
+
+    id: str
+    machine_id: str
+    machine: str
+    kind: Kind
+    state: OperationState
+    point: ChosenPoint
+    places: Places
+    begun_ns: int
+    generation: int = 0
+    remains: bool = True
+    expires_ns: int | None = None
+    space_limit_bytes: int | None = None
+    check_command: str | None = None
+    data_loss_s: float | None = None
+    disks: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
+    rto_s: float | None = None
+    examined: tuple[Examined, ...] = ()
+    checked: Checked | None = None
+    warnings: tuple[str, ...] = ()
+    epoch: int | None = None
+    causes: tuple[Cause, ...] = ()
+
+    def to(self, state: OperationState, time_ns: int, text: str) -> Operation:
+        """In another state, with the cause noted."""
+        cause = Cause(time_ns=time_ns, state=state, text=text)
+        return msgspec.structs.replace(self, state=state, causes=(*self.causes, cause))
+
+
+def is_sound(operation: Operation) -> bool:
+    """Whether it is such as this program writes, wherever it was found."""
+    return (
+        is_id(operation.id)
+        and is_id(operation.machine_id)
+        and is_name(operation.machine)
+        and operation.generation > 0
+        and operation.point.lsn > 0
+        and all(0 <= time_ns < 1 << 63 for time_ns in (operation.point.time_ns, operation.begun_ns))
+        and all(path.startswith("/") for path in (operation.places.directory, operation.places.state))
+        and operation.places.mount.startswith("/")
+        and all(path.startswith("/") for path in operation.places.made)
+    )
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def operations(catalog: Catalog, machine_id: str | None = None) -> list[Operation]:
+    """All, or those of a machine, oldest first. Raises IntegrityError."""
+    rows = (
+        catalog.select(f"SELECT {_COLUMNS} FROM operations")  # noqa: S608
+        if machine_id is None
+        else catalog.select(f"SELECT {_COLUMNS} FROM operations WHERE machine_id = ?", (machine_id,))  # noqa: S608
+    )
+    return sorted((_operation(catalog, *row) for row in rows), key=lambda each: (each.begun_ns, each.id))
+
+
+def operation(catalog: Catalog, text: str) -> Operation:
+    """By its id or the beginning of it. Raises NotFoundError, BadInputError if several begin so."""
+    if not re.fullmatch(r"[0-9a-f]{4,32}", text):
+        raise NotFoundError(f"there is no failover {text[:40]!r}: see `replica-store failover list --all`")
+    found = [each for each in operations(catalog) if each.id.startswith(text)]
+    if not found:
+        raise NotFoundError(f"there is no failover {text}: see `replica-store failover list --all`")
+    if len(found) > 1:
+        raise BadInputError(f"{len(found)} failovers have an id that begins with {text}: give more of it")
+    return found[0]
+
+
+def _operation(catalog: Catalog, *row: object) -> Operation:
+    try:
+        found = msgspec.json.decode(str(row[5]), type=Operation)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        found = None
+    columns = None if found is None else (found.id, found.machine_id, found.kind, found.state, found.generation)
+    if found is None or columns != row[:5] or not is_sound(found):
+        raise IntegrityError(
+            f"{catalog.path}: a row of operations cannot be: make the catalog again with `replica-store rebuild`"
+        )
+    return found
+
+
+def holder(found: Iterable[Operation]) -> Operation | None:
+    """The newest failover of a machine that holds its protection: it is failed over, or committed elsewhere."""
+    holding = [each for each in found if each.kind != "test" and each.state not in ENDED]
+    return holding[-1] if holding else None
+
+
+# ---- changing -------------------------------------------------------------------------------------------------------
+
+
+def begin(root: str, make: Callable[[Vault], Operation]) -> Operation:
+    """A new operation, durable. `make` may look at the vault and refuse; nobody else changes an operation meanwhile."""
+    return _save(root, make)
+
+
+def change(root: str, operation_id: str, make: Callable[[Vault, Operation], Operation]) -> Operation:
+    """Another state of an operation, durable when this returns. `make` is given what is there and may refuse."""
+    return _save(root, lambda vault: make(vault, operation(vault.catalog, operation_id)))
+
+
+def _save(root: str, make: Callable[[Vault], Operation]) -> Operation:
+    # Opened behind the lock: a rebuild puts another catalog in the place of this one.
+    with lock_descriptions(root, LOCK_S_MAX), Vault.open(root, writable=True) as vault:
+        with vault.catalog.transaction():
+            made = make(vault)
+            shelf = shelf_of(made.id)
+            newest, _ = shelf.newest(vault.objects, vault.sealer)
+            generation = max(made.generation, newest.generation if newest else 0) + 1
+            made = msgspec.structs.replace(made, generation=generation)
+            shelf.put(vault.objects, vault.sealer, made)
+            write_operation(vault.catalog, made)
+        shelf.remove_old(vault.objects, vault.sealer)
+    return made
+
+
+def write_operation(catalog: Catalog, made: Operation) -> None:
+    """Make or replace its row. Inside a transaction."""
+    catalog.change(
+        f"INSERT OR REPLACE INTO operations ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)",  # noqa: S608
+        (made.id, made.machine_id, made.kind, made.state, made.generation, msgspec.json.encode(made).decode()),
+    )
+
+
+def shelf_of(operation_id: str) -> Shelf[Operation]:
+    """The sealed objects of one operation."""
+    return Shelf(
+        f"{_PREFIX}{operation_id}-",
+        b"asrfs failover operation 1",
+        "failover operation",
+        Operation,
+        lambda each: each.id == operation_id and is_sound(each),
+    )
+
+
+def sealed_operations(objects: Objects, sealer: Sealer) -> tuple[list[Operation], list[str]]:
+    """The valid state of each among the vault's objects, and a line for each object that cannot be read."""
+    matches = (_NAME.fullmatch(name) for name in objects.list(_PREFIX))
+    found, damages = [], []
+    for operation_id in sorted({match["id"] for match in matches if match is not None}):
+        newest, unreadable = shelf_of(operation_id).newest(objects, sealer)
+        damages += unreadable
+        if newest is not None:
+            found.append(newest)
+    return found, damages

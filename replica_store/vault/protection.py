@@ -1,0 +1,38 @@
+"""The state of a machine's protection as the store has it: from its failover if it has one, else from its history."""
+
+from __future__ import annotations
+
+from asrfs.errors import FencedError
+from asrfs.model.protection_states import ProtectionState
+from replica_store.vault.catalog import Catalog
+from replica_store.vault.operations import Operation, holder, operations
+from replica_store.vault.rows import MachineRow
+from replica_store.vault.vault import Vault
+
+
+def protection_of(vault: Vault, machine: MachineRow) -> ProtectionState:
+    """The state by which events are allowed. A certificate that is revoked takes nothing from the history that is here:
+    a machine whose host was stolen can be failed over."""
+    holding = holder(operations(vault.catalog, machine.id))
+    if holding is not None:
+        return state_of(holding)
+    received = vault.received_lsn(machine.id)
+    if not received:
+        return ProtectionState.UNPROTECTED
+    is_whole = vault.gap_at(machine.id, received) is None
+    return ProtectionState.PROTECTED if is_whole else ProtectionState.INITIAL_REPLICATION
+
+
+def state_of(holding: Operation) -> ProtectionState:
+    """What a failover that holds a machine makes of it."""
+    return ProtectionState.COMMITTED if holding.state == "committed" else ProtectionState.FAILED_OVER
+
+
+def check_not_committed(catalog: Catalog, machine: MachineRow) -> None:
+    """Raise FencedError if the machine runs elsewhere for good: nothing of its old side is taken any more (I6)."""
+    holding = holder(operations(catalog, machine.id))
+    if holding is not None and holding.state == "committed":
+        raise FencedError(
+            f"machine {machine.name} was failed over and runs elsewhere since (failover {holding.id}): "
+            "this side can add nothing any more"
+        )
