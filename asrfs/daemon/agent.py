@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import random
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -36,12 +35,12 @@ from asrfs.daemon.agent_healing import AgentHealing
 from asrfs.daemon.agent_hydration import AgentHydration
 from asrfs.daemon.agent_images import StateImages
 from asrfs.daemon.agent_log import start_agent_log
+from asrfs.daemon.agent_shipping import AgentShipping
 from asrfs.daemon.agent_status import Facts, OldestUnacknowledged, images_of, status
 from asrfs.daemon.agent_verbs import AgentVerbs, check_is_kept, through_a_restart
 from asrfs.daemon.control_trio import serve_control
 from asrfs.daemon.digesting import DigestProcess, comparing
 from asrfs.daemon.disk_server_client import DiskServerClient
-from asrfs.daemon.enrolment import Enrolment, certificate_of, load_enrolment, store_access
 from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.hardening import ignore_terminal, raise_file_limit
 from asrfs.daemon.health import process_alarms
@@ -60,25 +59,17 @@ from asrfs.replication.applier import Applier
 from asrfs.replication.applier_task import ApplierTask
 from asrfs.replication.configuration_keeper import ConfigurationKeeper
 from asrfs.replication.dirty_map_file import DirtyMapFile
-from asrfs.replication.link import Link
-from asrfs.replication.object_builder import ObjectBuilder
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
-from asrfs.replication.seeding import Seeds
-from asrfs.replication.shipper import Shipper, StoreAccess
-from asrfs.replication.shipping_session import Source
 from asrfs.replication.ticker import Ticker
 from asrfs.replication.trimmer import Trimmer
 from asrfs.storage.directory import DirectoryStorage
-from asrfs.storage.interface import write_atomically
 from asrfs.storage.system_clock import SystemClock
-from asrfs.transport.backoff import Backoff
 
 NICE = 10
 THREADS = 6
 """Applying, building, saving, giving up, filling and looking may go on at once; each is one thread's."""
 FINAL_S_MAX = 600.0
-PAUSED_FILE = "run/paused"
 
 log = logging.getLogger("asrfs.agent")
 
@@ -90,10 +81,8 @@ class Agent:
         self._state = state
         self._files = DirectoryStorage(state.root)
         self._machine = state.load_machine()
-        self._enrolment: tuple[Enrolment | None, bytes] = (None, b"")
         self._stop = trio.Event()
         self._status_turn = trio.Lock()
-        self._change_turn = trio.Lock()
         self._threads = trio.CapacityLimiter(THREADS)
         journal_turn = trio.Lock()
         journal = DirectoryStorage(state.journal)
@@ -102,18 +91,17 @@ class Agent:
         self._progress = Progress(self._positions.current)
         self._alarms = Alarms()
         self._settings = SettingsInForce(state, self._alarms)
-        self._link = Link()
         self._configuration = ConfigurationKeeper(self._files, CONFIGURATION_FILE, self._alarms, self._threads)
         self._points = PointLog(self._files, POINTS_FILE)
         self._images = StateImages(state, self._positions, beside_server=True)
         self._server = DiskServerClient(state.socket_path("disk_server"))
-        self._readers = [JournalReader(journal, machine_id) for _ in range(4)]
-        self._oldest = OldestUnacknowledged(self._readers[3])
+        self._readers: list[JournalReader] = []
+        self._oldest = OldestUnacknowledged(self._reader())
         trimmer = Trimmer(journal, machine_id)
         self._dirty = dirty = DirtyMapFile(self._files, DIRTY_MAP_FILE)
         self._ticker = Ticker(self._server, self._progress, self._alarms, lambda: self._settings.current.object_age)
         self._applier = ApplierTask(
-            Applier(self._readers[0], self._positions, self._images, self._on_marker),
+            Applier(self._reader(), self._positions, self._images, self._on_marker),
             trimmer,
             self._server,
             self._positions,
@@ -123,15 +111,10 @@ class Agent:
             journal_turn,
             lambda: dirty.given_up,
         )
-        self._hydration = AgentHydration(
-            state,
-            self._images,
-            self._applier,
-            lambda: self._settings.current,
-            (self._server, self._progress, self._alarms, self._threads),
-        )
-        self._shipper = self._make_shipper(self._make_source(journal, journal_turn))
-        self._note_pause()
+        agent = (self._server, self._progress, self._alarms, self._threads)
+        self._hydration = AgentHydration(state, self._images, self._applier, lambda: self._settings.current, agent)
+        self._shipping = self._make_shipping(journal_turn)
+        self._shipper = self._shipping.shipper
         digester = DigestProcess(state, lambda: self._settings.current.scan_rate)
         compare = partial(comparing, digester, self._server, self._shipper, self._applier)
         self._verification = Verification(state, compare, self._threads)
@@ -242,7 +225,7 @@ class Agent:
             ticker=self._ticker,
             applier=self._applier,
             shipper=self._shipper,
-            link=self._link,
+            link=self._shipping.link,
             points=self._points,
             maker=self._maker,
             groups=self._groups,
@@ -252,7 +235,7 @@ class Agent:
             dirty=self._dirty,
             resync=self._healing.on_resync,
             status=self._status,
-            set_paused=self._set_paused,
+            set_paused=self._shipping.set_paused,
             reload=self._reload,
             stop=self._stop.set,
         )
@@ -262,28 +245,24 @@ class Agent:
         point, _ = await self._maker.make(PointRequest(consistency=consistency, on_failure=on_failure))
         return point
 
-    def _make_shipper(self, source: Source) -> Shipper:
-        is_paused = self._files.exists(PAUSED_FILE)
-        backoff = Backoff(random.Random())
-        return Shipper(source, self._store(), self._alarms, self._link, backoff, paused=is_paused)
+    def _reader(self) -> JournalReader:
+        """One more, for one user."""
+        self._readers.append(JournalReader(DirectoryStorage(self._state.journal), id_bytes(self._machine.id)))
+        return self._readers[-1]
 
-    def _make_source(self, journal: DirectoryStorage, journal_turn: trio.Lock) -> Source:
-        return Source(
-            machine_id=id_bytes(self._machine.id),
-            machine_name=self._machine.name,
-            journal=journal,
-            reader=self._readers[1],
-            builder=ObjectBuilder(self._readers[2]),
+    def _make_shipping(self, journal_turn: trio.Lock) -> AgentShipping:
+        return AgentShipping(
+            self._state,
+            self._machine,
+            self._settings,
             positions=self._positions,
             progress=self._progress,
-            settings=self._settings.shipping(),
+            alarms=self._alarms,
+            dirty=self._dirty,
+            configuration=self._configuration,
             threads=self._threads,
             journal_turn=journal_turn,
-            configured=self._configuration.offer,
-            given_up=lambda: self._dirty.given_up,
-            group_port=self._settings.current.group_port,
-            group_address=self._settings.current.group_address,
-            seeds=Seeds(lambda: {disk.slot: disk.name for disk in self._state.load_machine().disks}),
+            reader=self._reader,
         )
 
     def _make_maker(self) -> PointMaker:
@@ -323,58 +302,13 @@ class Agent:
         )
         check_is_kept(self._dirty.given_up, lsn)
 
-    def _store(self) -> StoreAccess | None:
-        """The way to the store, if the machine is enrolled and its keys can be read."""
-        try:
-            enrolment = load_enrolment(self._state)
-            self._alarms.clear("enrolment")
-            if enrolment is None:
-                return None
-            self._enrolment = (enrolment, certificate_of(self._state))
-            return store_access(self._state, enrolment)
-        except AsrfsError as error:
-            self._alarms.set("enrolment", "critical", str(error))
-            return None
-
     # ---- verbs ------------------------------------------------------------------------------------------------
 
-    async def _set_paused(self, paused: bool) -> None:
-        """Pause or go on; an agent that starts later finds it so."""
-
-        def write_down() -> None:
-            if paused:
-                write_atomically(self._files, PAUSED_FILE, b"")
-            elif self._files.exists(PAUSED_FILE):
-                self._files.unlink(PAUSED_FILE)
-
-        async with self._change_turn:
-            await trio.to_thread.run_sync(write_down, limiter=self._threads)
-            if paused:
-                self._shipper.pause()
-            else:
-                self._shipper.resume()
-            self._note_pause()
-
-    def _note_pause(self) -> None:
-        if self._shipper.paused:
-            self._alarms.set("paused", "warning", "shipping to the store is paused: go on with `asrfs resume`")
-        else:
-            self._alarms.clear("paused")
-
     async def _reload(self) -> None:
-        """Take over settings and enrolment; another enrolment or certificate begins another session."""
-        async with self._change_turn:
-            source = self._shipper.source
-            before = (self._enrolment, source.group_port, source.group_address)
-            await self._settings.reload(self._threads)
-            settings = self._settings.current
-            source.group_port, source.group_address = settings.group_port, settings.group_address
-            store = await trio.to_thread.run_sync(self._store, limiter=self._threads)
-            after = (self._enrolment, source.group_port, source.group_address)
-            if store is not None and (after != before or self._link.state == "refused"):
-                self._shipper.enrolled(store)
-            self._groups.changed()
-            self._progress.wake()
+        """Take over settings and enrolment."""
+        await self._shipping.reload()
+        self._groups.changed()
+        self._progress.wake()
 
     async def _status(self) -> dict[str, Any]:
         async with self._status_turn:
@@ -401,8 +335,8 @@ class Agent:
             quota_bytes=self._healing.quota.quota_bytes,
             healing=self._healing.standing(machine, filled_per_s),
             policy=self._settings.current.policy,
-            link=self._link.state,
-            link_reason=self._link.reason,
+            link=self._shipping.link.state,
+            link_reason=self._shipping.link.reason,
             processes=processes,
             alarms=in_order(alarms),
             groups=self._groups.groups.standing(),

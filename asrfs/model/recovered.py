@@ -7,11 +7,12 @@ history begins behind the point, in the epoch that is named here.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from asrfs.errors import BadInputError, FormatError
+from asrfs.model.boot import BootSettings
 from asrfs.model.machine import DiskConfig, MachineConfig, check_machine
 from asrfs.model.names import is_id
 from asrfs.model.positions import Cursor, Epoch, Number, Positions, Slot
@@ -38,8 +39,7 @@ class RecoveredDisk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 class RecoveredMachine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A machine at a point: the state behind record `lsn`, whose time is `time_ns`. Its journal goes on in `epoch`.
 
-    `point`: as people call it, if it has a name or id. `boot`: how the machine is started, as its history says; it is
-    kept and not looked at here.
+    `point`: as people call it, if it has a name or id. `boot`: how the machine is started, as its history says.
     """
 
     format: Literal[1] = 1
@@ -50,7 +50,7 @@ class RecoveredMachine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     time_ns: Number
     disks: tuple[RecoveredDisk, ...]
     point: str = ""
-    boot: dict[str, Any] | None = None
+    boot: BootSettings | None = None
 
     def described(self) -> str:
         """The point in words."""
@@ -59,7 +59,8 @@ class RecoveredMachine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     def config(self) -> MachineConfig:
         """`machine.json` of it."""
-        return MachineConfig(id=self.machine_id, name=self.name, disks=tuple(_config_of(disk) for disk in self.disks))
+        disks = tuple(_config_of(disk) for disk in self.disks)
+        return MachineConfig(id=self.machine_id, name=self.name, disks=disks, boot=self.boot)
 
     def positions(self) -> Positions:
         """Where its journal begins: what is up to the point is in the bases, and at the store."""

@@ -150,7 +150,7 @@ class Failovers:
     def _prepare(self, begun: Operation, chosen: Chosen, watch: Stopwatch) -> Operation:
         is_test = begun.kind == "test"
         epoch = chosen.machine.epoch if is_test else chosen.machine.epoch + 1
-        ready = prepare(self._root, begun, chosen.disks, epoch, watch, examined=is_test)
+        ready = prepare(self._root, begun, chosen, epoch, watch, examined=is_test)
         state: OperationState = "serving" if is_test else "commit-pending"
         self._told("report")
 

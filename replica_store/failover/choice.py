@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from asrfs.errors import NotFoundError, RefusedError
+from asrfs.errors import FormatError, NotFoundError, RefusedError
+from asrfs.model.boot import NO_BOOT, BootSettings
 from asrfs.model.machine import DiskRecord
 from asrfs.model.quantities import NS_PER_SECOND, format_size
 from asrfs.model.recovered import RecoveredDisk, RecoveredMachine, encode_recovered
@@ -29,6 +30,7 @@ class Chosen:
     disks: tuple[DiskRecord, ...]
     data_loss_s: float
     warnings: tuple[str, ...]
+    boot: BootSettings | None = None
 
     @property
     def disk_names(self) -> tuple[str, ...]:
@@ -61,7 +63,13 @@ def choose(vault: Vault, machine: str, selector: str, *, accept_damage: bool = F
         name=cut.point.name if cut.point else None,
         consistency=cut.point.consistency if cut.point else None,
     )
-    return Chosen(row, point, tuple(disks), _data_loss_s(vault, row, cut), tuple(warnings))
+    try:
+        boot = vault.boot_at(row.id, cut.lsn)
+    except FormatError as error:  # the disks come back all the same
+        boot = NO_BOOT
+        warnings.append(str(error))
+    loss_s = _data_loss_s(vault, row, cut)
+    return Chosen(row, point, tuple(disks), loss_s, tuple(warnings), None if boot == NO_BOOT else boot)
 
 
 def _group_warnings(vault: Vault, row: MachineRow, cut: Cut) -> list[str]:
@@ -117,7 +125,9 @@ def free_bytes(directory: str) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def recovered_file(operation: Operation, disks: tuple[DiskRecord, ...], tree: str, epoch: int) -> bytes:
+def recovered_file(
+    operation: Operation, disks: tuple[DiskRecord, ...], boot: BootSettings | None, tree: str, epoch: int
+) -> bytes:
     """What `asrfs init --recovered` makes the machine of. `tree`: where the points are mounted."""
     point = operation.point
     directory = f"{tree}/{operation.machine}/lsn:{point.lsn}"
@@ -140,5 +150,6 @@ def recovered_file(operation: Operation, disks: tuple[DiskRecord, ...], tree: st
                 )
                 for disk in disks
             ),
+            boot=boot,
         )
     )

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 import msgspec
 
 from asrfs.errors import FormatError, IntegrityError
-from asrfs.model.machine import DiskRecord, MachineConfig
+from asrfs.model.machine import MachineConfig
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import read_whole, write_atomically
 from replica_store.failover import filesystems, mounts, network, places, processes, undoing
-from replica_store.failover.choice import recovered_file
+from replica_store.failover.choice import Chosen, recovered_file
 from replica_store.failover.filesystems import Filesystem
 from replica_store.vault.operations import Checked, Examined, Operation, Step
 
@@ -54,7 +54,7 @@ class Stopwatch:
 
 
 def prepare(
-    root: str, operation: Operation, disks: tuple[DiskRecord, ...], epoch: int, watch: Stopwatch, *, examined: bool
+    root: str, operation: Operation, chosen: Chosen, epoch: int, watch: Stopwatch, *, examined: bool
 ) -> Operation:
     """The operation with what was found; the machine serves. The caller has its lock, and makes the result durable."""
     where = operation.places
@@ -65,7 +65,7 @@ def prepare(
     with watch.step("tree"):
         start_tree(root, operation)
     with watch.step("state"):
-        content = recovered_file(operation, disks, places.tree_of(where), epoch)
+        content = recovered_file(operation, chosen.disks, chosen.boot, places.tree_of(where), epoch)
         write_atomically(DirectoryStorage(where.directory), "recovered.json", content)
         _init(operation, where.state)
     with watch.step("serve"):
