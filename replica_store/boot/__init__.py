@@ -1,0 +1,1 @@
+"""Starting a recovered machine as its boot settings say, and seeing that it runs."""

@@ -1,0 +1,244 @@
+"""A recovered machine under QEMU: started so that it outlives who started it, found again, ended.
+
+    DIRECTORY/control   QMP: whoever answers there is the machine; nobody: it does not run
+    DIRECTORY/console   its serial console, for one who wants to type     DIRECTORY/console.log   all it ever said
+    DIRECTORY/qemu.log  QEMU's own complaints
+
+Starting one that runs changes nothing, so that whoever died in between starts again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from asrfs.errors import AsrfsError, NotFoundError, RefusedError, TemporaryError, foreign_line
+from asrfs.model.boot import BootSettings, QemuBoot
+from replica_store.boot.health import Place, wait_until_healthy
+from replica_store.boot.qemu_command import (
+    CONSOLE_LOG,
+    CONSOLE_SOCKET,
+    CONTROL_SOCKET,
+    FIRMWARE_VARIABLES,
+    Accelerator,
+    Forward,
+    chosen_drives,
+    qemu_command,
+    takes_forward,
+)
+
+QEMU_LOG = "qemu.log"
+START_S_MAX = 30.0
+POWER_DOWN_S = 60.0
+_END_S_MAX = 10.0
+_CONTROL_S_MAX = 10.0
+_LOOK_INTERVAL_S = 0.02
+_SOCKET_PATH_BYTES_MAX = 107
+_UEFI_FILES = (
+    ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
+    ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
+)
+
+
+class QemuMachine:
+    """The machine whose files are in `directory`. `variables`: environment it and its health check get."""
+
+    def __init__(self, directory: Path, *, variables: Mapping[str, str] | None = None) -> None:
+        self.directory = directory
+        self._variables = dict(os.environ if variables is None else variables)
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def start(
+        self,
+        name: str,
+        settings: BootSettings,
+        disks: Mapping[str, str],
+        *,
+        is_test: bool,
+        accelerator: Accelerator = "kvm:tcg",
+    ) -> float:
+        """Start it and wait until it runs; seconds that took, until QEMU was there where no health check is wanted.
+
+        `disks`: by name, where each is. Raises NotFoundError, RefusedError, TemporaryError, AsrfsError; then it may
+        still run, for somebody to look at its console.
+        """
+        assert settings.qemu is not None
+        begin = time.monotonic()
+        forward = self._running_forward() if self.is_running() else None
+        if not self.is_running():
+            forward = _free_forward(settings, is_test=is_test)
+            self._launch(name, settings.qemu, disks, is_test, accelerator, forward)
+        if settings.health is not None:
+            address = None if forward is None else ("127.0.0.1", forward.host_port)
+            place = Place(str(self.directory / CONSOLE_LOG), address, self._variables)
+            wait_until_healthy(settings.health, place, self._how_it_ended)
+        return time.monotonic() - begin
+
+    def is_running(self) -> bool:
+        """Whether it answers."""
+        try:
+            self._ask("query-status")
+        except (OSError, ValueError, AsrfsError):
+            return False
+        return True
+
+    def stop(self, *, gently_s: float = POWER_DOWN_S) -> None:
+        """Press its power button, and after `gently_s` take its power. Nothing happens if it does not run."""
+        if gently_s and self._tell("system_powerdown"):
+            self._wait_for_end(gently_s)
+        if self._tell("quit"):
+            self._wait_for_end(_END_S_MAX)
+        if self.is_running():
+            raise TemporaryError(f"the machine in {self.directory} does not end: try again")
+        self._reap()
+
+    def kill(self) -> None:
+        """As a loss of power, for a machine that this very object has started."""
+        if self._child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self._child.send_signal(signal.SIGKILL)
+        self._reap()
+
+    # ---- parts ----------------------------------------------------------------------------------------------------
+
+    def _launch(
+        self,
+        name: str,
+        boot: QemuBoot,
+        disks: Mapping[str, str],
+        is_test: bool,
+        accelerator: Accelerator,
+        forward: Forward | None,
+    ) -> None:
+        if len(os.fsencode(self.directory / CONTROL_SOCKET)) > _SOCKET_PATH_BYTES_MAX:
+            raise RefusedError(f"{self.directory}: this path is too long for a socket: choose a shorter one")
+        drives = chosen_drives(boot, disks)
+        self.directory.mkdir(mode=0o700, exist_ok=True)
+        for left in (CONTROL_SOCKET, CONSOLE_SOCKET, CONSOLE_LOG):
+            (self.directory / left).unlink(missing_ok=True)
+        firmware = self._firmware() if boot.firmware == "uefi" else None
+        command = qemu_command(
+            name,
+            boot,
+            drives,
+            str(self.directory),
+            is_test=is_test,
+            accelerator=accelerator,
+            firmware=firmware,
+            forward=forward,
+        )
+        (self.directory / "forward.json").write_text(json.dumps(forward))
+        with (self.directory / QEMU_LOG).open("wb") as log:
+            try:
+                self._child = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._variables, start_new_session=True
+                )
+            except FileNotFoundError:
+                raise NotFoundError("QEMU is not installed: install the Debian package qemu-system-x86") from None
+        deadline = time.monotonic() + START_S_MAX
+        while not self.is_running():
+            if (how := self._how_it_ended()) is not None:
+                raise AsrfsError(f"QEMU did not start: {how}")
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TemporaryError(f"QEMU was not there within {START_S_MAX:g} s")
+            time.sleep(_LOOK_INTERVAL_S)
+
+    def _firmware(self) -> str:
+        for code, variables in _UEFI_FILES:
+            if os.path.exists(code) and os.path.exists(variables):
+                shutil.copyfile(variables, self.directory / FIRMWARE_VARIABLES)
+                return code
+        raise NotFoundError("there is no UEFI for QEMU: install the Debian package ovmf, or set firmware to bios")
+
+    def _running_forward(self) -> Forward | None:
+        try:
+            saved = json.loads((self.directory / "forward.json").read_text())
+        except (OSError, ValueError):
+            return None
+        return Forward(*saved) if saved else None
+
+    def _how_it_ended(self) -> str | None:
+        """None while it runs."""
+        if self._child is not None:
+            if self._child.poll() is None:
+                return None
+        elif self.is_running():
+            return None
+        lines = (self.directory / QEMU_LOG).read_text(errors="replace").splitlines()
+        said = [line for line in lines if line.strip()]
+        return foreign_line(said[-1]) if said else "QEMU ended without a word"
+
+    def _tell(self, command: str) -> bool:
+        """Whether it was there to be told."""
+        try:
+            self._ask(command)
+        except (OSError, ValueError, AsrfsError):
+            return False
+        return True
+
+    def _ask(self, command: str) -> Any:
+        """One QMP command. Raises OSError where nobody answers, ValueError, AsrfsError."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(_CONTROL_S_MAX)
+            connection.connect(str(self.directory / CONTROL_SOCKET))
+            with connection.makefile("rwb") as stream:
+                stream.readline()  # its greeting
+                for each in ("qmp_capabilities", command):
+                    stream.write(json.dumps({"execute": each}).encode() + b"\n")
+                    stream.flush()
+                    answer = _answer(stream.readline)
+                return answer
+
+    def _wait_for_end(self, seconds: float) -> None:
+        """Until it has ended: the control socket is closed with it."""
+        deadline = time.monotonic() + seconds
+        if self._child is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(seconds)
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, contextlib.suppress(OSError):
+            connection.connect(str(self.directory / CONTROL_SOCKET))
+            poll = select.poll()
+            poll.register(connection, select.POLLIN)
+            while (left := deadline - time.monotonic()) > 0 and poll.poll(left * 1000):
+                if not connection.recv(4096):
+                    return
+
+    def _reap(self) -> None:
+        if self._child is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(_END_S_MAX)
+            self._child = None
+
+
+def _answer(readline: Any) -> Any:
+    """The next answer; events in between are passed over."""
+    while line := readline():
+        said = json.loads(line)
+        if "error" in said:
+            raise AsrfsError(f"QEMU refuses: {foreign_line(str(said['error'].get('desc')))}")
+        if "return" in said:
+            return said["return"]
+    return None
+
+
+def _free_forward(settings: BootSettings, *, is_test: bool) -> Forward | None:
+    """Where the port that the health check asks for will be found, if the guest is behind QEMU's own network."""
+    assert settings.qemu is not None
+    health = settings.health
+    if health is None or health.port is None or not takes_forward(settings.qemu, is_test=is_test):
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return Forward(probe.getsockname()[1], health.port)
