@@ -58,7 +58,7 @@ from asrfs.replication.alarms import Alarms, in_order
 from asrfs.replication.applier import Applier
 from asrfs.replication.applier_task import ApplierTask
 from asrfs.replication.configuration_keeper import ConfigurationKeeper
-from asrfs.replication.dirty_map_file import DirtyMapFile
+from asrfs.replication.lost_map import open_dirty_map
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.ticker import Ticker
@@ -98,7 +98,9 @@ class Agent:
         self._readers: list[JournalReader] = []
         self._oldest = OldestUnacknowledged(self._reader())
         trimmer = Trimmer(journal, machine_id)
-        self._dirty = dirty = DirtyMapFile(self._files, DIRTY_MAP_FILE)
+        self._dirty = dirty = open_dirty_map(
+            self._files, DIRTY_MAP_FILE, journal, self._machine, self._positions.current
+        )
         self._ticker = Ticker(self._server, self._progress, self._alarms, lambda: self._settings.current.object_age)
         self._applier = ApplierTask(
             Applier(self._reader(), self._positions, self._images, self._on_marker),

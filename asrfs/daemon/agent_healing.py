@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from array import array
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -13,7 +14,7 @@ from asrfs.consistency.maker import PointMaker, PointRequest
 from asrfs.daemon.protection import Healing, standing_of
 from asrfs.daemon.settings import Settings
 from asrfs.daemon.settings_in_force import minute_of_day
-from asrfs.daemon.state import StateDirectory
+from asrfs.daemon.state import DIRTY_MAP_FILE, StateDirectory
 from asrfs.errors import RefusedError, TemporaryError
 from asrfs.journal.reader import JournalReader
 from asrfs.model.machine import DiskConfig, MachineConfig
@@ -23,6 +24,8 @@ from asrfs.replication.comparer import Comparer, Comparison
 from asrfs.replication.dirty_map_file import DirtyMapFile
 from asrfs.replication.disk_server import DiskServer
 from asrfs.replication.filler import Filler
+from asrfs.replication.lost_map import ALARM as LOST_MAP_ALARM
+from asrfs.replication.lost_map import lost_text, unknown_slots
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.quota import Quota
@@ -54,6 +57,7 @@ class AgentHealing:
         self._state = state
         self._dirty = dirty
         self._progress = progress
+        self._positions = positions
         self._threads = threads
         self._comparing = comparing
         machine = state.load_machine()
@@ -87,7 +91,11 @@ class AgentHealing:
             self._open_image,
             make_point,
             lambda: 0,
+            self._compare,
         )
+        if unknown_slots(dirty.map):
+            files = DirectoryStorage(state.root)
+            alarms.set(LOST_MAP_ALARM, "warning", lost_text(files, DIRTY_MAP_FILE))
 
         def rules() -> HealingRules:
             policy = settings().policy
@@ -143,6 +151,12 @@ class AgentHealing:
             settled = await comparer.settle(disks, found, _pass_over)
         await self._filler.mark_different(settled.different)
         return settled
+
+    async def _compare(self, disks: Sequence[DiskConfig]) -> dict[int, array[int]]:
+        """What is only on its way is among it: to send that again is harmless."""
+        await trio.to_thread.run_sync(self._positions.save, limiter=self._threads)
+        async with self._comparing() as comparer:
+            return (await comparer.compare(disks, _pass_over)).different
 
     def _is_over(self, failed_at: int) -> bool:
         return self.resyncer.looked and (

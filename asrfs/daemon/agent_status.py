@@ -24,8 +24,8 @@ from asrfs.model.policy import Policy
 from asrfs.model.positions import Cursor, Positions
 from asrfs.model.recovered import RecoveredMachine
 from asrfs.replication.alarms import Alarm, in_order
-from asrfs.replication.dirty_map_file import load_dirty_map
 from asrfs.replication.hydration_file import load_turn
+from asrfs.replication.lost_map import find_dirty_map
 from asrfs.replication.progress import bytes_between
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.system_clock import SystemClock
@@ -151,7 +151,7 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
     used = journal_bytes(oldest_segment, durable)
     total_bytes, free_bytes = space_of(state.journal)
     quota_bytes = settings.quota_bytes(provisioned_bytes(machine), used + free_bytes)
-    dirty, given_up = load_dirty_map(DirectoryStorage(state.root), DIRTY_MAP_FILE)
+    found = find_dirty_map(DirectoryStorage(state.root), DIRTY_MAP_FILE, journal, machine, positions)
     alarms = [
         *process_alarms(processes, has_mount=has_mount(state), agent_answers=False),
         *quota_alarms(used, quota_bytes),
@@ -169,7 +169,7 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
         first_unacknowledged_ns=first_unacknowledged_ns,
         oldest_segment=oldest_segment,
         quota_bytes=quota_bytes,
-        healing=standing_of(dirty, given_up, machine),
+        healing=standing_of(found.map, found.given_up, machine),
         policy=settings.policy,
         link=AGENT_NOT_RUNNING if processes["agent"] is None else AGENT_SILENT,
         processes=processes,

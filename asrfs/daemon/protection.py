@@ -35,14 +35,15 @@ def standing_of(
     failure: str = "",
     pace: float = 0.0,
 ) -> Healing:
-    """What the map says of a machine. An adopted image that was not looked at yet counts whole."""
+    """What the map says of a machine. What is not known and an adopted image that was not looked at yet count whole."""
     dirty_bytes: dict[int, int] = {}
     reasons: dict[int, Reason] = {}
     for disk in machine.live_disks():
         slot = disk.slot
         is_unread = Reason.UNREAD in map.reasons(slot) or (disk.gap and slot not in map)
         if slot in map or is_unread:
-            dirty_bytes[slot] = disk.size_bytes if is_unread else map.dirty_bytes(slot, disk.size_bytes)
+            is_whole = is_unread or Reason.UNKNOWN in map.reasons(slot)
+            dirty_bytes[slot] = disk.size_bytes if is_whole else map.dirty_bytes(slot, disk.size_bytes)
             reasons[slot] = map.reasons(slot) | (Reason.INITIAL if is_unread else Reason(0))
     return Healing(dirty_bytes, reasons, given_up, phase, failure, pace)
 
@@ -56,10 +57,13 @@ def protection(machine: MachineConfig, acknowledged_lsn: int, healing: Healing, 
         return "initial-replication", f"{reason}: {healing.failure}" if healing.phase == "failed" else reason
     if reasons or healing.given_up.covers(acknowledged_lsn):
         since_lsn = healing.given_up.gaps[-1].after_lsn if healing.given_up.gaps else 0
+        state = "resyncing" if healing.phase == "running" else "resync-required"
+        if any(Reason.UNKNOWN in reason for reason in reasons.values()):
+            why = "the record of what the replica lacks was lost, and all disks are compared with it"
+            return state, f"{why}{_when(healing, window)}"
         why = f"the journal came to its quota, and what was written behind LSN {since_lsn} was given up"
         if not any(Reason.GIVEN_UP in reason for reason in reasons.values()) and reasons:
             why = "comparing has found that the replica differs"
-        state = "resyncing" if healing.phase == "running" else "resync-required"
         return state, f"{why}: {format_size(healing.bytes_left)} are to be sent{_when(healing, window)}"
     if acknowledged_lsn == 0:
         return "initial-replication", "the store has nothing of this machine yet"

@@ -140,13 +140,14 @@ class StateDirectory:
             yield
 
     def check(self) -> None:
-        """Raise IntegrityError if a file that serving needs cannot be read: one that only the agent reads, too."""
+        """Raise IntegrityError if a file that serving needs cannot be read.
+
+        Without `positions.json` a journal that lost its beginning or its end could not be told from a whole one (I2).
+        What only healing needs is not among them (I8).
+        """
         self.load_machine()
         self.load_settings()
         self.load_positions()
-        from asrfs.replication.dirty_map_file import load_dirty_map  # costs more than the rest; only the agent uses it
-
-        load_dirty_map(DirectoryStorage(self.root), DIRTY_MAP_FILE)
 
     def settle(self) -> None:
         """Make what is found here durable: who wrote it may have died before its last step, which is this one.

@@ -43,6 +43,8 @@ class Reason(enum.IntFlag):
     """Its adopted image has not been looked at yet: what has content in it will be marked."""
     NOW = 16
     """Somebody wants it healed whatever the time of the day."""
+    UNKNOWN = 32
+    """What of it is missing is not known, because the map was lost: comparing will say."""
 
 
 class Gap(NamedTuple):

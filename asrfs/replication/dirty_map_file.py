@@ -18,13 +18,14 @@ from asrfs.storage.interface import Storage, read_whole, write_atomically
 
 
 class DirtyMapFile:
-    """`name` in `storage`. Made with what the file says; raises IntegrityError when it cannot be read."""
+    """`name` in `storage`. Made with what the file says, or with `content` in its place; raises IntegrityError when it
+    cannot be read."""
 
-    def __init__(self, storage: Storage, name: str) -> None:
+    def __init__(self, storage: Storage, name: str, content: tuple[DirtyMap, GivenUp] | None = None) -> None:
         self._storage = storage
         self._name = name
         self.turn = trio.Lock()
-        self.map, self._given_up = load_dirty_map(storage, name)
+        self.map, self._given_up = load_dirty_map(storage, name) if content is None else content
 
     @property
     def given_up(self) -> GivenUp:

@@ -37,6 +37,7 @@ RUNS_PER_SAVE = 64
 RATE_WINDOW_S = 30.0
 
 OpenImage = Callable[[DiskConfig], File]
+Compare = Callable[[Sequence[DiskConfig]], Awaitable[Mapping[int, Sequence[int]]]]
 T = TypeVar("T")
 
 
@@ -45,7 +46,8 @@ class Filler:
     """`machine` reads `machine.json`, `set_gaps` sets `gap` of disks in it, `open_image` opens; these block.
 
     `make_point` makes a recovery point that says this of itself: its LSN. Above `lag_bytes_max` nothing is filled.
-    `filled_bytes`: by this process.
+    `compare` says which chunks of disks may differ from the replica, by slot, and misses none that does; by then it has
+    saved what the store has acknowledged. `filled_bytes`: by this process.
     """
 
     server: DiskServer
@@ -57,6 +59,7 @@ class Filler:
     open_image: OpenImage
     make_point: Callable[[str], Awaitable[int]]
     lag_bytes_max: Callable[[], int]
+    compare: Compare
     filled_bytes: int = 0
     pace: Pace = field(default_factory=lambda: Pace(RATE_WINDOW_S))
 
@@ -77,14 +80,30 @@ class Filler:
                 map.forget(slot)
             if gone:
                 await self._in_thread(self.dirty.save)
-            closed = [slot for slot in map.slots() if not live[slot].gap and map.dirty_chunks(slot)]
+            closed = [slot for slot in map.slots() if not live[slot].gap and not self.is_whole(slot)]
             if closed:
                 machine = await self._in_thread(self.set_gaps, closed, True)
                 await self.server.reread_disks()
         return machine
 
-    async def mark_different(self, chunks: Mapping[int, Sequence[int]]) -> None:
-        """Chunks, by slot, that comparing has found to differ. Raises OSError."""
+    def is_whole(self, slot: int) -> bool:
+        """Whether nothing of a disk in the map is marked, and it is known that nothing need be."""
+        return not self.dirty.map.dirty_chunks(slot) and Reason.UNKNOWN not in self.dirty.map.reasons(slot)
+
+    async def find_out(self, disks: Sequence[DiskConfig]) -> None:
+        """Compare disks of which it is not known what is missing. The store has all that was given up.
+
+        From now on the map is true of the store as it is, and not of one that goes back. Raises what comparing fails
+        with, and OSError.
+        """
+        await self.mark_different(await self.compare(disks), known=[disk.slot for disk in disks])
+        async with self.dirty.turn:
+            given_up = self.dirty.given_up
+            if not given_up.covers(self.progress.acknowledged.lsn):
+                await self._in_thread(self.dirty.save, given_up._replace(since_lsn=given_up.through.lsn))
+
+    async def mark_different(self, chunks: Mapping[int, Sequence[int]], known: Sequence[int] = ()) -> None:
+        """Chunks, by slot, that comparing has found to differ; no more of disks that are `known`. Raises OSError."""
         map = self.dirty.map
         async with self.dirty.turn:
             for slot, numbers in chunks.items():
@@ -92,6 +111,9 @@ class Filler:
                     map.enter(slot, Reason.DIFFERS)
                     offsets = np.array(numbers, np.int64) * CHUNK_BYTES
                     map.mark_all(slot, offsets, np.full(len(offsets), CHUNK_BYTES))
+            for slot in known:
+                if slot in map:
+                    map.settle(slot, Reason.UNKNOWN)
             await self._in_thread(self.dirty.save)
 
     async def fill(self, disk: DiskConfig, may_go_on: Callable[[], bool]) -> None:
@@ -104,13 +126,13 @@ class Filler:
                 return
 
     async def close(self, slots: list[int], note: str) -> bool:
-        """End the gaps of disks of which nothing is marked, with a recovery point; returns when the store has it.
+        """End the gaps of disks that are whole, with a recovery point; returns when the store has it.
 
         False: something was given up meanwhile, and nothing is closed.
         """
         map = self.dirty.map
         async with self.dirty.turn:
-            if any(slot not in map or map.dirty_chunks(slot) for slot in slots):
+            if not all(slot in map and self.is_whole(slot) for slot in slots):
                 return False
             await self._in_thread(self.set_gaps, slots, False)
             await self.server.reread_disks()

@@ -1,7 +1,7 @@
 """Brings a replica that lacks something up to date: when, again after what failed, and what people are told of it.
 
     map empty ─▶ idle        store does not have what was given up yet ─▶ wait for it        not the time ─▶ wait
-    else ─▶ fill disk after disk ─▶ close ─▶ idle
+    not known what is missing ─▶ compare        else ─▶ fill disk after disk ─▶ close ─▶ idle
 
 A lost connection, a disk server that is being replaced and a full filesystem here, of which there is an alarm already,
 are no failures: it waits, and goes on where it was.
@@ -24,6 +24,8 @@ from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.model.positions import Cursor
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.filler import Filler
+from asrfs.replication.lost_map import ALARM as LOST_MAP_ALARM
+from asrfs.replication.lost_map import unknown_slots
 from asrfs.replication.pace import Pace
 from asrfs.replication.progress import Progress, bytes_between
 
@@ -118,12 +120,15 @@ class Resyncer:
         """Do what can be done now; whether all disks are whole. Raises AsrfsError, OSError."""
         machine = await self.filler.prepare()
         map = self.filler.dirty.map
+        if not unknown_slots(map):
+            self.alarms.clear(LOST_MAP_ALARM)
         if not map.slots():
             self.phase = "idle"
             return True
         if not self._has_store():
             self.phase = "store"
             return False
+        await self._find_out(machine)
         waiting = False
         for disk in machine.live_disks():
             if disk.slot in map:
@@ -132,7 +137,7 @@ class Resyncer:
         if not self._has_store():
             self.phase = "store"
             return False
-        whole = [slot for slot in map.slots() if not map.dirty_chunks(slot)]
+        whole = [slot for slot in map.slots() if self.filler.is_whole(slot)]
         if not whole or (waiting and not self._has_initial(whole)):
             self.phase = "window"
             return False
@@ -141,6 +146,12 @@ class Resyncer:
         if is_closed and not map.slots():
             self.phase = "idle"
         return is_closed and not waiting
+
+    async def _find_out(self, machine: MachineConfig) -> None:
+        unknown = unknown_slots(self.filler.dirty.map)
+        if disks := [disk for disk in machine.live_disks() if disk.slot in unknown]:
+            self.phase = "running"
+            await self.filler.find_out(disks)
 
     async def _fill(self, disk: DiskConfig, machine: MachineConfig) -> None:
         def may_go_on() -> bool:

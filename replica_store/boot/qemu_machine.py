@@ -141,7 +141,12 @@ class QemuMachine:
         with (self.directory / QEMU_LOG).open("wb") as log:
             try:
                 self._child = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._variables, start_new_session=True
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=self._variables,
+                    start_new_session=True,
                 )
             except FileNotFoundError:
                 raise NotFoundError("QEMU is not installed: install the Debian package qemu-system-x86") from None

@@ -30,6 +30,7 @@ class Relay:
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._changing = threading.Lock()
         self._thread = threading.Thread(target=self._accept)
+        self._served: list[threading.Thread] = []
 
     def __enter__(self) -> Relay:
         self._thread.start()
@@ -40,6 +41,8 @@ class Relay:
         self._thread.join()
         self._listener.close()
         self.cut()
+        for thread in self._served:
+            thread.join()
 
     def cut(self) -> None:
         """Reset all connections, and refuse others until `mend`."""
@@ -78,8 +81,15 @@ class Relay:
             far.settimeout(None)
             with self._changing:
                 self._pairs.append((near, far))
-            for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=self._hand_on, args=(source, sink, source is near), daemon=True).start()
+            self._served.append(threading.Thread(target=self._serve, args=(near, far)))
+            self._served[-1].start()
+
+    def _serve(self, near: socket.socket, far: socket.socket) -> None:
+        back = threading.Thread(target=self._hand_on, args=(far, near, False))
+        with near, far:
+            back.start()
+            self._hand_on(near, far, True)
+            back.join()
 
     def _hand_on(self, source: socket.socket, sink: socket.socket, is_counted: bool) -> None:
         with suppress(OSError):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
 from asrfs.consistency.points import PointLog
 from asrfs.daemon.control import raise_if_refused, refusal
-from asrfs.errors import TemporaryError
+from asrfs.errors import AsrfsError, TemporaryError
 from asrfs.format.record import RecordHeader
 from asrfs.journal.reader import JournalReader
 from asrfs.model.calendar import ALWAYS
@@ -20,10 +20,10 @@ from asrfs.model.positions import Positions
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.applier import Applier, Image
 from asrfs.replication.applier_task import ApplierTask
-from asrfs.replication.dirty_map_file import DirtyMapFile
 from asrfs.replication.disk_server import HostPositions
 from asrfs.replication.filler import Filler
 from asrfs.replication.link import Link
+from asrfs.replication.lost_map import open_dirty_map
 from asrfs.replication.object_builder import ObjectBuilder
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
@@ -36,6 +36,7 @@ from asrfs.replication.trimmer import Trimmer
 from asrfs.storage.interface import File
 from asrfs.transport.backoff import Backoff
 from tests.fakes.crash_storage import CrashFile, CrashStorage
+from tests.proof.sim.comparing import ImageDigester, WatchedComparer
 from tests.proof.sim.disk_server import DiskServerLife
 from tests.proof.sim.processes import Killed
 
@@ -158,7 +159,7 @@ class Agent:
         self.positions = ToldPositions(host)
         self.progress = Progress(self.positions.current)
         self.alarms = Alarms()
-        self.dirty = DirtyMapFile(storage, "dirty.map")
+        self.dirty = open_dirty_map(storage, "dirty.map", journal, host.load_machine(), self.positions.current)
         self.points = PointLog(storage, "points.jsonl")
         self._readers = [JournalReader(journal, host.machine_id) for _ in range(3)]
         self._trimmer = Trimmer(journal, host.machine_id)
@@ -212,6 +213,19 @@ class Agent:
             self._open_image,
             self._make_point,
             lambda: 0,
+            self._compare,
+        )
+        self._comparing = trio.Lock()
+        self._ordered = trio.Event()
+        self._comparer = WatchedComparer(
+            host,
+            source.outlet,
+            ImageDigester(storage, self._threads, lambda: (self.progress.applied.lsn, host.model.durable_lsn)),
+            server,
+            self.progress,
+            self.applier.exact,
+            self.applier.hurry,
+            self.shipper.hurry,
         )
         rules = HealingRules(ALWAYS, 900.0, host.quota_bytes)
         self.resyncer = Resyncer(filler, self.progress, self.alarms, lambda: True, lambda: rules, lambda: 0)
@@ -226,6 +240,7 @@ class Agent:
                 self._keep_spares,
                 self._quota.run,
                 self.resyncer.run,
+                self._verify_when_ordered,
             ):
                 nursery.start_soon(task)
 
@@ -234,6 +249,31 @@ class Agent:
         lsn, _ = await self._server.marker(payload)
         self.shipper.hurry(lsn)
         return lsn
+
+    def verify(self) -> None:
+        """Compare all disks, as `asrfs verify` does."""
+        self._ordered.set()
+
+    async def _verify_when_ordered(self) -> None:
+        while True:
+            await self._ordered.wait()
+            self._ordered = trio.Event()
+            disks = self._host.load_machine().live_disks()
+            try:
+                async with self._comparing:
+                    found = await self._comparer.compare(disks)
+                    settled = await self._comparer.settle(disks, found)
+            except AsrfsError as error:
+                self._host.watch.note(self._host.name, "cannot compare", str(error))
+                continue
+            self._host.watch.fired("disks compared")
+            self._host.watch.fired("difference found", settled.chunks_different)
+
+    async def _compare(self, disks: Sequence[DiskConfig]) -> Mapping[int, Sequence[int]]:
+        """As `AgentHealing` does."""
+        await trio.to_thread.run_sync(self.positions.save, limiter=self._threads)
+        async with self._comparing:
+            return (await self._comparer.compare(disks)).different
 
     def _on_marker(self, header: RecordHeader, payload: bytes) -> None:
         self.points.add_marker(header, payload, self.progress.epoch)

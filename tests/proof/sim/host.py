@@ -17,7 +17,7 @@ import trio
 from asrfs.daemon.agent_healing import with_gaps
 from asrfs.model.machine import MachineConfig
 from asrfs.model.positions import Cursor, Positions
-from asrfs.replication.dirty_map_file import load_dirty_map
+from asrfs.replication.lost_map import find_dirty_map
 from asrfs.replication.object_builder import MachineKeys
 from asrfs.replication.shipping_session import ShippingSettings
 from asrfs.storage.interface import read_whole, write_atomically
@@ -165,13 +165,15 @@ class Host:
 
     def _check_freed(self, segment: int) -> None:
         """I4: all of a freed segment is applied and acknowledged, by positions that are durable, and the store has it,
-        or has lost it since and this host does not know that yet. Or it is in the map that is durable."""
+        or has lost it since and this host does not know that yet. Or it is in the map that a start would find."""
         last = self.model.last_lsn_of(segment)
         assert last is not None, f"I4: {self.name} freed the segment it writes, {segment}"
         self.watch.fired("segment freed")
         saved = self.load_positions()
         assert last <= saved.applied.lsn, f"I4: segment up to LSN {last} freed, LSN {saved.applied.lsn} was applied"
-        dirty, given_up = load_dirty_map(self.storage, "dirty.map")
+        dirty, given_up, _ = find_dirty_map(
+            self.storage, "dirty.map", self.storage.below("journal"), self.load_machine(), saved
+        )
         needed = given_up.needed_behind(saved.acknowledged)
         assert last <= needed.lsn, (
             f"I4: segment up to LSN {last} freed, LSN {saved.acknowledged.lsn} was acknowledged, what lies behind "

@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import random
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from asrfs.model.marker import MarkerRecord, encode_marker
+from asrfs.storage.interface import read_whole, write_atomically
 from tests.fakes.crash_storage import CHANGING, CrashStorage, Fate, Fault
 from tests.proof.sim.disk_server import DiskServerLife
 from tests.proof.sim.host import Host
@@ -57,6 +59,9 @@ FAULTS = (
     "shipping paused",
     "records given up",
     "backlog folded",
+    "dirty map lost",
+    "disks compared",
+    "difference found",
     "segment freed",
 )
 """Every one of them strikes in any run of more than a few hundred histories. The last is no trouble, but must occur."""
@@ -81,11 +86,12 @@ class Steps:
                 self.kill_store, self.store_power, self.cut_wire, self.cut_wire_soon, self.half_open, self.stall_wire,
                 self.delay, self.double, self.network_away, self.jump, self.host_eio, self.host_full, self.store_eio,
                 self.store_full, self.set_catalog_back, self.set_vault_back, self.raise_epoch, self.lose_answers,
-                self.pause_shipping,
+                self.pause_shipping, self.lose_map,
             ],
             rng.randint(*TROUBLES),
         )  # fmt: skip
         guest = [self.write, self.write, self.write, self.burst, self.unaligned, self.clear, self.sync, self.point]
+        guest += [self.compare] if rng.random() < 0.3 else []
         share = rng.choice((0.2, 0.4, 0.6))
         pauses = rng.choices(PAUSES_S, k=4)
         for _ in range(rng.randint(*STEPS)):
@@ -347,7 +353,25 @@ class Steps:
         later = [first for first in host.model.segments.values() if first > self._backup_lsn + 1]
         return bool(later) and host.received_lsn() >= min(later)
 
+    def lose_map(self) -> None:
+        """Of what a host knows of its replica's gaps; its agent finds out when it starts."""
+        host = self._host()
+        if host.storage.exists("dirty.map"):
+            host.kill_agent()
+            content = bytearray(read_whole(host.storage, "dirty.map"))
+            content[self._rng.randrange(len(content))] ^= 1 << self._rng.randrange(8)
+            with suppress(OSError):  # a fault that was meant for somebody else
+                host.storage.unlink("dirty.map")
+                self._world.watch.fired("dirty map lost")
+                if self._rng.random() < 0.5:
+                    write_atomically(host.storage, "dirty.map", content)
+
     # ---- people ----
+
+    def compare(self) -> None:
+        host = self._host()
+        if host.agent is not None and not host.agent_process.is_dead:
+            host.agent.verify()
 
     def raise_epoch(self) -> None:
         """As the commit of a failover does; at most one of the hosts is left behind."""

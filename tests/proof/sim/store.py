@@ -25,6 +25,7 @@ from replica_store.vault.keys import MachineKeys, Sealer
 from replica_store.vault.rows import MachineRow
 from replica_store.vault.schema import TABLES, VERSION
 from replica_store.vault.vault import Vault, VaultFile
+from tests.fakes.comparing import InlineComparing
 from tests.fakes.crash_storage import CrashStorage, Fate
 from tests.fakes.memory_catalog import open_catalog
 from tests.fakes.wire import Wire, WireEnd
@@ -154,6 +155,7 @@ class Store:
             self._watch.note("store", "cannot start", str(error))
             return
         self.listener = Listener(self.vault, self._clock)
+        self.listener.comparing = InlineComparing(self.vault)
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self.listener.save_links)

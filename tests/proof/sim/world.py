@@ -20,6 +20,7 @@ from asrfs.replication.shipping_session import ShippingSettings
 from asrfs.transport.tls import MachineIdentity
 from replica_store.vault.keys import MachineKeys as StoredKeys
 from replica_store.vault.schema import REBUILDABLE
+from tests.proof.sim.comparing import small_chunks
 from tests.proof.sim.determinism import LeapingClock, LogEntry, deterministic
 from tests.proof.sim.host import Host, JumpingClock
 from tests.proof.sim.invariants import Invariants
@@ -231,6 +232,7 @@ def play(rng: random.Random, root: Path, watch: Watch) -> None:
     with (
         deterministic(rng, segment_bytes=SEGMENT_BYTES, slow=slow, on_work=turns.on_work) as log,
         mock.patch.object(dirty_map, "CHUNK_SHIFT", 12),  # disks have a dozen blocks, segments a few
+        small_chunks(),
         mock.patch.object(filler, "RUN_BYTES_MAX", 4 * BLOCK),
         mock.patch.object(shipping_session, "FOLD_BACKLOG_BYTES", 6 * BLOCK),
         mock.patch.object(stretch_reader, "BYTES_LEAST", 0),
