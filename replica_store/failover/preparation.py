@@ -1,7 +1,8 @@
 """Making a machine of a point, step by step, each measured; and bringing one back whose processes are gone.
 
-    nothing left over ─▶ tree: the points, mounted ─▶ state: `asrfs init --recovered` ─▶ network, if it has its own
-        ─▶ serve: `asrfs serve` is ready ─▶ fsck of each disk ─▶ check: the user's command
+    clear: nothing left over ─▶ state: `asrfs init --recovered` ─▶ tree: the points, which are being mounted meanwhile
+        ─▶ serve: `asrfs serve` is ready, in a network of its own if it has one
+        ─▶ fsck of each disk ─▶ check: the user's command
 
 Until the operation is said to be ready nobody has used its disks, so who finds one half made begins anew.
 """
@@ -24,6 +25,7 @@ from asrfs.storage.interface import read_whole, write_atomically
 from replica_store.failover import filesystems, mounts, network, places, processes, undoing
 from replica_store.failover.choice import recovered_file
 from replica_store.failover.filesystems import Filesystem
+from replica_store.failover.processes import Starting
 from replica_store.vault.operations import Checked, Examined, Operation, Step
 
 CHECK_S_MAX = 600.0
@@ -62,16 +64,17 @@ def prepare(
         undoing.discard(operation)
         places.empty(where.state)
         places.make(where)
-    with watch.step("tree"):
-        start_tree(root, operation)
     with watch.step("state"):
+        tree = _start_tree(root, operation)  # meanwhile
         content = recovered_file(operation, disks, places.tree_of(where), epoch)
-        write_atomically(DirectoryStorage(where.directory), "recovered.json", content)
+        write_atomically(DirectoryStorage(where.directory), places.RECOVERED_FILE, content)
         _init(operation, where.state)
+    with watch.step("tree"):
+        tree.wait_ready()
     with watch.step("serve"):
         if where.namespace is not None:
             network.make(operation.id, where.namespace)
-        start_machine(operation)
+        _start_machine(operation).wait_ready()
     verdicts: tuple[Examined, ...] = ()
     if examined:
         with watch.step("fsck"):
@@ -85,25 +88,27 @@ def prepare(
     )
 
 
-def start_tree(root: str, operation: Operation) -> None:
-    """Mount the points for the bases of the recovered disks."""
+def _start_tree(root: str, operation: Operation) -> Starting:
+    """Mounts the points for the bases of the recovered disks."""
     where = operation.places
     words = processes.program("replica_store.cli.main", "--vault", root, "mount", places.tree_of(where))
-    processes.start(operation.id, "tree", words, places.log_of(where, "tree"))
+    return Starting(operation.id, "tree", words, places.log_of(where, "tree"))
 
 
-def start_machine(operation: Operation) -> None:
-    """Serve the recovered disks, in the network of the operation."""
+def _start_machine(operation: Operation) -> Starting:
+    """Serves the recovered disks, in the network of the operation."""
     where = operation.places
     words = processes.program("asrfs.cli.main", "--state", where.state, "serve", "--mount", where.mount)
-    inside = processes.inside(where.namespace, words)
-    processes.start(operation.id, "machine", inside, places.log_of(where, "machine"))
+    return Starting(operation.id, "machine", processes.inside(where.namespace, words), places.log_of(where, "machine"))
 
 
 def _init(operation: Operation, state: str) -> None:
-    file = places.recovered_of(operation.places)
-    words = ("--state", state, "init", operation.machine, "--recovered", file)
-    processes.run(operation.id, processes.program("asrfs.cli.main", *words))
+    """The state directory. What is only tried is not hydrated: it ends soon, and needs no room for what nobody reads."""
+    file = os.path.join(operation.places.directory, places.RECOVERED_FILE)
+    program = processes.program("asrfs.cli.main", "--state", state)
+    processes.run(operation.id, [*program, "init", operation.machine, "--recovered", file])
+    if operation.kind == "test":
+        processes.run(operation.id, [*program, "set", "hydration=off"])
 
 
 # ---- what it is worth -----------------------------------------------------------------------------------------------
@@ -138,7 +143,8 @@ def _examine_replayed(operation: Operation, dirty: dict[str, Filesystem]) -> dic
         _init(operation, state)
         words = processes.program("asrfs.cli.main", "--state", state, "serve", "--mount", disks)
         log = places.log_of(operation.places, "copy")
-        processes.start(operation.id, "copy", processes.inside(operation.places.namespace, words), log)
+        inside = processes.inside(operation.places.namespace, words)
+        Starting(operation.id, "copy", inside, log).wait_ready()
         for disk, found in dirty.items():
             device = filesystems.attach(operation.id, os.path.join(disks, f"{disk}.img"))
             filesystems.replay(operation.id, device, found, mounted)
@@ -181,11 +187,11 @@ def bring_back(root: str, operation: Operation) -> None:
         mounts.take_away(places.tree_of(where))
     places.make(where)
     if lacks_tree:
-        start_tree(root, operation)
+        _start_tree(root, operation).wait_ready()
     if is_gone and where.namespace is not None:
         network.make(operation.id, where.namespace)
     if not _is_serving(operation):
-        start_machine(operation)
+        _start_machine(operation).wait_ready()
 
 
 def _has_bases(operation: Operation) -> bool:
