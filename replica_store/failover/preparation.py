@@ -71,14 +71,16 @@ def prepare(
         _init(operation, where.state)
     with watch.step("tree"):
         tree.wait_ready()
+        dirty = _dirty_disks(operation) if examined else {}
     with watch.step("serve"):
         if where.namespace is not None:
             network.make(operation.id, where.namespace)
+        copy = _start_copy(operation) if dirty else None  # beside it: what it is made of must not be in use yet
         _start_machine(operation).wait_ready()
     verdicts: tuple[Examined, ...] = ()
     if examined:
         with watch.step("fsck"):
-            verdicts = _examine(operation)
+            verdicts = _examine(operation, dirty, copy)
     checked = None
     if operation.check_command is not None:
         with watch.step("check"):
@@ -103,7 +105,7 @@ def _start_machine(operation: Operation) -> Starting:
 
 
 def _init(operation: Operation, state: str) -> None:
-    """The state directory. What is only tried is not hydrated: it ends soon, and needs no room for what nobody reads."""
+    """The state directory. What is only tried is not hydrated: it ends soon, and what nobody reads needs no room."""
     file = os.path.join(operation.places.directory, places.RECOVERED_FILE)
     program = processes.program("asrfs.cli.main", "--state", state)
     processes.run(operation.id, [*program, "init", operation.machine, "--recovered", file])
@@ -114,43 +116,53 @@ def _init(operation: Operation, state: str) -> None:
 # ---- what it is worth -----------------------------------------------------------------------------------------------
 
 
-def _examine(operation: Operation) -> tuple[Examined, ...]:
-    """fsck of every disk; of those whose journal is to be replayed, on a copy."""
+def _dirty_disks(operation: Operation) -> dict[str, Filesystem]:
+    """Of disks whose filesystem may have a journal to replay, by name."""
+    point = os.path.join(places.tree_of(operation.places), operation.machine, f"lsn:{operation.point.lsn}")
+    found = {disk: filesystems.filesystem_of(os.path.join(point, f"{disk}.img")) for disk in operation.disks}
+    return {disk: each for disk, each in found.items() if each is not None and each.may_be_dirty}
+
+
+def _start_copy(operation: Operation) -> Starting:
+    """A second machine of the same point, whose disks a start may write to."""
+    copy = places.copy_of(operation.places)
+    state, disks = (os.path.join(copy, name) for name in ("state", "disks"))
+    os.makedirs(disks, mode=0o700, exist_ok=True)
+    processes.run(operation.id, ["cp", "--archive", operation.places.state, state])  # seeks over the holes of images
+    words = processes.program("asrfs.cli.main", "--state", state, "serve", "--mount", disks)
+    inside = processes.inside(operation.places.namespace, words)
+    return Starting(operation.id, "copy", inside, places.log_of(operation.places, "copy"))
+
+
+def _examine(operation: Operation, dirty: dict[str, Filesystem], copy: Starting | None) -> tuple[Examined, ...]:
+    """fsck of every disk; of those whose journal may have to be replayed, on the copy."""
     verdicts: dict[str, Examined] = {}
-    dirty: dict[str, Filesystem] = {}
     for disk in operation.disks:
-        path = os.path.join(operation.places.mount, f"{disk}.img")
-        found = filesystems.filesystem_of(path)
-        if found is not None and not found.is_dirty:
-            verdicts[disk] = filesystems.examine(operation.id, disk, path, found)
-        elif found is None:
-            verdicts[disk] = filesystems.examine(operation.id, disk, path, None)
-        if found is not None and filesystems.wants_replay(found, verdicts.get(disk)):
-            dirty[disk] = found
-    if dirty:
-        verdicts |= _examine_replayed(operation, dirty)
+        if disk not in dirty:
+            path = os.path.join(operation.places.mount, f"{disk}.img")
+            verdicts[disk] = filesystems.examine(operation.id, disk, path, filesystems.filesystem_of(path))
+    if copy is not None:
+        try:
+            copy.wait_ready()
+            verdicts |= _examine_replayed(operation, dirty)
+        finally:
+            undoing.discard_copy(operation)
     return tuple(verdicts[disk] for disk in operation.disks)
 
 
 def _examine_replayed(operation: Operation, dirty: dict[str, Filesystem]) -> dict[str, Examined]:
-    """A second machine of the same point, whose disks a start may write to."""
     copy = places.copy_of(operation.places)
-    state, disks, mounted = (os.path.join(copy, name) for name in ("state", "disks", "mounted"))
+    mounted = os.path.join(copy, "mounted")
+    os.makedirs(mounted, mode=0o700, exist_ok=True)
     verdicts = {}
-    try:
-        for directory in (copy, disks, mounted):
-            os.makedirs(directory, mode=0o700, exist_ok=True)
-        _init(operation, state)
-        words = processes.program("asrfs.cli.main", "--state", state, "serve", "--mount", disks)
-        log = places.log_of(operation.places, "copy")
-        inside = processes.inside(operation.places.namespace, words)
-        Starting(operation.id, "copy", inside, log).wait_ready()
-        for disk, found in dirty.items():
-            device = filesystems.attach(operation.id, os.path.join(disks, f"{disk}.img"))
-            filesystems.replay(operation.id, device, found, mounted)
-            verdicts[disk] = filesystems.examine(operation.id, disk, device, found, replayed=True)
-    finally:
-        undoing.discard_copy(operation)
+    for disk, found in dirty.items():
+        device = filesystems.attach(operation.id, os.path.join(copy, "disks", f"{disk}.img"))
+        failure = filesystems.replay(operation.id, device, found, mounted)
+        verdicts[disk] = (
+            filesystems.examine(operation.id, disk, device, found, replayed=True)
+            if not failure
+            else Examined(disk=disk, filesystem=found.type, result="damaged", text=failure, replayed=True)
+        )
     return verdicts
 
 
