@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import trio
 
-from asrfs.daemon.agent_images import StateImages
+from asrfs.daemon.agent_images import StateImages, base_of
 from asrfs.daemon.agent_status import space_of
 from asrfs.daemon.settings import Settings
 from asrfs.daemon.state import StateDirectory
@@ -57,6 +57,7 @@ class AgentHydration:
             machine=state.load_machine,
             drop_base=lambda slot: state.edit_machine(lambda machine: without_base(machine, slot)),
             open_map=open_map,
+            open_base=base_of,
             rules=rules,
             free_bytes=lambda: space_of(state.path("images"))[1],
             is_recovered=self.recovered is not None,

@@ -123,4 +123,10 @@ class StateImages:
 def open_whole(state: StateDirectory, disk: DiskConfig) -> OpenFile | WholeView:
     """All that is to be read of a disk's image, for who may wait for its base. Raises OSError."""
     image = open_path(state.image_path(disk))
-    return image if disk.base is None else WholeView(image, BaseFile(disk.base, disk.size_bytes))
+    return image if disk.base is None else WholeView(image, base_of(disk))
+
+
+def base_of(disk: DiskConfig) -> BaseFile:
+    """The base of a disk that has one. Opens nothing yet."""
+    assert disk.base is not None
+    return BaseFile(disk.base, disk.size_bytes)

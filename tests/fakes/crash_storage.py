@@ -25,12 +25,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from asrfs.storage.interface import Bytes
-from tests.fakes.crash_state import SECTOR_BYTES, Change, Fate, Inode, NameChange, directory_of
+from tests.fakes.crash_state import HOLE_BYTES, SECTOR_BYTES, Change, Fate, Inode, NameChange, directory_of
 from tests.fakes.faults import CHANGING, READING, Fault
 
 __all__ = ["CHANGING", "READING", "CrashFile", "CrashStorage", "Fate", "Fault"]
-
-_HOLE_BYTES = 4096
 
 
 class CrashFile:
@@ -114,7 +112,7 @@ class CrashFile:
             inode = self._at("punch")
             end = min(offset + length, len(inode.visible))
             if end > offset:
-                inode.change(Change(offset, bytes(end - offset)))
+                inode.change(Change(offset, bytes(end - offset), punched=True))
             self._storage.leave("punch", self._name)
 
     def allocate(self, length: int) -> None:
@@ -138,17 +136,19 @@ class CrashFile:
 
     def data_extents(self, start: int = 0) -> Iterator[tuple[int, int]]:
         with self._storage.lock:
-            content = bytes(self._storage.inode(self._inode).visible)
-        begin = None
-        for at in [start, *range(start - start % _HOLE_BYTES + _HOLE_BYTES, len(content), _HOLE_BYTES)]:
-            is_hole = not any(content[at : at - at % _HOLE_BYTES + _HOLE_BYTES])
-            if is_hole and begin is not None:
-                yield begin, at - begin
-                begin = None
-            elif not is_hole and begin is None:
-                begin = at
-        if begin is not None:
-            yield begin, len(content) - begin
+            inode = self._storage.inode(self._inode)
+            size, data = len(inode.visible), sorted(inode.visible_data)
+        begin = end = start
+        for block in data:
+            if (block + 1) * HOLE_BYTES <= start:
+                continue
+            if block * HOLE_BYTES > end:
+                if end > begin:
+                    yield begin, end - begin
+                begin = block * HOLE_BYTES
+            end = min((block + 1) * HOLE_BYTES, size)
+        if end > begin:
+            yield begin, end - begin
 
     def close(self) -> None:
         self._open = False

@@ -1,0 +1,147 @@
+"""Disks over bases against the model: any history of writes, turns of hydration and starts, with power lost between any
+two operations on files (I9).
+
+A hole after a crash is the base again, and then the journal's records: what a turn was bringing is taken back, what was
+applied stays. At the end no base is needed and the images alone are the model.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from asrfs.disk.interface import waiting
+from asrfs.replication import hydrator
+from tests.fakes.crash_storage import CrashStorage, Fate
+from tests.fakes.hydrated_world import Agent, HydratedWorld, load_machine, next_start
+from tests.fakes.journal_world import Look
+
+BLOCK = 4096
+SIZES = (61_952, 40_960)
+
+
+@pytest.fixture(autouse=True)
+def _small_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hydrator, "TURN_BYTES", 3 * BLOCK)
+    monkeypatch.setattr(hydrator, "PIECE_BYTES", 2 * BLOCK)
+
+
+def change_something(world: HydratedWorld, rng: random.Random) -> None:
+    """One random change of one disk, shares of blocks too, or a sync."""
+    disk = rng.choice(world.disks)
+    offset = rng.randrange(disk.size_bytes)
+    length = min(rng.choice((1, 512, BLOCK, rng.randint(1, 3 * BLOCK))), disk.size_bytes - offset)
+    if rng.random() < 0.5:
+        offset -= offset % BLOCK
+        length = min(-(-length // BLOCK) * BLOCK, disk.size_bytes - offset)
+    kind = rng.random()
+    if kind < 0.6:
+        content = rng.randbytes(length) if kind < 0.5 else bytes(length)
+        waiting(lambda: disk.write(offset, content))
+    elif kind < 0.7:
+        waiting(lambda: disk.zero(offset, length))
+    elif kind < 0.85:
+        waiting(lambda: disk.discard(offset, length))
+    elif kind < 0.9:
+        waiting(lambda: disk.fill(offset, length))
+    else:
+        world.sync()
+
+
+def new_world(rng: random.Random, looks: list[Look] | None = None) -> HydratedWorld:
+    return HydratedWorld(CrashStorage(), sizes=SIZES, seed=rng.randrange(1 << 30), looks=looks)
+
+
+def meanwhile(world: HydratedWorld, agent: Callable[[], Agent], rng: random.Random) -> Callable[[], None]:
+    """What guests and the applier do between two turns."""
+
+    def do() -> None:
+        for _ in range(rng.randint(0, 2)):
+            change_something(world, rng)
+        if rng.random() < 0.4:
+            world.sync()
+            agent().apply_once()
+        world.check()
+
+    return do
+
+
+def live(world: HydratedWorld, rng: random.Random) -> Agent:
+    agents: list[Agent] = []
+    agents.append(Agent(world, meanwhile(world, lambda: agents[0], rng)))
+    return agents[0]
+
+
+def finish(world: HydratedWorld, agent: Agent) -> None:
+    """All is applied, no base is needed any more, and the images alone are the model."""
+    agent.finish_applying()
+    assert all(disk.base is None for disk in load_machine(world.storage).disks)
+    for base in world.bases:
+        base.away = True
+    world.check()
+    expected = world.model.disks_at(len(world.model.records))
+    for slot, image in enumerate(world.images):
+        assert image.read_at(image.size(), 0) == expected[slot], f"I9: image {slot} is not the model"
+
+
+@pytest.mark.parametrize("number", range(25))
+def test_i9_hydrated_disk_is_the_model(number: int, rng: random.Random) -> None:
+    world = new_world(rng)
+    for _ in range(rng.randint(0, 20)):
+        change_something(world, rng)
+    world.check()
+    agent = live(world, rng)
+    agent.hydrate()
+    assert agent.notes["turns"]
+    assert agent.notes["bases dropped"] == len(SIZES)
+    finish(world, agent)
+    world.close()
+
+
+def run_history(rng: random.Random, looks: list[Look]) -> HydratedWorld:
+    world = new_world(rng, looks)
+    for _ in range(4):
+        change_something(world, rng)
+    agent = live(world, rng)
+    agent.hydrate()
+    agent.finish_applying()
+    world.close()
+    return world
+
+
+def continue_after(look: Look, storage: CrashStorage, was: HydratedWorld, rng: random.Random) -> None:
+    """The next disk server serves before there is an agent; the next agent takes back, applies, and hydrates."""
+    for base in was.bases:
+        base.away = False
+    world = next_start(look, storage, was.bases)
+    world.check()
+    agent = live(world, rng)
+    if rng.random() < 0.5:
+        agent.apply_once()
+        world.check()
+    agent.hydrate()
+    finish(world, agent)
+    world.close()
+
+
+@pytest.mark.parametrize("fate", list(Fate))
+@pytest.mark.parametrize("number", range(2))
+def test_i9_power_lost_between_any_two_operations(number: int, fate: Fate, rng: random.Random) -> None:
+    looks: list[Look] = []
+    was = run_history(rng, looks)
+    kinds = {(look.kind, look.name) for look in looks}
+    assert {("rename", "hydration.json"), ("write", "images/0"), ("datasync", "images/0")} <= kinds
+    begun = next(i for i, look in enumerate(looks) if look.name == "machine.json" and look.kind == "rename")
+    for look in looks[begun + 2 :]:
+        continue_after(look, look.storage.crash(fate, rng), was, rng)
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_i9_killed_between_any_two_operations(number: int, rng: random.Random) -> None:
+    looks: list[Look] = []
+    was = run_history(rng, looks)
+    begun = next(i for i, look in enumerate(looks) if look.name == "machine.json" and look.kind == "rename")
+    for look in looks[begun + 2 :]:
+        continue_after(look, look.storage.killed(), was, rng)
