@@ -11,10 +11,12 @@ import msgspec
 import trio
 
 from asrfs.consistency.maker import PointMaker, PointRequest
+from asrfs.daemon.agent_images import open_whole
 from asrfs.daemon.protection import Healing, standing_of
 from asrfs.daemon.settings import Settings
 from asrfs.daemon.settings_in_force import minute_of_day
 from asrfs.daemon.state import DIRTY_MAP_FILE, StateDirectory
+from asrfs.disk.overlay import WholeView
 from asrfs.errors import RefusedError, TemporaryError
 from asrfs.journal.reader import JournalReader
 from asrfs.model.machine import DiskConfig, MachineConfig
@@ -31,7 +33,7 @@ from asrfs.replication.progress import Progress
 from asrfs.replication.quota import Quota
 from asrfs.replication.resyncer import HealingRules, Resyncer
 from asrfs.replication.shipper import Shipper
-from asrfs.storage.directory import DirectoryStorage, OpenFile, open_path
+from asrfs.storage.directory import DirectoryStorage, OpenFile
 
 ROOM_UNKNOWN = 1 << 62
 
@@ -163,8 +165,8 @@ class AgentHealing:
             self.resyncer.phase in ("idle", "window") or self.resyncer.failures > failed_at
         )
 
-    def _open_image(self, disk: DiskConfig) -> OpenFile:
-        return open_path(self._state.image_path(disk))
+    def _open_image(self, disk: DiskConfig) -> OpenFile | WholeView:
+        return open_whole(self._state, disk)
 
     def _set_gaps(self, slots: Collection[int], gap: bool) -> MachineConfig:
         return self._state.edit_machine(lambda machine: with_gaps(machine, slots, gap))

@@ -12,6 +12,8 @@ import sys
 import msgspec
 
 from asrfs.daemon.hardening import ignore_terminal
+from asrfs.disk.base_file import BaseFile
+from asrfs.disk.overlay import WholeView
 from asrfs.errors import AsrfsError, TemporaryError
 from asrfs.model.digest_tree import Region
 from asrfs.replication.image_digests import digest_image
@@ -25,6 +27,8 @@ class Order(msgspec.Struct, array_like=True):
     size_bytes: int
     first: int
     nodes: int
+    base: str = ""
+    """Of an image that does not hold all yet."""
 
 
 class Reply(msgspec.Struct, array_like=True):
@@ -47,7 +51,8 @@ def _digest(order: Order) -> Reply:
     image = open_path(order.path)
     try:
         os.posix_fadvise(image.fd, 0, 0, os.POSIX_FADV_NOREUSE)  # from Linux 6.3 on: what others read stays cached
-        leaves, bytes_read = digest_image(image, Region(order.size_bytes, order.first, order.nodes))
+        whole = WholeView(image, BaseFile(order.base, order.size_bytes)) if order.base else image
+        leaves, bytes_read = digest_image(whole, Region(order.size_bytes, order.first, order.nodes))
     finally:
         image.close()
     return Reply(leaves, bytes_read)

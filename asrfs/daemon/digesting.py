@@ -50,7 +50,8 @@ class DigestProcess:
 
     async def digest(self, disk: DiskConfig, region: Region) -> bytes:
         """Digests of the region's leaves. Raises TemporaryError."""
-        order = Order(self._state.image_path(disk), region.size_bytes, region.first, region.nodes)
+        place = (region.size_bytes, region.first, region.nodes)
+        order = Order(self._state.image_path(disk), *place, base=disk.base or "")
         try:
             if self._worker is None:
                 self._worker = await Worker.start(_MODULE, [self._state.root], child_environment())

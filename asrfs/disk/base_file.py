@@ -11,8 +11,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TypeVar
 
+from asrfs.storage.content import content_of
 from asrfs.storage.directory import OpenFile, open_path
 
 READ_AHEAD_BYTES = 2 << 20
@@ -32,10 +34,17 @@ class _Opened:
 class BaseFile:
     """The file at `path`, which must have `size_bytes`. Methods may be called from any thread."""
 
-    def __init__(self, path: str, size_bytes: int, open_file: Callable[[str], OpenFile] = open_path) -> None:
+    def __init__(
+        self,
+        path: str,
+        size_bytes: int,
+        open_file: Callable[[str], OpenFile] = open_path,
+        ask_content: Callable[[OpenFile, int], Iterator[tuple[int, int]]] = content_of,
+    ) -> None:
         self.path = path
         self.size_bytes = size_bytes
         self._open_file = open_file
+        self._ask_content = ask_content
         self._turn = threading.Lock()
         self._opened: _Opened | None = None
         self._read_to = 0
@@ -44,9 +53,15 @@ class BaseFile:
         """Fill the whole of `buffer`. Raises OSError."""
         self._once_more(lambda file: self._read(file, buffer, offset))
 
-    def content(self, start: int = 0) -> list[tuple[int, int]]:
-        """`(offset, length)` of what may hold anything but zeros from `start` on. Raises OSError."""
-        return self._once_more(lambda file: list(file.data_extents(start)))
+    def content(self, start: int = 0, end: int | None = None) -> list[tuple[int, int]]:
+        """`(offset, end)` of what may hold anything but zeros between two bytes, in order. Raises OSError."""
+        last = self.size_bytes if end is None else end
+
+        def ask(file: OpenFile) -> list[tuple[int, int]]:
+            extents = takewhile(lambda extent: extent[0] < last, self._ask_content(file, start))
+            return [(offset, min(offset + length, last)) for offset, length in extents]
+
+        return self._once_more(ask)
 
     def close(self) -> None:
         """Close it as soon as nobody reads; a later read opens it again."""

@@ -7,7 +7,7 @@ first (`check_extent`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from asrfs.errors import BadInputError
 
@@ -61,6 +61,15 @@ class ReadableDisk(Protocol):
 
     def read(self, offset: int, length: int) -> Bytes:
         """Exactly `length` bytes."""
+
+
+@runtime_checkable
+class MappedDisk(ReadableDisk, Protocol):
+    """One that knows where it has content."""
+
+    def content(self, offset: int, extents_max: int) -> list[tuple[int, int]]:
+        """The first extents, as `(offset, length)` in order, from `offset` on that may hold anything but zeros; none if
+        all of the rest is zeros."""
 
 
 def check_extent(offset: int, length: int, size_bytes: int) -> None:

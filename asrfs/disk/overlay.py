@@ -22,6 +22,7 @@ from asrfs.disk.interface import AbsentError, Bytes
 from asrfs.storage.interface import File
 
 ZEROS = bytes(1 << 20)
+_WINDOW_BYTES = 256 << 20
 Extent = tuple[int, int]
 """`(offset, end)`."""
 
@@ -61,6 +62,13 @@ def joined(extents: Iterable[Extent]) -> list[Extent]:
 def cut_to(extents: Iterable[Extent], offset: int, end: int) -> list[Extent]:
     """What of them lies between two bytes."""
     return [(max(a, offset), min(b, end)) for a, b in extents if a < end and offset < b]
+
+
+def _data_before(image: Mapped, start: int, end: int) -> Iterator[Extent]:
+    for offset, length in image.data_extents(start):
+        if offset >= end:
+            return
+        yield offset, offset + length
 
 
 class BasedImage:
@@ -229,10 +237,13 @@ class WholeView:
         return have
 
     def data_extents(self, start: int = 0) -> Iterator[tuple[int, int]]:
-        ours = [(offset, offset + length) for offset, length in self._image.data_extents(start)]
-        theirs = [(offset, offset + length) for offset, length in self._base.content(start)]
-        for offset, end in joined(ours + theirs):
-            yield offset, end - offset
+        size_bytes = self._image.size()
+        while start < size_bytes:  # so that who wants few is not told all
+            end = min(start + _WINDOW_BYTES, size_bytes)
+            ours = cut_to(_data_before(self._image, start, end), start, end)
+            for begin, until in joined(ours + self._base.content(start, end)):
+                yield begin, until - begin
+            start = end
 
     def close(self) -> None:
         self._base.close()

@@ -21,8 +21,9 @@ from typing import Protocol, TypeVar
 import pyfuse3
 import trio
 
-from asrfs.disk.interface import ReadableDisk
+from asrfs.disk.interface import MappedDisk, ReadableDisk
 from asrfs.errors import AsrfsError, BadInputError, NotFoundError, RefusedError
+from asrfs.storage.content import CONTENT_EXTENTS_MAX, content_asked, encode_content
 
 LASTING_SECONDS = 3600.0
 _THREADS = 16
@@ -175,6 +176,16 @@ class _Operations(pyfuse3.Operations):
         disk = self._files[fh]
         length = max(0, min(size, disk.size_bytes - off))
         return bytes(await self._in_thread(lambda: disk.read(off, length)) if length else b"")
+
+    async def getxattr(self, inode: pyfuse3.InodeT, name: pyfuse3.XAttrNameT, ctx: pyfuse3.RequestContext) -> bytes:
+        """Where a file has content, which lseek cannot ask of this tree: see `storage.content`."""
+        node, start = self._inodes.node(inode), content_asked(name)
+        if start is None or not isinstance(node, TreeFile):
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+        disk = await self._in_thread(node.open)
+        if not isinstance(disk, MappedDisk):
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+        return encode_content(await self._in_thread(lambda: disk.content(start, CONTENT_EXTENTS_MAX)))
 
     async def release(self, fh: pyfuse3.FileHandleT) -> None:
         del self._files[fh]

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import trio
@@ -30,14 +30,23 @@ from asrfs.replication.disk_server import DiskServer
 from asrfs.replication.pace import Pace
 from asrfs.replication.progress import Progress
 from asrfs.replication.quota import SetGaps
-from asrfs.storage.interface import File
 
 RUN_BYTES_MAX = 1 << 20
 RUNS_PER_SAVE = 64
 RATE_WINDOW_S = 30.0
 
-OpenImage = Callable[[DiskConfig], File]
 Compare = Callable[[Sequence[DiskConfig]], Awaitable[Mapping[int, Sequence[int]]]]
+
+
+class ImageMap(Protocol):
+    """What of an image is looked at."""
+
+    def data_extents(self, start: int = 0) -> Iterator[tuple[int, int]]: ...
+
+    def close(self) -> None: ...
+
+
+OpenImage = Callable[[DiskConfig], ImageMap]
 T = TypeVar("T")
 
 

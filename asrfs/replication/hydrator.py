@@ -98,8 +98,8 @@ class Job:
         """Raises OSError."""
         size_bytes = self.disk.size_bytes
         whole = (
-            (offset - offset % BLOCK_BYTES, min(-(-(offset + length) // BLOCK_BYTES) * BLOCK_BYTES, size_bytes))
-            for offset, length in self.base.content()
+            (offset - offset % BLOCK_BYTES, min(-(-end // BLOCK_BYTES) * BLOCK_BYTES, size_bytes))
+            for offset, end in self.base.content()
         )
         content = joined(whole)
         self.before = list(accumulate((end - offset for offset, end in content), initial=0))
@@ -150,7 +150,9 @@ def runs_with_content(piece: memoryview) -> list[Extent]:
 @dataclass(slots=True)
 class Hydrator:
     """`machine` reads `machine.json`, `drop_base` takes the base of a slot out of it, `open_map` opens an image to look
-    at; these block, `open_base` does not. `is_recovered`: the machine began at a recovery point. `free_bytes` of the images' filesystem."""
+    at; these block, `open_base` does not. `is_recovered`: the machine began at a recovery point. `free_bytes`: of the
+    images' filesystem.
+    """
 
     server: DiskServer
     progress: Progress

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 from asrfs.model.digest_tree import NODE_BYTES, LeafDigester, Region
-from asrfs.storage.interface import File
 
 
 class ImageDigests(NamedTuple):
@@ -15,7 +15,15 @@ class ImageDigests(NamedTuple):
     bytes_read: int
 
 
-def digest_image(image: File, region: Region) -> ImageDigests:
+class Readable(Protocol):
+    """What of `File` is needed."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> int: ...
+
+    def data_extents(self, start: int = 0) -> Iterator[tuple[int, int]]: ...
+
+
+def digest_image(image: Readable, region: Region) -> ImageDigests:
     """Whoever writes to the image meanwhile goes on: each byte is one it had. Raises OSError."""
     digester = LeafDigester(region)
     piece = memoryview(bytearray(NODE_BYTES))

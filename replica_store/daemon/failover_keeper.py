@@ -17,7 +17,7 @@ from replica_store.failover.actions import Failovers
 from replica_store.vault.vault import Vault
 
 LOOK_EVERY_S = 2.0
-AFTER_FAILURE_S = 60.0
+AFTER_FAILURE_S = 10.0
 
 
 class FailoverKeeper:

@@ -1,12 +1,11 @@
 """What is on a recovered disk, and what fsck says of it. Nothing is written to the disk.
 
-A filesystem whose journal is to be replayed, as after a crash, is replayed on a copy and examined there: without that
+A filesystem whose journal is to be replayed, as after a crash, is mounted from a copy and examined there: without that
 fsck sees what no start would ever see, and on the recovered disk itself not a byte may change.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 from asrfs.errors import AsrfsError
@@ -20,21 +19,20 @@ _EXT_HAS_JOURNAL = 0x4
 _EXT_NEEDS_RECOVERY = 0x4
 _EXT_EXTENTS = 0x40
 _XFS_MAGIC = b"XFSB"
-_XFS_DIRTY_LOG = "valuable metadata changes in a log"
 _TEXT_CHARACTERS_MAX = 300
 
 
 class Filesystem(NamedTuple):
-    """Its type, and whether its journal is known to hold what has to be replayed."""
+    """Its type, and whether its journal may hold what has to be replayed."""
 
     type: str
-    is_dirty: bool
+    may_be_dirty: bool
 
 
 def recognise(head: bytes) -> Filesystem | None:
     """The filesystem whose disk begins so, None for another one or none. Pure."""
     if head.startswith(_XFS_MAGIC):
-        return Filesystem("xfs", False)  # its superblock does not say
+        return Filesystem("xfs", True)  # its superblock does not say
     superblock = head[_EXT_AT:]
     if superblock[0x38:0x3A] != _EXT_MAGIC:
         return None
@@ -55,8 +53,6 @@ def examine(operation_id: str, disk: str, path: str, found: Filesystem | None, *
     if found is None:
         return Examined(disk=disk, filesystem=None, result="no filesystem")
     words = ["xfs_repair", "-n", path] if found.type == "xfs" else ["e2fsck", "-f", "-n", path]
-    if found.type == "xfs" and Path(path).is_file():
-        words.insert(2, "-f")
     code, output = run(operation_id, words, accepted=())
     return Examined(
         disk=disk,
@@ -67,16 +63,14 @@ def examine(operation_id: str, disk: str, path: str, found: Filesystem | None, *
     )
 
 
-def wants_replay(found: Filesystem, examined: Examined | None) -> bool:
-    """Whether a verdict counts only after the journal was replayed. Pure."""
-    return found.is_dirty or (examined is not None and _XFS_DIRTY_LOG in examined.text)
-
-
-def replay(operation_id: str, device: str, found: Filesystem, directory: str) -> None:
-    """Have the kernel replay the journal of the filesystem on a device, as a start does. Raises AsrfsError."""
+def replay(operation_id: str, device: str, found: Filesystem, directory: str) -> str:
+    """Have the kernel replay the journal of the filesystem on a device, as a start does; why it could not, if so."""
     options = "nouuid" if found.type == "xfs" else "defaults"  # the disk it was copied from may be mounted here, too
-    run(operation_id, ["mount", "-t", found.type, "-o", options, device, directory])
+    code, output = run(operation_id, ["mount", "-t", found.type, "-o", options, device, directory], accepted=())
+    if code != 0:
+        return f"it cannot be mounted: {' '.join(output.split())}"[:_TEXT_CHARACTERS_MAX]
     run(operation_id, ["umount", directory])
+    return ""
 
 
 def attach(operation_id: str, path: str) -> str:
@@ -91,7 +85,4 @@ def _words_of(output: str) -> str:
     """What fsck complained of, without its phases and counts, shortened."""
     lines = [" ".join(line.split()) for line in output.splitlines()]
     telling = [line for line in lines if line and not line.startswith(("Pass ", "e2fsck ", "Phase ", "- "))]
-    text = "; ".join(telling)
-    if _XFS_DIRTY_LOG in " ".join(lines) and _XFS_DIRTY_LOG not in text[:_TEXT_CHARACTERS_MAX]:
-        text = f"{_XFS_DIRTY_LOG}: {text}"
-    return text[:_TEXT_CHARACTERS_MAX]
+    return "; ".join(telling)[:_TEXT_CHARACTERS_MAX]

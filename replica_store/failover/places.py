@@ -16,6 +16,7 @@ from replica_store.vault.lock import VaultLock
 from replica_store.vault.operations import Operation, Places
 
 DIRECTORY = "failover"
+RECOVERED_FILE = "recovered.json"
 _LOCK_FILE = "lock"
 
 
@@ -71,10 +72,6 @@ def tree_of(places: Places) -> str:
 
 def copy_of(places: Places) -> str:
     return os.path.join(places.directory, "copy")
-
-
-def recovered_of(places: Places) -> str:
-    return os.path.join(places.directory, "recovered.json")
 
 
 def log_of(places: Places, name: str) -> Path:

@@ -1,7 +1,8 @@
 """Making a machine of a point, step by step, each measured; and bringing one back whose processes are gone.
 
-    nothing left over ─▶ tree: the points, mounted ─▶ state: `asrfs init --recovered` ─▶ network, if it has its own
-        ─▶ serve: `asrfs serve` is ready ─▶ fsck of each disk ─▶ check: the user's command
+    clear: nothing left over ─▶ state: `asrfs init --recovered` ─▶ tree: the points, which are being mounted meanwhile
+        ─▶ serve: `asrfs serve` is ready, in a network of its own if it has one
+        ─▶ fsck of each disk ─▶ check: the user's command
 
 Until the operation is said to be ready nobody has used its disks, so who finds one half made begins anew.
 """
@@ -24,6 +25,7 @@ from asrfs.storage.interface import read_whole, write_atomically
 from replica_store.failover import filesystems, mounts, network, places, processes, undoing
 from replica_store.failover.choice import Chosen, recovered_file
 from replica_store.failover.filesystems import Filesystem
+from replica_store.failover.processes import Starting
 from replica_store.vault.operations import Checked, Examined, Operation, Step
 
 CHECK_S_MAX = 600.0
@@ -62,20 +64,23 @@ def prepare(
         undoing.discard(operation)
         places.empty(where.state)
         places.make(where)
-    with watch.step("tree"):
-        start_tree(root, operation)
     with watch.step("state"):
+        tree = _start_tree(root, operation)  # meanwhile
         content = recovered_file(operation, chosen.disks, chosen.boot, places.tree_of(where), epoch)
-        write_atomically(DirectoryStorage(where.directory), "recovered.json", content)
+        write_atomically(DirectoryStorage(where.directory), places.RECOVERED_FILE, content)
         _init(operation, where.state)
+    with watch.step("tree"):
+        tree.wait_ready()
+        dirty = _dirty_disks(operation) if examined else {}
     with watch.step("serve"):
         if where.namespace is not None:
             network.make(operation.id, where.namespace)
-        start_machine(operation)
+        copy = _start_copy(operation) if dirty else None  # beside it: what it is made of must not be in use yet
+        _start_machine(operation).wait_ready()
     verdicts: tuple[Examined, ...] = ()
     if examined:
         with watch.step("fsck"):
-            verdicts = _examine(operation)
+            verdicts = _examine(operation, dirty, copy)
     checked = None
     if operation.check_command is not None:
         with watch.step("check"):
@@ -85,66 +90,79 @@ def prepare(
     )
 
 
-def start_tree(root: str, operation: Operation) -> None:
-    """Mount the points for the bases of the recovered disks."""
+def _start_tree(root: str, operation: Operation) -> Starting:
+    """Mounts the points for the bases of the recovered disks."""
     where = operation.places
     words = processes.program("replica_store.cli.main", "--vault", root, "mount", places.tree_of(where))
-    processes.start(operation.id, "tree", words, places.log_of(where, "tree"))
+    return Starting(operation.id, "tree", words, places.log_of(where, "tree"))
 
 
-def start_machine(operation: Operation) -> None:
-    """Serve the recovered disks, in the network of the operation."""
+def _start_machine(operation: Operation) -> Starting:
+    """Serves the recovered disks, in the network of the operation."""
     where = operation.places
     words = processes.program("asrfs.cli.main", "--state", where.state, "serve", "--mount", where.mount)
-    inside = processes.inside(where.namespace, words)
-    processes.start(operation.id, "machine", inside, places.log_of(where, "machine"))
+    return Starting(operation.id, "machine", processes.inside(where.namespace, words), places.log_of(where, "machine"))
 
 
 def _init(operation: Operation, state: str) -> None:
-    file = places.recovered_of(operation.places)
-    words = ("--state", state, "init", operation.machine, "--recovered", file)
-    processes.run(operation.id, processes.program("asrfs.cli.main", *words))
+    """The state directory. What is only tried is not hydrated: it ends soon, and what nobody reads needs no room."""
+    file = os.path.join(operation.places.directory, places.RECOVERED_FILE)
+    program = processes.program("asrfs.cli.main", "--state", state)
+    processes.run(operation.id, [*program, "init", operation.machine, "--recovered", file])
+    if operation.kind == "test":
+        processes.run(operation.id, [*program, "set", "hydration=off"])
 
 
 # ---- what it is worth -----------------------------------------------------------------------------------------------
 
 
-def _examine(operation: Operation) -> tuple[Examined, ...]:
-    """fsck of every disk; of those whose journal is to be replayed, on a copy."""
+def _dirty_disks(operation: Operation) -> dict[str, Filesystem]:
+    """Of disks whose filesystem may have a journal to replay, by name."""
+    point = os.path.join(places.tree_of(operation.places), operation.machine, f"lsn:{operation.point.lsn}")
+    found = {disk: filesystems.filesystem_of(os.path.join(point, f"{disk}.img")) for disk in operation.disks}
+    return {disk: each for disk, each in found.items() if each is not None and each.may_be_dirty}
+
+
+def _start_copy(operation: Operation) -> Starting:
+    """A second machine of the same point, whose disks a start may write to."""
+    copy = places.copy_of(operation.places)
+    state, disks = (os.path.join(copy, name) for name in ("state", "disks"))
+    os.makedirs(disks, mode=0o700, exist_ok=True)
+    processes.run(operation.id, ["cp", "--archive", operation.places.state, state])  # seeks over the holes of images
+    words = processes.program("asrfs.cli.main", "--state", state, "serve", "--mount", disks)
+    inside = processes.inside(operation.places.namespace, words)
+    return Starting(operation.id, "copy", inside, places.log_of(operation.places, "copy"))
+
+
+def _examine(operation: Operation, dirty: dict[str, Filesystem], copy: Starting | None) -> tuple[Examined, ...]:
+    """fsck of every disk; of those whose journal may have to be replayed, on the copy."""
     verdicts: dict[str, Examined] = {}
-    dirty: dict[str, Filesystem] = {}
     for disk in operation.disks:
-        path = os.path.join(operation.places.mount, f"{disk}.img")
-        found = filesystems.filesystem_of(path)
-        if found is not None and not found.is_dirty:
-            verdicts[disk] = filesystems.examine(operation.id, disk, path, found)
-        elif found is None:
-            verdicts[disk] = filesystems.examine(operation.id, disk, path, None)
-        if found is not None and filesystems.wants_replay(found, verdicts.get(disk)):
-            dirty[disk] = found
-    if dirty:
-        verdicts |= _examine_replayed(operation, dirty)
+        if disk not in dirty:
+            path = os.path.join(operation.places.mount, f"{disk}.img")
+            verdicts[disk] = filesystems.examine(operation.id, disk, path, filesystems.filesystem_of(path))
+    if copy is not None:
+        try:
+            copy.wait_ready()
+            verdicts |= _examine_replayed(operation, dirty)
+        finally:
+            undoing.discard_copy(operation)
     return tuple(verdicts[disk] for disk in operation.disks)
 
 
 def _examine_replayed(operation: Operation, dirty: dict[str, Filesystem]) -> dict[str, Examined]:
-    """A second machine of the same point, whose disks a start may write to."""
     copy = places.copy_of(operation.places)
-    state, disks, mounted = (os.path.join(copy, name) for name in ("state", "disks", "mounted"))
+    mounted = os.path.join(copy, "mounted")
+    os.makedirs(mounted, mode=0o700, exist_ok=True)
     verdicts = {}
-    try:
-        for directory in (copy, disks, mounted):
-            os.makedirs(directory, mode=0o700, exist_ok=True)
-        _init(operation, state)
-        words = processes.program("asrfs.cli.main", "--state", state, "serve", "--mount", disks)
-        log = places.log_of(operation.places, "copy")
-        processes.start(operation.id, "copy", processes.inside(operation.places.namespace, words), log)
-        for disk, found in dirty.items():
-            device = filesystems.attach(operation.id, os.path.join(disks, f"{disk}.img"))
-            filesystems.replay(operation.id, device, found, mounted)
-            verdicts[disk] = filesystems.examine(operation.id, disk, device, found, replayed=True)
-    finally:
-        undoing.discard_copy(operation)
+    for disk, found in dirty.items():
+        device = filesystems.attach(operation.id, os.path.join(copy, "disks", f"{disk}.img"))
+        failure = filesystems.replay(operation.id, device, found, mounted)
+        verdicts[disk] = (
+            filesystems.examine(operation.id, disk, device, found, replayed=True)
+            if not failure
+            else Examined(disk=disk, filesystem=found.type, result="damaged", text=failure, replayed=True)
+        )
     return verdicts
 
 
@@ -181,11 +199,11 @@ def bring_back(root: str, operation: Operation) -> None:
         mounts.take_away(places.tree_of(where))
     places.make(where)
     if lacks_tree:
-        start_tree(root, operation)
+        _start_tree(root, operation).wait_ready()
     if is_gone and where.namespace is not None:
         network.make(operation.id, where.namespace)
     if not _is_serving(operation):
-        start_machine(operation)
+        _start_machine(operation).wait_ready()
 
 
 def _has_bases(operation: Operation) -> bool:

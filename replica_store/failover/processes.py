@@ -58,22 +58,30 @@ def environment(operation_id: str, part: Part) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, MARK: f"{operation_id}:{part}"}
 
 
-def start(operation_id: str, part: Part, words: Sequence[str], log: Path) -> None:
-    """Start a daemon in a session of its own and wait until it says `ready`. Raises what it could not start for."""
-    with log.open("ab") as errors:
-        begin = errors.tell()
-        child = _spawn(words, errors, environment(operation_id, part))
-    assert child.stdout is not None
-    with child.stdout as said:
-        if _is_ready(said.fileno(), time.monotonic() + READY_S_MAX):
-            return
-    try:
-        code = child.wait(_DEATH_S_MAX)  # it has closed its end, or had its time
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-        raise TemporaryError(f"{_shown(words)} was not ready within {READY_S_MAX:g} s: see {log}") from None
-    raise _failure(words, code, _tail(log, begin))
+class Starting:
+    """A daemon in a session of its own that has been started; `wait_ready` says whether it serves."""
+
+    def __init__(self, operation_id: str, part: Part, words: Sequence[str], log: Path) -> None:
+        self._words, self._log = words, log
+        with log.open("ab") as errors:
+            self._begin = errors.tell()
+            self._child = _spawn(words, errors, environment(operation_id, part))
+
+    def wait_ready(self) -> None:
+        """Until it says `ready`. Raises what it could not start for."""
+        assert self._child.stdout is not None
+        with self._child.stdout as said:
+            if _is_ready(said.fileno(), time.monotonic() + READY_S_MAX):
+                return
+        try:
+            code = self._child.wait(_DEATH_S_MAX)  # it has closed its end, or had its time
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+            raise TemporaryError(
+                f"{_shown(self._words)} was not ready within {READY_S_MAX:g} s: see {self._log}"
+            ) from None
+        raise _failure(self._words, code, _tail(self._log, self._begin))
 
 
 def run(

@@ -29,6 +29,7 @@ from replica_store.points.shared_cache import SharedCache
 FRAME_CACHE_BYTES = 64 << 20
 _HEADS_KEPT = 1024
 _FIRST_WINDOW_BYTES = 1 << 20
+_CONTENT_WINDOW_BYTES, _CONTENT_WINDOW_BYTES_MAX = 64 << 20, 64 << 30
 REOPENED_MAX = 1.1
 """Frames are read in the order of the disk where none, or hardly any, is then opened again."""
 
@@ -140,6 +141,21 @@ class PointDisk:
         positions = positions_of(found.ref) + (start - found.start)
         self._gather(buffer, start - offset, lengths, objects_of(found.ref), positions)
         return bytes(buffer)
+
+    def content(self, offset: int, extents_max: int) -> list[tuple[int, int]]:
+        """The first extents `(offset, length)` from `offset` on that were written and not with zeros, adjacent ones
+        together; see `MappedDisk`."""
+        found: list[tuple[int, int]] = []
+        at, window = offset - offset % SECTOR_BYTES, _CONTENT_WINDOW_BYTES
+        while at < self.size_bytes and len(found) < extents_max:
+            part = self.state.layers.between(at, at + window)
+            for start, end in _rows(part.start, part.end):
+                if found and start == sum(found[-1]):
+                    found[-1] = found[-1][0], end - found[-1][0]
+                else:
+                    found.append((start, end - start))
+            at, window = at + window, min(2 * window, _CONTENT_WINDOW_BYTES_MAX)
+        return found[:extents_max]
 
     def stored(self, offset: int, end: int, room: bytearray) -> Iterator[tuple[int, memoryview]]:
         """What was written of `[offset, end)`, multiples of 512: pieces in order of offset, each good until the next is

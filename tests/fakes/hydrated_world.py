@@ -93,7 +93,7 @@ class HydratedWorld(JournalWorld):
         self.doubt_lsn = turn.applied_lsn
         for disk, config in zip(self.disks, machine.disks, strict=True):
             if config.base is not None:
-                base = BaseFile(config.base, config.size_bytes, self.bases[disk.slot].open)
+                base = self.base_of(config)
                 doubtful = turn.doubtful(config.id, applied_lsn)
                 disk.image = self.based[disk.slot] = BasedImage(self.images[disk.slot], base, doubtful)
 
@@ -117,6 +117,12 @@ class HydratedWorld(JournalWorld):
         )
         save_machine(self.storage, MachineConfig(id="a" * 32, name="db1", disks=disks))
         return tuple(initial)
+
+    def base_of(self, disk: DiskConfig) -> BaseFile:
+        def ask(file: OpenFile, start: int) -> Iterator[tuple[int, int]]:
+            return file.data_extents(start)
+
+        return BaseFile(f"/{disk.slot}", disk.size_bytes, self.bases[disk.slot].open, ask)
 
     def content(self, slot: int) -> bytes:
         return waiting(lambda: super(HydratedWorld, self).content(slot))
@@ -242,7 +248,7 @@ class Agent:
                 machine=lambda: load_machine(self.world.storage),
                 drop_base=self._drop_base,
                 open_map=lambda disk: cast(File, self.world.image_storage.open(str(disk.slot))),
-                open_base=lambda disk: BaseFile(f"/{disk.slot}", disk.size_bytes, self.world.bases[disk.slot].open),
+                open_base=self.world.base_of,
                 rules=lambda: Rules(True, 0, 0),
                 free_bytes=lambda: 1 << 40,
                 is_recovered=True,

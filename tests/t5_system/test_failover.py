@@ -14,6 +14,8 @@ import pytest
 
 from asrfs.model.quantities import format_time
 from replica_store.failover.processes import find
+from replica_store.vault.enrolment import put_description
+from replica_store.vault.protection import protection_of
 from replica_store.vault.rebuild import rebuild
 from replica_store.vault.vault import Vault
 from tests.fakes.filled_vault import fill_vault
@@ -35,6 +37,8 @@ def history(scratch: Path, rng: random.Random) -> MemoryHistory:
     history.marker(name="late")
     history.seal()
     fill_vault(scratch / "vault", history)
+    with Vault.open(str(scratch / "vault")) as vault:
+        put_description(vault, vault.machine(MACHINE))
     return history
 
 
@@ -56,8 +60,6 @@ def check_bytes(document: dict[str, Any], history: MemoryHistory) -> None:
 
 def standing(failovers: FailoversUnderTest) -> tuple[str, int]:
     with Vault.open(str(failovers.root)) as vault:
-        from replica_store.vault.protection import protection_of
-
         machine = vault.machine(MACHINE)
         return str(protection_of(vault, machine)), machine.epoch
 
@@ -77,7 +79,7 @@ def test_i9_a_test_failover_has_the_bytes_of_every_selector_and_leaves_nothing(
         documents.append(document)
     for document in documents:  # all of them at once
         check_bytes(document, history)
-        assert [step["name"] for step in document["steps"]] == ["resolve", "clear", "tree", "state", "serve", "fsck"]
+        assert [step["name"] for step in document["steps"]] == ["resolve", "clear", "state", "tree", "serve", "fsck"]
         assert document["rto_seconds"] == pytest.approx(sum(step["seconds"] for step in document["steps"]), abs=0.01)
         assert all(disk["fsck"] == "no filesystem" for disk in document["disks"])
     assert standing(failovers) == ("protected", 1)
