@@ -68,6 +68,10 @@ _CLASSES[[int(Kind.MARKER), int(Kind.DISK)]] = _NOTE
 Bytes = bytes | bytearray | memoryview
 
 
+_idle: list[zstandard.ZstdDecompressor] = []
+"""Each is used by one thread at a time: to make one costs more than to unpack a frame."""
+
+
 class ObjectHeader(NamedTuple):
     """Clear header. LSN and time ranges are inclusive; `session_salt` also names the session that shipped it.
 
@@ -370,12 +374,15 @@ def _check_stretch(header: ObjectHeader, index: Index, lsn: npt.NDArray[np.uint6
 
 def _unpack(packed: Bytes, raw_length: int, where: str) -> bytes:
     """Decompress to exactly `raw_length` bytes. The cap is ours: a frame's own size field is not believed."""
+    decompressor = _idle.pop() if _idle else zstandard.ZstdDecompressor()
     try:
         if zstandard.frame_content_size(packed) != raw_length:
             raise FormatError(f"{where}: the compressed size is not what the header says")
-        return zstandard.ZstdDecompressor().decompress(packed, max_output_size=raw_length)
+        return decompressor.decompress(packed, max_output_size=raw_length)
     except zstandard.ZstdError as error:
         raise FormatError(f"{where}: cannot be decompressed ({error})") from None
+    finally:
+        _idle.append(decompressor)
 
 
 def _unseal(key: bytes, nonce: bytes, sealed: Bytes, clear: bytes, where: str) -> bytes:

@@ -33,6 +33,9 @@ from replica_store.vault.contents import check_extents, entry_of
 from replica_store.vault.rows import Entry, MachineRow
 from replica_store.vault.vault import Vault
 
+Checked = tuple[Entry, Bytes]
+"""A log object that may be stored, and all of its bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Position:
@@ -139,7 +142,7 @@ class Ingester:
         for entry in entries:
             self._vault.objects.delete(entry.row.name)
 
-    def _check(self, received: ObjectReceived, position: Position) -> tuple[Entry, Bytes] | None:
+    def _check(self, received: ObjectReceived, position: Position) -> Checked | None:
         """All that must hold before anything is stored, and what is stored. None: it is here already."""
         where = f"log object from machine {self._machine_id}"
         content = received.content

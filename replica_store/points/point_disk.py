@@ -41,18 +41,28 @@ class FrameCache:
         self._reader = reader
         self._frames: SharedCache[tuple[str, int], bytes] = SharedCache(bytes_max, len)
         self._heads: SharedCache[str, tuple[ObjectHeader, FrameTable]] = SharedCache(_HEADS_KEPT, lambda head: 1)
+        self._opened_once = 0
 
     @property
     def frames_opened(self) -> int:
         """How often a frame was read and opened: the cost that order of reading decides about."""
-        return self._frames.loads
+        return self._frames.loads + self._opened_once
+
+    def head(self, row: LogObject) -> tuple[ObjectHeader, FrameTable]:
+        """Of a log object. Raises IntegrityError."""
+        return self._heads.get(row.name, lambda: self._head(row))
+
+    def open_once(self, row: LogObject, header: ObjectHeader, table: FrameTable, i: int) -> bytes:
+        """As `frame`, for who will not ask again: keeping it costs more than it brings."""
+        self._opened_once += 1
+        return self._reader.read_frame(row, header, table, i)
 
     def frame(self, row: LogObject, i: int) -> bytes:
         """The raw bytes of frame i. Raises IntegrityError naming the object and its LSNs."""
         return self._frames.get((row.name, i), lambda: self._open(row, i))
 
     def _open(self, row: LogObject, i: int) -> bytes:
-        header, table = self._heads.get(row.name, lambda: self._head(row))
+        header, table = self.head(row)
         return self._reader.read_frame(row, header, table, i)
 
     def _head(self, row: LogObject) -> tuple[ObjectHeader, FrameTable]:
@@ -171,7 +181,7 @@ class PointDisk:
         order = np.lexsort((parts.frame, object_of))
         openings = _changes(object_of, parts.frame)
         if openings <= REOPENED_MAX * _changes(object_of[order], parts.frame[order]):
-            reader, at = _FrameReader(self.state, self._frames), found.start[parts.piece] + parts.skipped
+            reader, at = _OrderedReader(self.state, self._frames), found.start[parts.piece] + parts.skipped
             for to, n, i, begin, size in _rows(at, object_of, parts.frame, parts.at, parts.size):
                 yield to, reader.read(n, i, begin, size)
             return
@@ -257,11 +267,29 @@ class _FrameReader:
     def read(self, n: int, i: int, at: int, size: int) -> memoryview:
         """Bytes of frame i of object n."""
         if self._opened != (n, i):
-            self._raw = memoryview(self._frames.frame(self._state.object(n), i))
+            self._raw = memoryview(self._open(n, i))
             self._opened = n, i
         if at + size > len(self._raw):
             raise FormatError(f"{self._state.object(n).name}: frame {i} ends before byte {at + size} of a record")
         return self._raw[at : at + size]
+
+    def _open(self, n: int, i: int) -> bytes:
+        return self._frames.frame(self._state.object(n), i)
+
+
+class _OrderedReader(_FrameReader):
+    """Reads parts of frames that are hardly ever asked for again."""
+
+    def __init__(self, state: DiskState, frames: FrameCache) -> None:
+        super().__init__(state, frames)
+        self._object: int | None = None
+
+    def _open(self, n: int, i: int) -> bytes:
+        if self._object != n:
+            self._row = self._state.object(n)
+            self._header, self._table = self._frames.head(self._row)
+            self._object = n
+        return self._frames.open_once(self._row, self._header, self._table, i)
 
 
 def _changes(objects: Int64s, frames: Int64s) -> int:

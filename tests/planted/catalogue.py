@@ -18,6 +18,7 @@ from tests.planted import (
     policies,
     quieting,
     security,
+    seeding,
     simulation,
 )
 
@@ -35,6 +36,7 @@ PLANTS: tuple[Plant, ...] = (
     *policies.PLANTS,
     *quieting.PLANTS,
     *comparing.PLANTS,
+    *seeding.PLANTS,
 )
 
 NAMED: Mapping[str, tuple[str, ...]] = {

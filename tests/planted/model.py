@@ -26,7 +26,7 @@ from asrfs.protocol.session import ObjectReceived
 from asrfs.replication import folding, stretch_reader
 from asrfs.storage.interface import Bytes
 from replica_store.ingest import ingester as ingester_room
-from replica_store.ingest.ingester import Ingester, Position
+from replica_store.ingest.ingester import Checked, Ingester, Position
 from replica_store.points import builder, kept_maps, map_maker
 from replica_store.points.extent_map import without_zeros
 from replica_store.points.history import History, LogObject
@@ -83,7 +83,7 @@ def session_of_an_object_not_compared(patch: pytest.MonkeyPatch) -> None:
     """What was sealed for a connection before this one is taken if it fits."""
     sound = Ingester._check
 
-    def check(self: Ingester, received: ObjectReceived, position: Position) -> Entry | None:
+    def check(self: Ingester, received: ObjectReceived, position: Position) -> Checked | None:
         mine, self._salt = self._salt, decode_object_header(received.content, "received").session_salt
         try:
             return sound(self, received, position)

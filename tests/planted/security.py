@@ -19,9 +19,9 @@ from asrfs.protocol.session import ObjectReceived
 from asrfs.transport import tls
 from asrfs.transport.tls import MachineIdentity
 from replica_store.ingest import session
-from replica_store.ingest.ingester import Ingester, Position
+from replica_store.ingest.ingester import Checked, Ingester, Position
 from replica_store.ingest.session import StoreSession
-from replica_store.vault.rows import Entry, MachineRow
+from replica_store.vault.rows import MachineRow
 from tests.planted import Plant
 
 _INGEST = "tests/t4_sim/test_ingest.py::test_"
@@ -99,7 +99,7 @@ def salt_not_compared(patch: pytest.MonkeyPatch) -> None:
     """What was sealed for another session is taken in this one."""
     sound = Ingester._check
 
-    def check(self: Ingester, received: ObjectReceived, position: Position) -> Entry | None:
+    def check(self: Ingester, received: ObjectReceived, position: Position) -> Checked | None:
         self._salt = decode_object_header(received.content, "received").session_salt
         return sound(self, received, position)
 
@@ -110,7 +110,7 @@ def previous_digest_not_compared(patch: pytest.MonkeyPatch) -> None:
     """Any object with the right LSN goes on with the history."""
     sound = Ingester._check
 
-    def check(self: Ingester, received: ObjectReceived, position: Position) -> Entry | None:
+    def check(self: Ingester, received: ObjectReceived, position: Position) -> Checked | None:
         header = decode_object_header(received.content, "received")
         return sound(self, received, replace(position, digest=header.previous_digest))
 

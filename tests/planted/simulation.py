@@ -32,7 +32,7 @@ from asrfs.replication.ticker import Ticker
 from asrfs.replication.trimmer import Limit
 from asrfs.storage.interface import File, Storage
 from replica_store.ingest import ingester as ingester_room
-from replica_store.ingest.ingester import Ingester, Position
+from replica_store.ingest.ingester import Checked, Ingester, Position
 from replica_store.ingest.listener import Listener
 from replica_store.ingest.session import StoreSession
 from replica_store.vault import listing as listing_room
@@ -90,7 +90,7 @@ def accepts_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
     real = Ingester._check
     _host_skips_one(monkeypatch)
 
-    def check(ingester: Ingester, received: ObjectReceived, position: Position) -> Entry | None:
+    def check(ingester: Ingester, received: ObjectReceived, position: Position) -> Checked | None:
         header = decode_object_header(received.content, "received")
         if header.first_lsn > position.lsn:
             position = replace(position, lsn=header.first_lsn - 1, digest=header.previous_digest)

@@ -121,3 +121,12 @@ def test_barrier(scratch: Path) -> None:
     assert set(by_key) == {"hold-2", "hold-3", "writers-without", "writers-with"}
     assert by_key["hold-3"]["also"]["void"] == 0
     assert by_key["writers-with"]["also"]["points"] >= 2
+
+
+def test_resync(scratch: Path) -> None:
+    outcome = bench(scratch, "resync", "--seconds", "2")["resync"]
+    check(outcome, {"asrfs"} if outcome["peers"]["rsync"]["unavailable"] else set())
+    by_key = {workload["key"]: workload["turns"]["asrfs"][0] for workload in outcome["workloads"]}
+    assert by_key["wire-0"]["value"] < 0.1
+    assert by_key["wire-1"]["value"] < by_key["wire-10"]["value"] < 20
+    assert by_key["map-read"]["value"] < 2, "only what is dirty is read"

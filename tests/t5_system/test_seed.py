@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
-import socket
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,55 +12,13 @@ from typing import Any
 import pytest
 
 from tests.waiting import wait_until
+from tools.benchmarks.relay import Relay
 from tools.lab import Lab, command
 
 MIB = 1 << 20
 CHUNK = 64 << 10
 SIZE = 96 * MIB + 512
 CONTENT = 64 * MIB
-
-
-class Relay:
-    """Listens on a port of its own and passes everything on; counts what hosts send. `limit`: bytes until it breaks
-    every connection."""
-
-    def __init__(self, target: str) -> None:
-        host, _, port = target.rpartition(":")
-        self._target = (host, int(port))
-        self._listening = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listening.getsockname()[1]
-        self.sent = 0
-        self._open: list[socket.socket] = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                near, _ = self._listening.accept()
-                far = socket.create_connection(self._target)
-            except OSError:
-                return
-            self._open += [near, far]
-            threading.Thread(target=self._pump, args=(near, far, True), daemon=True).start()
-            threading.Thread(target=self._pump, args=(far, near, False), daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, counts: bool) -> None:
-        try:
-            while content := source.recv(1 << 20):
-                self.sent += len(content) if counts else 0
-                sink.sendall(content)
-        except OSError:
-            pass
-        for end in (source, sink):
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-
-    def close(self) -> None:
-        self._listening.close()
-        for end in self._open:
-            end.close()
 
 
 @pytest.fixture
@@ -86,9 +41,7 @@ def lab(make_scratch: Callable[[str], Path], rng: random.Random) -> Iterator[Lab
 def relay(lab: Lab) -> Iterator[Relay]:
     """Between the machine and its store."""
     relay = Relay(lab.data)
-    path = lab.state / "keys" / "store.json"
-    document = json.loads(path.read_text())
-    path.write_text(json.dumps(document | {"data_port": relay.port}))
+    relay.stand_between(lab.state)
     yield relay
     relay.close()
 

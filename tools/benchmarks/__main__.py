@@ -22,7 +22,7 @@ import msgspec
 from asrfs.errors import BadInputError
 from asrfs.model.quantities import parse_size
 
-from . import barrier, blocks, database, export, recover, replicate, scale
+from . import barrier, blocks, database, export, recover, replicate, resync, scale
 from .benchmark import PEERS, Run
 from .chart import chart
 from .page import CHART, lines_of, page
@@ -36,9 +36,10 @@ ALONE: dict[str, Callable[[Workbench, str, str], Run]] = {
     "scale": scale.run,
     "export": export.run,
     "barrier": barrier.run,
+    "resync": resync.run,
 }
 BENCHMARKS = (*blocks.JOBS, *ALONE)
-TINY = {"turns": 1, "seconds": 0.1, "size": "16M", "records": 20_000, "backlog": "4M"}
+TINY = {"turns": 1, "seconds": 0.1, "size": "16M", "records": 20_000, "backlog": "4M", "image": "32M"}
 DOCUMENT, PAGE = "results.json", "results.md"
 _UNREPEATED = ("--output", "--scratch", "--no-install")
 
@@ -83,12 +84,13 @@ class Numbers(click.ParamType[tuple[int, ...]]):
 @click.option("--machines", type=Numbers(), default=(), help="scale, barrier: how many, as 1,2,4.")
 @click.option("--records", type=click.IntRange(1000), default=10_000_000, show_default=True, help="export: of history.")
 @click.option("--backlog", type=Size(), default="1G", show_default=True, help="recover: bytes of unapplied writes.")
+@click.option("--image", type=Size(), default="4G", show_default=True, help="resync: bytes of the disk compared.")
 @click.pass_context
 def main(
     context: click.Context, /, names: tuple[str, ...], peers: str | None, output: Path | None, **given: Any
 ) -> None:
     """Run benchmarks of asrfs beside its peers on this machine, in turns: write read mixed fsync database replicate
-    recover scale export barrier, or all.
+    recover scale export barrier resync, or all.
     """
     if os.geteuid() != 0:
         raise click.UsageError("loop devices need root")
@@ -158,6 +160,7 @@ def _options(context: click.Context, peers: str | None, given: dict[str, Any]) -
         machines=given["machines"],
         records=given["records"],
         backlog_bytes=given["backlog"],
+        image_bytes=given["image"],
     )
 
 

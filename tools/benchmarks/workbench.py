@@ -47,6 +47,7 @@ class Options:
     machines: tuple[int, ...] = ()
     records: int = 10_000_000
     backlog_bytes: int = 1 << 30
+    image_bytes: int = 4 << 30
 
 
 @dataclass
