@@ -16,7 +16,7 @@ from pathlib import Path
 
 import structlog
 
-from tests.proof.fuzzing import catalog, control, files, groups, journal, objects, texts, wire
+from tests.proof.fuzzing import catalog, control, files, groups, journal, maps, objects, texts, wire
 from tests.proof.fuzzing.mutations import KINDS
 from tests.proof.fuzzing.target import Gauge, Target, Trial
 from tests.proof.level import Case, Context, Level, Notes
@@ -30,6 +30,7 @@ TARGETS: tuple[Target, ...] = (
     *control.TARGETS,
     *texts.TARGETS,
     *groups.TARGETS,
+    *maps.TARGETS,
 )
 
 
