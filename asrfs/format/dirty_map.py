@@ -7,6 +7,7 @@ either of them never outlives the other (I4).
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 from typing import NamedTuple
 
 from crc32c import crc32c
@@ -84,6 +85,8 @@ def decode_dirty_map(content: bytes, where: str) -> tuple[DirtyMap, GivenUp]:
     if max(since_lsn, lsn, time_ns) >= _NUMBER_END or segment >= _SEGMENT_END or offset > _OFFSET_MAX:
         raise FormatError(f"{where}: names a place that cannot be in a journal")
     heads = [_Disk._make(_DISK.unpack_from(content, _HEADER_BYTES + i * _DISK.size)) for i in range(disk_count)]
+    if any(head.slot >= following.slot for head, following in pairwise(heads)):
+        raise FormatError(f"{where}: its disks are not in the order of their slots")
     entries: list[tuple[int, Reason, bytes]] = []
     records = []
     for head in heads:
@@ -92,6 +95,8 @@ def decode_dirty_map(content: bytes, where: str) -> tuple[DirtyMap, GivenUp]:
             raise FormatError(f"{where}: the entry of the disk in slot {head.slot} cannot be")
         if head.record_length:
             records.append(decode_disk(content[at:middle]))
+            if records[-1].slot != head.slot:
+                raise FormatError(f"{where}: the entry of the disk in slot {head.slot} is of another one")
         if head.flags & _IS_IN_MAP:
             entries.append((head.slot, Reason(head.flags & _REASONS), content[middle:end]))
         at = end

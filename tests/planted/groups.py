@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -9,7 +10,9 @@ import pytest
 
 from asrfs.consistency import cut as cut_room
 from asrfs.consistency.cut import Cut, Phase
+from asrfs.consistency.group_coordinator import GroupCoordinator
 from asrfs.consistency.group_share import _HOLD_SLACK_S, GroupShare
+from asrfs.consistency.group_stream import GroupStream
 from asrfs.consistency.scheduled_points import ScheduledPoints
 from asrfs.daemon.group_instants import GroupInstants
 from asrfs.format.record import Kind
@@ -28,6 +31,7 @@ HOLD = "tests/t1_unit/test_write_hold.py::"
 CUT = "tests/t1_unit/test_group_cut.py::"
 LIST = "tests/t1_unit/test_groups_of_a_vault.py::"
 SIM = "tests/t4_sim/test_groups.py::"
+ATTENTION = "tests/t4_sim/test_group_attention.py::"
 
 
 def barrier_without_drain(patch: pytest.MonkeyPatch) -> None:
@@ -207,6 +211,33 @@ def groups_begin_their_schedule_anew(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ScheduledPoints, "run", run)
 
 
+def attends_to_the_late(patch: pytest.MonkeyPatch) -> None:
+    """Whatever the moment at which they are given up, which no task can do meanwhile."""
+    sound = GroupCoordinator._attend
+
+    def attend(self: GroupCoordinator, seconds_max: float) -> None:
+        if (cut := self._cut) is None:
+            return
+        wake_at, cut.wake_at = cut.wake_at, math.inf
+        try:
+            sound(self, seconds_max)
+        finally:
+            cut.wake_at = min(cut.wake_at, wake_at)
+
+    patch.setattr(GroupCoordinator, "_attend", attend)
+
+
+def attends_to_the_dead(patch: pytest.MonkeyPatch) -> None:
+    """A connection at its end is looked at again and again."""
+    sound = GroupStream.attend_at_hand
+
+    def attend_at_hand(self: GroupStream) -> bool:
+        sound(self)
+        return True
+
+    patch.setattr(GroupStream, "attend_at_hand", attend_at_hand)
+
+
 def _plant(name: str, text: str, level: str, apply: Callable[[pytest.MonkeyPatch], None], shows: str = _RED) -> Plant:
     return Plant(name, text, level, 1, apply, shows)
 
@@ -316,5 +347,19 @@ PLANTS = (
         "a machine that is no member makes a point",
         LIST + "test_i5_who_is_no_member_confirms_nothing",
         anybody_confirms,
+    ),
+    _plant(
+        "attends-to-the-late",
+        "a coordinator attends to members that should have been given up",
+        ATTENTION + "test_nobody_is_waited_for_beyond_the_moment_at_which_the_late_are_given_up",
+        attends_to_the_late,
+        "beyond the moment at which they are given up",
+    ),
+    _plant(
+        "attends-to-the-dead",
+        "a coordinator turns in a circle over a connection that has ended",
+        ATTENTION + "test_a_connection_that_ends_costs_no_time_and_no_attention",
+        attends_to_the_dead,
+        "of work in half a second",
     ),
 )

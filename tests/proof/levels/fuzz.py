@@ -16,7 +16,7 @@ from pathlib import Path
 
 import structlog
 
-from tests.proof.fuzzing import catalog, control, files, groups, journal, nbd, objects, texts, wire
+from tests.proof.fuzzing import catalog, control, files, groups, journal, maps, nbd, objects, texts, wire
 from tests.proof.fuzzing.mutations import KINDS
 from tests.proof.fuzzing.target import Gauge, Target, Trial
 from tests.proof.level import Case, Context, Level, Notes
@@ -31,6 +31,7 @@ TARGETS: tuple[Target, ...] = (
     *texts.TARGETS,
     *groups.TARGETS,
     *nbd.TARGETS,
+    *maps.TARGETS,
 )
 
 
