@@ -60,6 +60,8 @@ def fetch_kernel(cache: Path) -> Path:
     if kernel.is_dir():
         return kernel
     cache.mkdir(parents=True, exist_ok=True)
+    if not any(Path("/var/lib/apt/lists").glob("*Packages*")):
+        run(["apt-get", "-qq", "update"])
     with tempfile.TemporaryDirectory(dir=cache) as name:
         work = Path(name)
         (package,) = [

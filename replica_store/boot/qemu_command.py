@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple
 from asrfs.errors import NotFoundError
 from asrfs.model.boot import Network, QemuBoot
 
-Accelerator = Literal["kvm:tcg", "tcg"]
-"""KVM where it can be had, else QEMU's own translation, which works everywhere."""
+Accelerator = Literal["kvm", "tcg"]
+"""`tcg` is QEMU's own translation, which is slow and works everywhere."""
 CONSOLE_LOG, CONSOLE_SOCKET, CONTROL_SOCKET, FIRMWARE_VARIABLES = "console.log", "console", "control", "firmware.vars"
 
 

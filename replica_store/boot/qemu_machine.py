@@ -18,12 +18,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from asrfs.errors import AsrfsError, NotFoundError, RefusedError, TemporaryError, foreign_line
-from asrfs.model.boot import BootSettings, QemuBoot
+from asrfs.model.boot import BootSettings
 from replica_store.boot.health import Place, wait_until_healthy
 from replica_store.boot.qemu_command import (
     CONSOLE_LOG,
@@ -38,6 +38,7 @@ from replica_store.boot.qemu_command import (
 )
 
 QEMU_LOG = "qemu.log"
+FORWARD_FILE = "forward.json"
 START_S_MAX = 30.0
 POWER_DOWN_S = 60.0
 _END_S_MAX = 10.0
@@ -65,11 +66,12 @@ class QemuMachine:
         disks: Mapping[str, str],
         *,
         is_test: bool,
-        accelerator: Accelerator = "kvm:tcg",
+        accelerators: Sequence[Accelerator] = ("kvm", "tcg"),
     ) -> float:
         """Start it and wait until it runs; seconds that took, until QEMU was there where no health check is wanted.
 
-        `disks`: by name, where each is. Raises NotFoundError, RefusedError, TemporaryError, AsrfsError; then it may
+        `disks`: by name, where each is. `accelerators` are tried in this order: a KVM may be there and be of no use.
+        Raises NotFoundError, RefusedError, TemporaryError, AsrfsError; then it may
         still run, for somebody to look at its console.
         """
         assert settings.qemu is not None
@@ -77,7 +79,24 @@ class QemuMachine:
         forward = self._running_forward() if self.is_running() else None
         if not self.is_running():
             forward = _free_forward(settings, is_test=is_test)
-            self._launch(name, settings.qemu, disks, is_test, accelerator, forward)
+            self._prepare()
+            drives = chosen_drives(settings.qemu, disks)
+            firmware = self._firmware() if settings.qemu.firmware == "uefi" else None
+            commands = [
+                qemu_command(
+                    name,
+                    settings.qemu,
+                    drives,
+                    str(self.directory),
+                    is_test=is_test,
+                    accelerator=each,
+                    firmware=firmware,
+                    forward=forward,
+                )
+                for each in accelerators
+                if each != "kvm" or _has_kvm()
+            ]
+            self._launch(commands, forward)
         if settings.health is not None:
             address = None if forward is None else ("127.0.0.1", forward.host_port)
             place = Place(str(self.directory / CONSOLE_LOG), address, self._variables)
@@ -111,34 +130,32 @@ class QemuMachine:
 
     # ---- parts ----------------------------------------------------------------------------------------------------
 
-    def _launch(
-        self,
-        name: str,
-        boot: QemuBoot,
-        disks: Mapping[str, str],
-        is_test: bool,
-        accelerator: Accelerator,
-        forward: Forward | None,
-    ) -> None:
+    def _prepare(self) -> None:
         if len(os.fsencode(self.directory / CONTROL_SOCKET)) > _SOCKET_PATH_BYTES_MAX:
             raise RefusedError(f"{self.directory}: this path is too long for a socket: choose a shorter one")
-        drives = chosen_drives(boot, disks)
         self.directory.mkdir(mode=0o700, exist_ok=True)
-        for left in (CONTROL_SOCKET, CONSOLE_SOCKET, CONSOLE_LOG):
+        for left in (CONTROL_SOCKET, CONSOLE_SOCKET, CONSOLE_LOG, QEMU_LOG):
             (self.directory / left).unlink(missing_ok=True)
-        firmware = self._firmware() if boot.firmware == "uefi" else None
-        command = qemu_command(
-            name,
-            boot,
-            drives,
-            str(self.directory),
-            is_test=is_test,
-            accelerator=accelerator,
-            firmware=firmware,
-            forward=forward,
-        )
-        (self.directory / "forward.json").write_text(json.dumps(forward))
-        with (self.directory / QEMU_LOG).open("wb") as log:
+
+    def _launch(self, commands: Sequence[Sequence[str]], forward: Forward | None) -> None:
+        """The first of the commands that gets QEMU to answer."""
+        assert commands
+        (self.directory / FORWARD_FILE).write_text(json.dumps(forward))
+        for command in commands:
+            self._spawn(command)
+            deadline = time.monotonic() + START_S_MAX
+            while (how := self._how_it_ended()) is None and not self.is_running():
+                if time.monotonic() > deadline:
+                    self.kill()
+                    raise TemporaryError(f"QEMU was not there within {START_S_MAX:g} s")
+                time.sleep(_LOOK_INTERVAL_S)
+            if how is None:
+                return
+            self._reap()
+        raise AsrfsError(f"QEMU did not start: {how}")
+
+    def _spawn(self, command: Sequence[str]) -> None:
+        with (self.directory / QEMU_LOG).open("ab") as log:
             try:
                 self._child = subprocess.Popen(
                     command,
@@ -150,14 +167,6 @@ class QemuMachine:
                 )
             except FileNotFoundError:
                 raise NotFoundError("QEMU is not installed: install the Debian package qemu-system-x86") from None
-        deadline = time.monotonic() + START_S_MAX
-        while not self.is_running():
-            if (how := self._how_it_ended()) is not None:
-                raise AsrfsError(f"QEMU did not start: {how}")
-            if time.monotonic() > deadline:
-                self.kill()
-                raise TemporaryError(f"QEMU was not there within {START_S_MAX:g} s")
-            time.sleep(_LOOK_INTERVAL_S)
 
     def _firmware(self) -> str:
         for code, variables in _UEFI_FILES:
@@ -168,7 +177,7 @@ class QemuMachine:
 
     def _running_forward(self) -> Forward | None:
         try:
-            saved = json.loads((self.directory / "forward.json").read_text())
+            saved = json.loads((self.directory / FORWARD_FILE).read_text())
         except (OSError, ValueError):
             return None
         return Forward(*saved) if saved else None
@@ -225,6 +234,14 @@ class QemuMachine:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(_END_S_MAX)
             self._child = None
+
+
+def _has_kvm() -> bool:
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def _answer(readline: Any) -> Any:

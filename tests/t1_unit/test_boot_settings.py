@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -142,3 +144,9 @@ def test_readers_of_before_pass_over_it() -> None:
     old = msgspec.msgpack.decode(encode_disk(record), type=OldRecord)
     assert (old.slot, old.name) == (1, "root")
     assert decode_disk(msgspec.msgpack.encode(old)).boot == b""
+
+
+def test_the_examples_of_the_manual_are_taken() -> None:
+    manual = (Path(__file__).parents[2] / "docs/boot.md").read_text()
+    kinds = [read_boot(example, "docs/boot.md").kind for example in re.findall(r"```toml\n(.*?)```", manual, re.DOTALL)]
+    assert kinds == ["qemu", "mount"]

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from asrfs.daemon.settings import DEFAULT_TEXTS, OBJECT_BYTES_MAX, OBJECT_BYTES_MIN, parse_overrides
 from asrfs.model import names, policy, quantities
+from asrfs.model.boot import TIMEOUT_S_MAX, decode_boot, encode_boot, read_boot
 from asrfs.model.point_filter import parse_moment
 from asrfs.transport import enrolment
 from asrfs.transport.stream import parse_address
+from replica_store.boot.qemu_command import chosen_drives, qemu_command
 from replica_store.points.selector import AtLsn, AtPoint, AtTime, parse_selector
 from replica_store.vault.rows import parse_log_name
 from tests.proof.fuzzing.mutations import Strike, mutate_bytes, mutate_text
@@ -22,6 +24,10 @@ _SIZES = ("512M", "10G", "4096", "1 TiB", "0", "99999999999999999999E")
 _DURATIONS = ("90s", "5m", "4h", "250ms", "0.5d", "1")
 _TIMES = ("2026-11-21T10:03:07Z", "2026-11-21 10:03:07.250+01:00", "1969-12-31T23:59:59.999999999-12:00")
 _SELECTORS = ("latest", "latest-processed", "lsn:4711", "time:2026-11-21T10:03:07Z", "before-update", "a" * 32)
+_BOOT = (
+    'kind = "qemu"\n[qemu]\nmemory = "512M"\ncpus = 2\ndisks = ["root", "data"]\n[[qemu.networks]]\nbridge = "br0"\n'
+    'mac = "52:54:00:12:34:56"\n[health]\nport = 22\nexpect = "SSH"\ntimeout = "90s"\n'
+)
 _NAMES = ("web1", "A.b_c-9", "a" * 63, "0")
 _ADDRESSES = ("127.0.0.1:443", "[::1]:9443", "store.example", "a:65535", "[fe80::1]")
 _LOG_NAME = f"machines/{'0' * 32}/log/{1:08x}-{1:016x}-{9:016x}-deadbeef.obj"
@@ -107,6 +113,21 @@ def try_policy(rng: random.Random, strike: Strike) -> None:
     assert moment is None or isinstance(moment, int)
 
 
+def try_boot(rng: random.Random, strike: Strike) -> None:
+    """What a person writes is taken or not; what a host wrote is used or not. Either can be carried out."""
+    text = rng.choice((_BOOT, encode_boot(read_boot(_BOOT, "f")).decode()))
+    taken = refused(lambda: read_boot(mutate_text(rng, text, strike), "f"))
+    if taken is not None:
+        assert decode_boot(encode_boot(taken)) == taken
+    document = refused(lambda: decode_boot(mutate_bytes(rng, text.encode(), text.encode(), strike)))
+    for settings in filter(None, (taken, document)):
+        if settings.qemu is not None:
+            chosen = refused(lambda: chosen_drives(settings.qemu, {"root": "/a", "data": "/b"}))  # noqa: B023
+            words = qemu_command("m", settings.qemu, chosen or [], "/m", is_test=True, accelerator="tcg")
+            assert all(type(word) is str and "\0" not in word for word in words)
+        assert settings.health is None or 0 < settings.health.timeout_s <= TIMEOUT_S_MAX
+
+
 def try_token(rng: random.Random, strike: Strike) -> None:
     token = enrolment.Token(machine="web1", secret=rng.randbytes(32), fingerprint=rng.randbytes(32))
     text = enrolment.encode_token(token)
@@ -135,4 +156,5 @@ TARGETS = (
     _target("setting", try_setting, 12),
     _target("policy", try_policy, 12),
     _target("token", try_token, 18),
+    _target("boot settings", try_boot, 12),
 )
