@@ -182,6 +182,14 @@ def holder(found: Iterable[Operation]) -> Operation | None:
     return holding[-1] if holding else None
 
 
+def committed_by(catalog: Catalog, machine_id: str) -> str | None:
+    """Id of the failover by which a machine runs elsewhere for good. Cheap: asked whenever something is received."""
+    rows = catalog.select(
+        "SELECT id FROM operations WHERE machine_id = ? AND state = 'committed' LIMIT 1", (machine_id,)
+    )
+    return str(rows[0][0]) if rows else None
+
+
 # ---- changing -------------------------------------------------------------------------------------------------------
 
 
