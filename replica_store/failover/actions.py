@@ -36,8 +36,8 @@ from replica_store.vault.operations import (
     begin,
     change,
     holder,
-    operation,
     operations,
+    sealed_operation,
 )
 from replica_store.vault.protection import protection_of
 from replica_store.vault.vault import Vault, lock_descriptions
@@ -314,7 +314,7 @@ class Failovers:
             try:
                 if each.state in ENDED:
                     with places.take_lock(each.places):
-                        ended.append(undoing.tidy(self._root, each))
+                        ended.append(undoing.tidy(self._root, self._find(each.id)))
                 elif (cause := self._is_due(each)) is not None:
                     ended.append(self.cleanup(each.id, cause))
             except (AsrfsError, OSError):
@@ -343,7 +343,7 @@ class Failovers:
 
     def _find(self, text: str) -> Operation:
         with Vault.open(self._root) as vault:
-            return operation(vault.catalog, text)
+            return sealed_operation(vault, text)
 
 
 def _is_same(found: Operation, wanted: Wanted) -> bool:
