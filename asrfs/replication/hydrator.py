@@ -123,8 +123,8 @@ class Job:
             if end > self.at:
                 yield from holes_of(self.map, max(offset, self.at), end)
 
-    def read(self) -> Batch:
-        """The next bytes that may be missing. Blocks; raises OSError."""
+    def read(self, bytes_max: int) -> Batch:
+        """The next bytes that may be missing, a few more than `bytes_max`. Blocks; raises OSError."""
         pieces: list[tuple[int, memoryview]] = []
         taken = 0
         for offset, end in self.absent():
@@ -133,7 +133,7 @@ class Job:
                 self.base.read_into(piece, at)
                 pieces += [(at + start, piece[start:until]) for start, until in runs_with_content(piece)]
                 taken += len(piece)
-                if taken >= TURN_BYTES or len(pieces) >= TURN_EXTENTS_MAX:
+                if taken >= bytes_max or len(pieces) >= TURN_EXTENTS_MAX:
                     return Batch(pieces, at + len(piece))
         return Batch(pieces, self.disk.size_bytes)
 
@@ -231,14 +231,16 @@ class Hydrator:
             await self._may_go_on(job)
             job.state = "running"
             started, appended_lsn = trio.current_time(), self.progress.appended_lsn
-            batch = await trio.to_thread.run_sync(job.read, limiter=self._reading, abandon_on_cancel=True)
+            limit = self.rules().limit
+            bytes_max = min(TURN_BYTES, limit) if limit else TURN_BYTES
+            batch = await trio.to_thread.run_sync(job.read, bytes_max, limiter=self._reading, abandon_on_cancel=True)
             if batch.pieces:
                 await self._bring(job, batch)
             job.at = batch.end
             if not batch.pieces and job.at - job.written_down >= REST_BYTES:
                 await self._settle(job)
             self.alarms.clear(ALARM)
-            now, limit = trio.current_time(), self.rules().limit
+            now = trio.current_time()
             brought = sum(len(piece) for _, piece in batch.pieces)
             self._not_before = max(
                 started + brought / limit if limit else now,

@@ -7,14 +7,15 @@ applied stays. At the end no base is needed and the images alone are the model.
 
 from __future__ import annotations
 
+import errno
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from asrfs.disk.interface import waiting
 from asrfs.replication import hydrator
-from tests.fakes.crash_storage import CrashStorage, Fate
+from tests.fakes.crash_storage import CrashStorage, Fate, Fault
 from tests.fakes.hydrated_world import Agent, HydratedWorld, load_machine, next_start
 from tests.fakes.journal_world import Look
 
@@ -145,3 +146,30 @@ def test_i9_killed_between_any_two_operations(number: int, rng: random.Random) -
     begun = next(i for i, look in enumerate(looks) if look.name == "machine.json" and look.kind == "rename")
     for look in looks[begun + 2 :]:
         continue_after(look, look.storage.killed(), was, rng)
+
+
+@pytest.mark.parametrize("kinds", ["write", "datasync"])
+@pytest.mark.parametrize("number", range(6))
+def test_i9_failed_turn_is_taken_back_and_tried_again(
+    kinds: str, number: int, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that is refused half way, a datasync that fails: of the image, which is all a turn writes."""
+    monkeypatch.setattr(hydrator, "RETRY_S", 0.0)
+    world = new_world(rng)
+    agent = live(world, rng)
+    faults: list[Fault] = []
+    hydrating = agent.hydrating
+
+    async def with_fault(slot: int, extents: Sequence[tuple[int, int]], applied_lsn: int) -> None:
+        await hydrating(slot, extents, applied_lsn)
+        if extents and len(faults) < 3 and (not faults or rng.random() < 0.5):
+            error = rng.choice((errno.ENOSPC, errno.EIO))
+            at = rng.randrange(len(extents)) if kinds == "write" else 0
+            faults.append(world.storage.inject(Fault(at=at, error=error, kinds=frozenset((kinds,)), partial=0.5)))
+
+    monkeypatch.setattr(agent, "hydrating", with_fault)
+    agent.hydrate()
+    assert faults
+    world.storage.assert_fired()
+    finish(world, agent)
+    world.close()
