@@ -175,8 +175,8 @@ def sealed_operation(vault: Vault, text: str) -> Operation:
     found = operation(vault.catalog, text)
     if shelf_of(found.id).of_generation(vault.objects, vault.sealer, found.generation) != found:
         raise IntegrityError(
-            f"the catalog says of failover {found.id[:12]} what no object of the vault says: make the catalog again with "
-            "`replica-store rebuild`"
+            f"the catalog says of failover {found.id[:12]} what no object of the vault says: make the catalog again "
+            "with `replica-store rebuild`"
         )
     return found
 
