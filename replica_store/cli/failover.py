@@ -9,8 +9,11 @@ Works on the vault itself, whether it is served or not. What is started outlives
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -233,9 +236,16 @@ def _failovers(invocation: Invocation) -> Failovers:
             sys.stderr.write(f"{step} …\n")
             sys.stderr.flush()
 
-    failovers = Failovers(str(invocation.vault), SystemClock(), told)
+    failovers = Failovers(str(invocation.vault), SystemClock(), told, _seconds_since_start())
     failovers.sweep()
     return failovers
+
+
+def _seconds_since_start() -> float:
+    """Of this process: who waits for a machine waits for that, too."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    since_boot_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return round(max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot_s), 4)
 
 
 def _answer(invocation: Invocation, found: Operation, *, judged: bool = True) -> None:

@@ -24,7 +24,7 @@ from asrfs.model.clock import Clock
 from asrfs.model.protection_states import ProtectionEvent, next_state
 from asrfs.model.quantities import NS_PER_SECOND, format_duration, format_size
 from replica_store.failover import network, places, undoing
-from replica_store.failover.choice import Chosen, check_space, choose, free_bytes
+from replica_store.failover.choice import RESERVE_BYTES, Chosen, check_space, choose, free_bytes
 from replica_store.failover.mounts import allocated_bytes
 from replica_store.failover.preparation import Stopwatch, Told, bring_back, prepare
 from replica_store.vault.epochs import raise_epoch
@@ -33,11 +33,12 @@ from replica_store.vault.operations import (
     Kind,
     Operation,
     OperationState,
+    Step,
     begin,
     change,
     holder,
-    operation,
     operations,
+    sealed_operation,
 )
 from replica_store.vault.protection import protection_of
 from replica_store.vault.vault import Vault, lock_descriptions
@@ -46,6 +47,8 @@ TTL_S = 24 * 3600.0
 TTL_S_MAX = 366 * 24 * 3600.0
 SPACE_LIMIT_MIN = 64 << 20
 """Less than the journal of a machine that does nothing."""
+FREE_LEAST = 128 << 20
+"""On the filesystem of a test: the vault may lie there, too."""
 _LOCK_S_MAX = 10.0
 
 
@@ -64,12 +67,14 @@ class Wanted:
 
 
 class Failovers:
-    """The failovers of the vault at `root`. `told`: called with the name of each step before it begins."""
+    """The failovers of the vault at `root`. `told`: called with the name of each step before it begins; `begun_s`: how
+    long ago the command began that is carried out."""
 
-    def __init__(self, root: str, clock: Clock, told: Told = lambda step: None) -> None:
+    def __init__(self, root: str, clock: Clock, told: Told = lambda step: None, begun_s: float = 0.0) -> None:
         self._root = os.path.abspath(root)
         self._clock = clock
         self._told = told
+        self._begun_s = begun_s
 
     # ---- beginning --------------------------------------------------------------------------------------------
 
@@ -92,7 +97,7 @@ class Failovers:
         return self._begin("unplanned", wanted)
 
     def _begin(self, kind: Kind, wanted: Wanted) -> Operation:
-        watch = Stopwatch(self._told)
+        watch = Stopwatch(self._told, [Step("start", self._begun_s)])
         operation_id = secrets.token_hex(16)
         with watch.step("resolve"):
             namespace = network.namespace_of(operation_id) if kind == "test" else None
@@ -141,10 +146,12 @@ class Failovers:
     def _check_room(self, vault: Vault, kind: Kind, chosen: Chosen, wanted: Wanted, directory: str) -> None:
         if kind != "test":
             check_space(vault, chosen, directory)
-        elif wanted.space_limit_bytes is not None and (free := free_bytes(directory)) < wanted.space_limit_bytes:
+            return
+        needed = max(wanted.space_limit_bytes or 0, RESERVE_BYTES)
+        if (free := free_bytes(directory)) < needed:
             raise RefusedError(
-                f"{directory} has {format_size(free)} free, less than --space-limit: make space or choose another "
-                "place with --state"
+                f"{directory} has {format_size(free)} free, and {format_size(needed)} are needed: make space or choose "
+                "another place with --state"
             )
 
     def _prepare(self, begun: Operation, chosen: Chosen, watch: Stopwatch) -> Operation:
@@ -189,7 +196,7 @@ class Failovers:
             if found.state == "preparing":
                 with Vault.open(self._root) as vault:
                     chosen = choose(vault, found.machine, f"lsn:{found.point.lsn}", accept_damage=True)
-                return self._prepare(found, chosen, Stopwatch(self._told))
+                return self._prepare(found, chosen, Stopwatch(self._told, [Step("start", self._begun_s)]))
             bring_back(self._root, found)
             return self._commit(found) if found.epoch is not None and found.state != "committed" else found
 
@@ -197,7 +204,7 @@ class Failovers:
         """Another point for a failover that is not committed; what was written since it began is given up."""
         found = self._find(text)
         with places.take_lock(found.places):
-            watch = Stopwatch(self._told)
+            watch = Stopwatch(self._told, [Step("start", self._begun_s)])
             with watch.step("resolve"), Vault.open(self._root) as vault:
                 self._allow(vault, self._find(found.id), ProtectionEvent.CHANGE_POINT)
                 chosen = choose(vault, found.machine, selector, accept_damage=accept_damage)
@@ -314,7 +321,8 @@ class Failovers:
             try:
                 if each.state in ENDED:
                     with places.take_lock(each.places):
-                        ended.append(undoing.tidy(self._root, each))
+                        if (found := self._find(each.id)).remains:
+                            ended.append(undoing.tidy(self._root, found))
                 elif (cause := self._is_due(each)) is not None:
                     ended.append(self.cleanup(each.id, cause))
             except (AsrfsError, OSError):
@@ -334,16 +342,18 @@ class Failovers:
             return None
         if found.expires_ns is not None and self._clock.time_ns() >= found.expires_ns:
             return f"its time was up after {format_duration((found.expires_ns - found.begun_ns) / NS_PER_SECOND)}"
-        limit = found.space_limit_bytes
-        if limit is None or not os.path.isdir(found.places.state):
+        if not os.path.isdir(found.places.state):
             return None
-        if (taken := allocated_bytes(found.places.state)) > limit:
+        if (free := free_bytes(found.places.state)) < FREE_LEAST:
+            return f"it left {format_size(free)} free beside it, and what is protected comes first"
+        limit = found.space_limit_bytes
+        if limit is not None and (taken := allocated_bytes(found.places.state)) > limit:
             return f"it took {format_size(taken)}, more than its limit of {format_size(limit)}"
         return None
 
     def _find(self, text: str) -> Operation:
         with Vault.open(self._root) as vault:
-            return operation(vault.catalog, text)
+            return sealed_operation(vault, text)
 
 
 def _is_same(found: Operation, wanted: Wanted) -> bool:

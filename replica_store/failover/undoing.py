@@ -42,7 +42,10 @@ def discard_copy(operation: Operation) -> None:
 
 
 def tidy(root: str, operation: Operation) -> Operation:
-    """Take all of an operation away and note that nothing remains, durably. The caller has its lock."""
+    """Take all of an operation away and note that nothing remains, durably. The caller has its lock.
+
+    `operation` is as its sealed object says.
+    """
     discard(operation)
     places.remove(operation.places)
     return change(root, operation.id, lambda vault, now: msgspec.structs.replace(now, remains=False))

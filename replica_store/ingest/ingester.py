@@ -30,6 +30,7 @@ from asrfs.protocol.session import ObjectReceived
 from replica_store.ingest.seeding import complete
 from replica_store.vault.adoption import adopt
 from replica_store.vault.contents import check_extents, entry_of
+from replica_store.vault.protection import check_not_committed
 from replica_store.vault.rows import Entry, MachineRow
 from replica_store.vault.vault import Vault
 
@@ -132,6 +133,7 @@ class Ingester:
             machine = self._vault.catalog.machine_by_id(self._machine_id)
             if machine is None or machine.epoch != self._position.epoch:
                 raise FencedError("the machine was given a new epoch meanwhile: this side can add nothing any more")
+            check_not_committed(self._vault.catalog, machine)
             self._vault.catalog.append(entries)
             if self._now_ns is not None:
                 points = [point for entry in entries for point in entry.points]

@@ -52,6 +52,11 @@ class Shelf(Generic[B]):
         books, damages = self._books(objects, sealer)
         return max(books.values(), key=lambda book: book.generation, default=None), damages
 
+    def of_generation(self, objects: Objects, sealer: Sealer, generation: int) -> B | None:
+        """The one of this generation, if it is still kept."""
+        books, _ = self._books(objects, sealer)
+        return next((book for book in books.values() if book.generation == generation), None)
+
     def remove_old(self, objects: Objects, sealer: Sealer) -> None:
         """What is left for another time does no harm."""
         try:

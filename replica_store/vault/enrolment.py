@@ -191,6 +191,7 @@ def _next_generation(vault: Vault, request: EnrolRequest, serial: str, now_ns: i
 
 
 def put_description(vault: Vault, row: MachineRow) -> None:
+    """Have an object say what the row does. Inside the transaction that puts the row."""
     description = MachineDescription(
         id=row.id,
         name=row.name,

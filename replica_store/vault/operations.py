@@ -7,6 +7,7 @@ change that died between object and catalog was asked for, and a rebuild may fin
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -132,10 +133,13 @@ def is_sound(operation: Operation) -> bool:
         and operation.generation > 0
         and operation.point.lsn > 0
         and all(0 <= time_ns < 1 << 63 for time_ns in (operation.point.time_ns, operation.begun_ns))
-        and all(path.startswith("/") for path in (operation.places.directory, operation.places.state))
-        and operation.places.mount.startswith("/")
-        and all(path.startswith("/") for path in operation.places.made)
+        and all(_is_place(path) for path in (operation.places.directory, operation.places.state))
+        and all(_is_place(path) for path in (operation.places.mount, *operation.places.made))
     )
+
+
+def _is_place(path: str) -> bool:
+    return path.startswith("/") and path != "/" and os.path.normpath(path) == path
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -163,6 +167,20 @@ def operation(catalog: Catalog, text: str) -> Operation:
     return found[0]
 
 
+def sealed_operation(vault: Vault, text: str) -> Operation:
+    """The same, for who acts on it: what is unmounted and removed on its word is sealed, and not a row's alone.
+
+    Raises IntegrityError, too.
+    """
+    found = operation(vault.catalog, text)
+    if shelf_of(found.id).of_generation(vault.objects, vault.sealer, found.generation) != found:
+        raise IntegrityError(
+            f"the catalog says of failover {found.id[:12]} what no object of the vault says: make the catalog again "
+            "with `replica-store rebuild`"
+        )
+    return found
+
+
 def _operation(catalog: Catalog, *row: object) -> Operation:
     try:
         found = msgspec.json.decode(str(row[5]), type=Operation)
@@ -182,6 +200,14 @@ def holder(found: Iterable[Operation]) -> Operation | None:
     return holding[-1] if holding else None
 
 
+def committed_by(catalog: Catalog, machine_id: str) -> str | None:
+    """Id of the failover by which a machine runs elsewhere for good. Cheap: asked whenever something is received."""
+    rows = catalog.select(
+        "SELECT id FROM operations WHERE machine_id = ? AND state = 'committed' LIMIT 1", (machine_id,)
+    )
+    return str(rows[0][0]) if rows else None
+
+
 # ---- changing -------------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +218,7 @@ def begin(root: str, make: Callable[[Vault], Operation]) -> Operation:
 
 def change(root: str, operation_id: str, make: Callable[[Vault, Operation], Operation]) -> Operation:
     """Another state of an operation, durable when this returns. `make` is given what is there and may refuse."""
-    return _save(root, lambda vault: make(vault, operation(vault.catalog, operation_id)))
+    return _save(root, lambda vault: make(vault, sealed_operation(vault, operation_id)))
 
 
 def _save(root: str, make: Callable[[Vault], Operation]) -> Operation:

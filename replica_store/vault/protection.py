@@ -5,7 +5,7 @@ from __future__ import annotations
 from asrfs.errors import FencedError
 from asrfs.model.protection_states import ProtectionState
 from replica_store.vault.catalog import Catalog
-from replica_store.vault.operations import Operation, holder, operations
+from replica_store.vault.operations import Operation, committed_by, holder, operations
 from replica_store.vault.rows import MachineRow
 from replica_store.vault.vault import Vault
 
@@ -30,9 +30,9 @@ def state_of(holding: Operation) -> ProtectionState:
 
 def check_not_committed(catalog: Catalog, machine: MachineRow) -> None:
     """Raise FencedError if the machine runs elsewhere for good: nothing of its old side is taken any more (I6)."""
-    holding = holder(operations(catalog, machine.id))
-    if holding is not None and holding.state == "committed":
+    committed = committed_by(catalog, machine.id)
+    if committed is not None:
         raise FencedError(
-            f"machine {machine.name} was failed over and runs elsewhere since (failover {holding.id}): "
+            f"machine {machine.name} was failed over and runs elsewhere since (failover {committed[:12]}): "
             "this side can add nothing any more"
         )

@@ -23,6 +23,7 @@ from replica_store.vault.operations import (
     change,
     operation,
     operations,
+    sealed_operation,
 )
 from replica_store.vault.protection import check_not_committed, protection_of
 from replica_store.vault.rebuild import rebuild
@@ -168,6 +169,22 @@ def test_rows_that_cannot_be_are_damage(root: str, history: MemoryHistory) -> No
             with vault.catalog.transaction():
                 vault.catalog.change(f"UPDATE operations SET {column} = ?", (value,))
                 operations(vault.catalog)
+
+
+def test_nobody_acts_on_a_row_that_was_never_sealed(root: str, history: MemoryHistory) -> None:
+    begin(root, lambda vault: made(history))
+    good = msgspec.json.encode(msgspec.structs.replace(made(history), generation=1)).decode()
+    with Vault.open(root, writable=True) as vault, vault.catalog.transaction():
+        other = good.replace("/srv/one/state", "/srv/two/state")
+        vault.catalog.change("UPDATE operations SET content = ?", (other,))
+    with Vault.open(root) as vault:
+        assert operation(vault.catalog, ID).places.state == "/srv/two/state"
+        with pytest.raises(IntegrityError, match="rebuild"):
+            sealed_operation(vault, ID)
+    with pytest.raises(IntegrityError):
+        go(root, "cancelled")
+    rebuild(root)
+    assert go(root, "cancelled").places.state == "/srv/one/state"
 
 
 def test_a_broken_seal_is_said_and_leaves_the_state_before(root: str, history: MemoryHistory) -> None:

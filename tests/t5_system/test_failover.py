@@ -79,7 +79,15 @@ def test_i9_a_test_failover_has_the_bytes_of_every_selector_and_leaves_nothing(
         documents.append(document)
     for document in documents:  # all of them at once
         check_bytes(document, history)
-        assert [step["name"] for step in document["steps"]] == ["resolve", "clear", "state", "tree", "serve", "fsck"]
+        assert [step["name"] for step in document["steps"]] == [
+            "start",
+            "resolve",
+            "clear",
+            "state",
+            "tree",
+            "serve",
+            "fsck",
+        ]
         assert document["rto_seconds"] == pytest.approx(sum(step["seconds"] for step in document["steps"]), abs=0.01)
         assert all(disk["fsck"] == "no filesystem" for disk in document["disks"])
     assert standing(failovers) == ("protected", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -17,6 +18,7 @@ from asrfs.model.marker import HookResult, MarkerRecord, decode_marker, encode_m
 from asrfs.model.policy import follow_policy
 from asrfs.model.quantities import format_time
 from asrfs.storage.system_clock import SystemClock
+from replica_store.failover.report import document
 from replica_store.ingest.ingester import Ingester
 from replica_store.points.builder import disks_of, open_disks, resolve
 from replica_store.points.point_disk import FrameCache
@@ -24,9 +26,12 @@ from replica_store.points.tree import point_tree
 from replica_store.vault.catalog import Catalog
 from replica_store.vault.configuration import configuration_of
 from replica_store.vault.enrolment import make_token
+from replica_store.vault.flaws import flaw_before, note_flaws
+from replica_store.vault.operations import ChosenPoint, Operation, Places, Step, begin, operations
 from replica_store.vault.policy_changes import assign, set_policy
+from replica_store.vault.protection import protection_of
 from replica_store.vault.rows import LogName, MachineRow, ObjectRow, PointRow, parse_log_name
-from replica_store.vault.scrub import scrub
+from replica_store.vault.scrub import Damage, scrub
 from replica_store.vault.standing import standing_of
 from replica_store.vault.vault import CATALOG_FILE, Vault, describe
 from tests.fakes.filled_vault import fill_vault
@@ -37,6 +42,7 @@ from tests.proof.fuzzing.target import Target, Trial, refused
 _TABLES = (
     *("machines", "objects", "points", "disks", "links", "tokens"),
     *("policies", "assignments", "generations", "appeared"),
+    *("operations", "flaws"),
 )
 _READ_BYTES = 16 << 10
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -57,6 +63,18 @@ _FULL_MARKER = MarkerRecord(
     unfinished=True,
 )
 """Every column of a point has a value, so each is changed."""
+_OPERATION = Operation(
+    id="ab" * 16,
+    machine_id=MemoryHistory().id,
+    machine="web1",
+    kind="unplanned",
+    state="commit-pending",
+    point=ChosenPoint(selector="latest", lsn=20, epoch=1, time_ns=5, id="e" * 32),
+    places=Places(directory="/srv/one", state="/srv/one/state", mount="/srv/one/disks", made=("/srv/one/state",)),
+    begun_ns=7,
+    steps=(Step("serve", 1.5),),
+    rto_s=1.5,
+)
 
 
 def make_vault(root: Path) -> MemoryHistory:
@@ -72,6 +90,8 @@ def make_vault(root: Path) -> MemoryHistory:
             vault.catalog.note_appeared(vault.catalog.points(history.id), 1_700_000_000_000_000_000)
         set_policy(vault, "gold", {"crash_interval": "60s", "bandwidth_limit": "08:00-18:00 20M; else 200M"})
         assign(vault, "gold", "machine", history.id)
+    begin(str(root), lambda vault: _OPERATION)
+    note_flaws(str(root), history.id, [Damage("web1", "file", 7, 5, 6, "file: digest")], 3)
     return history
 
 
@@ -155,6 +175,7 @@ def read_everything(vault: Vault, history: MemoryHistory, rng: random.Random) ->
         lambda: _read_disks(vault, selector),
         lambda: _walk(vault),
         lambda: _check_told(vault, history.id),
+        lambda: _check_failovers(vault, history.id, lsn),
         lambda: Ingester(vault, history.id, lambda: "deadbeef").begin_session(vault.machine("web1"), bytes(32)),
     ]
     if rng.random() < 0.1:
@@ -188,6 +209,16 @@ def _check_told(vault: Vault, machine_id: str) -> None:
     told = configuration_of(vault.catalog, machine_id)
     assert decode_configuration(encode_configuration(told)) == told
     follow_policy(told.keys)
+
+
+def _check_failovers(vault: Vault, machine_id: str, lsn: int) -> None:
+    """What is mounted, removed and waited for on the word of a row is what this program would have written."""
+    flaw_before(vault.catalog, machine_id, lsn)
+    for each in operations(vault.catalog):
+        document(each)
+        for path in (each.places.directory, each.places.state, each.places.mount, *each.places.made):
+            assert os.path.normpath(path) == path and path != "/", f"a place that cannot be: {path}"
+        protection_of(vault, vault.machine(each.machine))
 
 
 def _check_object(row: ObjectRow, history: str) -> None:
