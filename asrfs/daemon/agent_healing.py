@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -26,11 +26,15 @@ from asrfs.replication.filler import Filler
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.quota import Quota
+from asrfs.replication.rejoiner import Rejoiner
 from asrfs.replication.resyncer import HealingRules, Resyncer
 from asrfs.replication.shipper import Shipper
 from asrfs.storage.directory import DirectoryStorage, OpenFile, open_path
+from asrfs.storage.system_clock import SystemClock
 
 ROOM_UNKNOWN = 1 << 62
+SEPARATED = ("diverged", "fenced", "store-lost")
+"""Alarms of a host that can only go on in a new epoch."""
 
 
 class AgentHealing:
@@ -48,11 +52,16 @@ class AgentHealing:
         settings: Callable[[], Settings],
         maker: PointMaker,
         shipper: Shipper,
+        rejoiner: Rejoiner,
         comparing: Callable[[], AbstractAsyncContextManager[Comparer]],
         threads: trio.CapacityLimiter,
     ) -> None:
         self._state = state
         self._dirty = dirty
+        self._alarms = alarms
+        self._shipper = shipper
+        self._rejoiner = rejoiner
+        self._scanned: Comparison | None = None
         self._progress = progress
         self._threads = threads
         self._comparing = comparing
@@ -93,10 +102,14 @@ class AgentHealing:
             policy = settings().policy
             return HealingRules(policy.resync_window, policy.rpo_warning_s, self.quota.quota_bytes)
 
-        self.resyncer = Resyncer(self._filler, progress, alarms, lambda: shipper.is_enrolled, rules, minute_of_day)
+        def may_heal() -> bool:
+            return shipper.is_enrolled and self._rejoiner.fence is None and self._rejoiner.order is None
+
+        self.resyncer = Resyncer(self._filler, progress, alarms, may_heal, rules, minute_of_day, self._compare_rejoined)
 
     def close(self) -> None:
         self._reader.close()
+        self._rejoiner.reader.close()
 
     def bytes_per_s(self) -> float:
         """How fast it fills."""
@@ -116,11 +129,12 @@ class AgentHealing:
             raise RefusedError("this machine is not enrolled with a store: use `asrfs enroll` first")
         timeout = request.get("timeout")
         before, started = self._filler.filled_bytes, trio.current_time()
-        scanned = await self._scan() if request.get("full_scan") else None
-        chunks = sum(self._dirty.map.dirty_chunks(slot) for slot in self._dirty.map.slots())
-        await self.resyncer.order(now=bool(request.get("now")))
         failed_at = self.resyncer.failures
         with trio.move_on_after(float("inf") if timeout is None else float(timeout)) as scope:
+            scanned = await self._scan_or_rejoin() if request.get("full_scan") else None
+            chunks = sum(self._dirty.map.dirty_chunks(slot) for slot in self._dirty.map.slots())
+            await self.resyncer.order(now=bool(request.get("now")))
+            failed_at = self.resyncer.failures
             await self._progress.wait_until(lambda: self._is_over(failed_at))
         if self.resyncer.failures > failed_at:
             raise TemporaryError(f"the resync failed and is tried again: {self.resyncer.failure}")
@@ -144,6 +158,43 @@ class AgentHealing:
         await self._filler.mark_different(settled.different)
         return settled
 
+    async def _scan_or_rejoin(self) -> Comparison:
+        """Compare; where host and store share no history any more, after this host has gone on in a new epoch.
+
+        Raises FencedError where the store does not let it.
+        """
+        if self._shipper.paused:
+            raise RefusedError("shipping to the store is paused: go on with `asrfs resume` first")
+        rejoiner = self._rejoiner
+        if rejoiner.order is None and not any(alarm in self._alarms for alarm in SEPARATED):
+            return await self._scan()
+        self._scanned = None
+        await rejoiner.ask("person", "asrfs resync --full-scan")
+        self._shipper.retry_now()
+        await self._progress.wait_until(lambda: rejoiner.order is None)
+        if rejoiner.refusal is not None:
+            raise rejoiner.refusal
+        self.resyncer.retry_now()
+        await self._progress.wait_until(lambda: self._scanned is not None or self.resyncer.failures > 0)
+        if self._scanned is None:
+            raise TemporaryError(f"the disks could not be compared, which is tried again: {self.resyncer.failure}")
+        return self._scanned
+
+    async def _compare_rejoined(self, disks: Sequence[DiskConfig]) -> None:
+        """Of disks of which anything may differ, since the machine went on in this epoch.
+
+        What was given up is in the images before they are read: no record will bring it.
+        """
+        epoch, through_lsn = self._progress.epoch, self._dirty.given_up.through.lsn
+        async with self._comparing() as comparer:
+            comparer.hurry_applied(through_lsn)
+            await self._progress.wait_until(lambda: self._progress.applied.lsn >= through_lsn)
+            found = await comparer.compare(disks, _pass_over)
+            settled = await comparer.settle(disks, found, _pass_over)
+        await self._filler.note_compared(disks, epoch, settled.different)
+        self._scanned = settled
+        self._progress.wake()
+
     def _is_over(self, failed_at: int) -> bool:
         return self.resyncer.looked and (
             self.resyncer.phase in ("idle", "window") or self.resyncer.failures > failed_at
@@ -154,6 +205,35 @@ class AgentHealing:
 
     def _set_gaps(self, slots: Collection[int], gap: bool) -> MachineConfig:
         return self._state.edit_machine(lambda machine: with_gaps(machine, slots, gap))
+
+
+def make_rejoiner(
+    state: StateDirectory,
+    dirty: DirtyMapFile,
+    *,
+    server: DiskServer,
+    progress: Progress,
+    positions: PositionsFile,
+    alarms: Alarms,
+    threads: trio.CapacityLimiter,
+) -> Rejoiner:
+    """Of the machine in this state directory. `dirty` is the agent's."""
+    journal, machine_id = DirectoryStorage(state.journal), id_bytes(state.load_machine().id)
+    return Rejoiner(
+        DirectoryStorage(state.root),
+        journal,
+        machine_id,
+        JournalReader(journal, machine_id, check_payloads=False),
+        server,
+        progress,
+        positions,
+        dirty,
+        alarms,
+        threads,
+        state.load_machine,
+        state.edit_machine,
+        SystemClock().time_ns,
+    )
 
 
 def _pass_over(_done: int, _total: int) -> None:

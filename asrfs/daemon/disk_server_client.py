@@ -124,6 +124,12 @@ class DiskServerClient:
         reply = await self._fill.call("fill", slot=slot, offset=offset, length=length)
         return int(reply["lsn"])
 
+    async def new_epoch(self, epoch: int, after_lsn: int) -> HostPositions:
+        return host_positions(await self._long.call("new_epoch", epoch=epoch, after_lsn=after_lsn))
+
+    async def reread_fence(self) -> None:
+        await self._long.call("fence")
+
     async def reread_disks(self) -> None:
         await self._fill.call("disks")
 

@@ -51,6 +51,9 @@ def protection(machine: MachineConfig, acknowledged_lsn: int, healing: Healing, 
     """`(state, reason)` of an enrolled machine."""
     reasons = healing.reasons
     names = {disk.slot: disk.name for disk in machine.live_disks()}
+    if any(Reason.REJOINED in reason for reason in reasons.values()):
+        why = "host and store went on in a new epoch, and disks are to be compared"
+        return "resyncing" if healing.phase == "comparing" else "resync-required", f"{why}{_when(healing, window)}"
     if is_initial := [slot for slot, reason in reasons.items() if Reason.INITIAL in reason]:
         reason = f"the content disk {names[is_initial[0]]} was adopted with is being sent"
         return "initial-replication", f"{reason}: {healing.failure}" if healing.phase == "failed" else reason

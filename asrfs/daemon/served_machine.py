@@ -41,6 +41,7 @@ from asrfs.storage.directory import DirectoryStorage, OpenFile, open_path
 FILL_BYTES_MAX = 16 * PAYLOAD_BYTES_MAX
 """The most that one `fill` may ask for: a verb is answered soon."""
 QUIET_S_MAX = 0.1
+LSN_END = 1 << 63
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ class ServedMachine:
             log.warning("a torn tail was cut: %s", recovered.cut)
         self._applied_lsn = positions.applied.lsn
         self.journal = Journal(storage, id_bytes(machine.id), recovered, clock)
+        self.journal.fence(self._state.is_fenced())
         self._keeper = MapKeeper(self.journal, storage, self._maps, recovered)
         self.hold = WriteHold(self.journal, clock)
         self.volume = Volume(self.journal.request_sync, WriteTogether(self.journal), self.hold.keep)
@@ -329,6 +331,24 @@ class ServedMachine:
         self.reconcile()
         return {}
 
+    def new_epoch(self, request: Fields) -> Fields:
+        """Go on in a new epoch, behind an LSN that another side of the machine came to; positions when that and what the
+        disks are is durable. Asked again it does nothing more."""
+        epoch, after_lsn = request["epoch"], request["after_lsn"]
+        if not isinstance(epoch, int) or not isinstance(after_lsn, int) or not 0 <= after_lsn < LSN_END:
+            raise BadInputError("a new epoch has a number, and begins behind an LSN")
+        with self._changing:
+            if self.journal.epoch < epoch:
+                self.journal.begin_epoch(epoch, after_lsn)
+                self._announced.clear()
+            self._take_over(self._state.load_machine())
+        return self.sync(request)
+
+    def fence(self, request: Fields) -> Fields:
+        """Take over whether this side was superseded."""
+        self.journal.fence(self._state.is_fenced())
+        return {}
+
     def verbs(self) -> dict[str, Any]:
         return {
             "positions": self.positions,
@@ -340,6 +360,8 @@ class ServedMachine:
             "applied": self.applied,
             "fill": self.fill,
             "disks": self.disks,
+            "new_epoch": self.new_epoch,
+            "fence": self.fence,
         }
 
 

@@ -33,6 +33,7 @@ from asrfs.model.configuration import HostConfiguration, decode_configuration
 from asrfs.model.machine import SLOT_MAX, DiskConfig, MachineConfig, check_machine
 from asrfs.model.names import check_name
 from asrfs.model.positions import Positions
+from asrfs.model.rejoining import FENCE_FILE
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import read_whole, write_atomically
 
@@ -153,6 +154,10 @@ class StateDirectory:
     def is_enrolled(self) -> bool:
         """Whether a store has let this machine in; `keys/store.json` is the last file that enrolment writes."""
         return os.path.exists(os.path.join(self.keys, "store.json"))
+
+    def is_fenced(self) -> bool:
+        """Whether another side of this machine has taken its place; so too if the file says nothing that can be read."""
+        return os.path.exists(self.path(FENCE_FILE))
 
     @property
     def points_file(self) -> str:

@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 from asrfs.disk.interface import HeldError
 from asrfs.errors import BadInputError, RefusedError, TemporaryError
-from asrfs.format.record import Kind
+from asrfs.format.record import CHANGES, Kind
 from asrfs.journal.writer import Journal
 from asrfs.model.clock import Clock
 from asrfs.model.machine import NO_SLOT
@@ -44,7 +44,6 @@ ARMED_S_MAX = 300.0
 """How long it stays ready for a hold that nobody begins."""
 KEPT_BYTES_MAX = 32 << 20
 """Above this nothing more is taken from the kernel until the release, reads neither."""
-_CHANGES = frozenset((Kind.WRITE, Kind.ZERO, Kind.DISCARD))
 _MARKER = int(Kind.MARKER)
 
 log = logging.getLogger(__name__)
@@ -189,7 +188,7 @@ class WriteHold:
 
     def _bar(self, kind: int) -> None:
         """Asked by the journal, under its lock, before each record."""
-        if kind in _CHANGES and not (self._state is _State.DRAINING and threading.current_thread() is self._thread):
+        if kind in CHANGES and not (self._state is _State.DRAINING and threading.current_thread() is self._thread):
             raise HeldError
 
     def _check_open(self) -> None:
@@ -197,6 +196,8 @@ class WriteHold:
         it."""
         if self._closed:
             raise RefusedError("the disk server is ending: no writes are held any more")
+        if self._journal.is_fenced:
+            raise RefusedError("this side of the machine was superseded: it has no writes to hold")
         if self._state is not _State.OPEN:
             raise RefusedError(f"writes are being held already, for point {self._id}")
         if self._thread is None:

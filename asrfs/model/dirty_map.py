@@ -43,6 +43,8 @@ class Reason(enum.IntFlag):
     """Its adopted image has not been looked at yet: what has content in it will be marked."""
     NOW = 16
     """Somebody wants it healed whatever the time of the day."""
+    REJOINED = 32
+    """Host and store went on in a new epoch, and it has not been compared yet: anything may differ."""
 
 
 class Gap(NamedTuple):
@@ -85,6 +87,13 @@ class GivenUp(NamedTuple):
     def opened(self, after_lsn: int) -> GivenUp:
         """With a gap that is open: the one there is, or one that begins here."""
         return self if self.is_open else self._replace(gaps=(*self.gaps, Gap(after_lsn))[-GAPS_MAX:])
+
+    def rejoined(self, store_lsn: int, common_lsn: int, through: Cursor, disks: tuple[DiskRecord, ...]) -> GivenUp:
+        """Everything the store has not got, which is at `store_lsn` of another history, up to `through`. Both histories
+        are the same up to `common_lsn`: later states of this host never came to the store."""
+        before = tuple(gap for gap in self.gaps if gap.until_lsn and gap.after_lsn < common_lsn)
+        after_lsn = min(self.gaps[-1].after_lsn, common_lsn) if self.is_open else common_lsn
+        return GivenUp(store_lsn, through, disks, (*before, Gap(after_lsn))[-GAPS_MAX:])
 
     def closed(self, until_lsn: int) -> GivenUp:
         """With no gap open behind `until_lsn`."""

@@ -33,5 +33,11 @@ class DiskServer(Protocol):
     async def fill(self, slot: int, offset: int, length: int) -> int:
         """Append the extent's present content as a FILL record: its LSN."""
 
+    async def new_epoch(self, epoch: int, after_lsn: int) -> HostPositions:
+        """Go on in this epoch behind `after_lsn`, unless it has begun already, and say what the disks are: durable."""
+
+    async def reread_fence(self) -> None:
+        """Take up whether this side was superseded: then guests can write no more."""
+
     async def reread_disks(self) -> None:
         """Take up changes of the machine's disks and append their DISK records."""

@@ -85,13 +85,29 @@ class Filler:
 
     async def mark_different(self, chunks: Mapping[int, Sequence[int]]) -> None:
         """Chunks, by slot, that comparing has found to differ. Raises OSError."""
-        map = self.dirty.map
         async with self.dirty.turn:
             for slot, numbers in chunks.items():
-                if len(numbers):
-                    map.enter(slot, Reason.DIFFERS)
-                    offsets = np.array(numbers, np.int64) * CHUNK_BYTES
-                    map.mark_all(slot, offsets, np.full(len(offsets), CHUNK_BYTES))
+                self._mark(slot, numbers)
+            await self._in_thread(self.dirty.save)
+
+    def _mark(self, slot: int, chunks: Sequence[int]) -> None:
+        if len(chunks):
+            self.dirty.map.enter(slot, Reason.DIFFERS)
+            offsets = np.array(chunks, np.int64) * CHUNK_BYTES
+            self.dirty.map.mark_all(slot, offsets, np.full(len(offsets), CHUNK_BYTES))
+
+    async def note_compared(self, disks: Sequence[DiskConfig], epoch: int, found: Mapping[int, Sequence[int]]) -> None:
+        """These were compared since the machine went on in this epoch; what differs is marked.
+
+        Nothing is noted where another one has begun meanwhile. Raises OSError.
+        """
+        map = self.dirty.map
+        async with self.dirty.turn:
+            if self.progress.epoch != epoch:
+                return
+            for disk in disks:
+                self._mark(disk.slot, found.get(disk.slot, ()))
+                map.settle(disk.slot, Reason.REJOINED)
             await self._in_thread(self.dirty.save)
 
     async def fill(self, disk: DiskConfig, may_go_on: Callable[[], bool]) -> None:
@@ -110,7 +126,7 @@ class Filler:
         """
         map = self.dirty.map
         async with self.dirty.turn:
-            if any(slot not in map or map.dirty_chunks(slot) for slot in slots):
+            if any(slot not in map or map.dirty_chunks(slot) or Reason.REJOINED in map.reasons(slot) for slot in slots):
                 return False
             await self._in_thread(self.set_gaps, slots, False)
             await self.server.reread_disks()

@@ -106,7 +106,7 @@ class Quota:
                 given_up = given_up._replace(since_lsn=acknowledged.lsn).opened(acknowledged.lsn)
             through, last = await self._in_thread(mark_records, self.reader, start, host.durable.lsn, dirty.map)
             records = {disk.slot: DiskRecord.of(disk) for disk in machine.disks} | last
-            disks = tuple(_with_gap(records[slot]) for slot in sorted(records))
+            disks = tuple(with_gap(records[slot]) for slot in sorted(records))
             given_up = given_up._replace(through=through, disks=disks)
             await self._in_thread(self.dirty.save, given_up)
         structlog.get_logger("asrfs.quota").warning(
@@ -138,7 +138,8 @@ class Quota:
         return await trio.to_thread.run_sync(function, *arguments, limiter=self.threads)
 
 
-def _with_gap(record: DiskRecord) -> DiskRecord:
+def with_gap(record: DiskRecord) -> DiskRecord:
+    """What a gap object says of a disk."""
     return DiskRecord(
         slot=record.slot,
         id=record.id,

@@ -1,7 +1,7 @@
 """Brings a replica that lacks something up to date: when, again after what failed, and what people are told of it.
 
     map empty ─▶ idle        store does not have what was given up yet ─▶ wait for it        not the time ─▶ wait
-    else ─▶ fill disk after disk ─▶ close ─▶ idle
+    a new epoch has begun ─▶ compare ─▶ fill …        else ─▶ fill disk after disk ─▶ close ─▶ idle
 
 A lost connection, a disk server that is being replaced and a full filesystem here, of which there is an alarm already,
 are no failures: it waits, and goes on where it was.
@@ -9,7 +9,7 @@ are no failures: it waits, and goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -34,7 +34,8 @@ PATIENCE_S = 60.0
 """For so long a disk server may be away before that counts as a failure."""
 _NOTES = {True: "the first copy is complete", False: "the resync is complete"}
 
-Phase = Literal["idle", "store", "window", "running", "failed"]
+Phase = Literal["idle", "store", "window", "comparing", "running", "failed"]
+Compare = Callable[[Sequence[DiskConfig]], Awaitable[None]]
 
 
 class HealingRules(NamedTuple):
@@ -47,7 +48,7 @@ class HealingRules(NamedTuple):
 
 @dataclass(slots=True)
 class Resyncer:
-    """`minute`: of the host's local day. `phase`: what is done or waited for; `failure`: why the last try failed."""
+    """`minute`: of the host's local day; `compare` finds out what of disks differs, and notes it. `phase`: what is done or waited for; `failure`: why the last try failed."""
 
     filler: Filler
     progress: Progress
@@ -55,6 +56,7 @@ class Resyncer:
     is_enrolled: Callable[[], bool]
     rules: Callable[[], HealingRules]
     minute: Callable[[], int]
+    compare: Compare
     phase: Phase = "idle"
     failure: str = ""
     failures: int = 0
@@ -124,6 +126,9 @@ class Resyncer:
         if not self._has_store():
             self.phase = "store"
             return False
+        if unknown := [disk for disk in machine.live_disks() if Reason.REJOINED in map.reasons(disk.slot)]:
+            self.phase = "comparing"
+            await self.compare(unknown)
         waiting = False
         for disk in machine.live_disks():
             if disk.slot in map:

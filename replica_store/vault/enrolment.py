@@ -75,7 +75,7 @@ def enrol(vault: Vault, request: EnrolRequest, clock: Clock, data_port: int) -> 
             authority, request.csr.encode(), request.machine, request.machine_id, now_ns
         )
         row, keys = _next_generation(vault, request, identity.serial, now_ns)
-        _put_description(vault, row)
+        put_description(vault, row)
         vault.catalog.put_machine(row)
         vault.catalog.change("UPDATE tokens SET used_ns = ? WHERE secret_digest = ?", (now_ns, secret_digest))
     return EnrolReply(
@@ -100,7 +100,7 @@ def revoke(vault: Vault, machine_name: str, clock: Clock) -> MachineRow:
         row = vault.machine(machine_name)
         known = newest_description(vault, row.id)
         row = replace(row, revoked=True, generation=max(row.generation, known.generation if known else 0) + 1)
-        _put_description(vault, row)
+        put_description(vault, row)
         vault.catalog.put_machine(row)
         vault.catalog.change(
             "UPDATE tokens SET expires_ns = ? WHERE machine_name = ? AND used_ns IS NULL AND expires_ns > ?",
@@ -190,7 +190,8 @@ def _next_generation(vault: Vault, request: EnrolRequest, serial: str, now_ns: i
     )
 
 
-def _put_description(vault: Vault, row: MachineRow) -> None:
+def put_description(vault: Vault, row: MachineRow) -> None:
+    """Have an object say what the row does. Inside the transaction that puts the row."""
     description = MachineDescription(
         id=row.id,
         name=row.name,

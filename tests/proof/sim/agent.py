@@ -30,7 +30,7 @@ from asrfs.replication.progress import Progress
 from asrfs.replication.quota import Quota
 from asrfs.replication.resyncer import HealingRules, Resyncer
 from asrfs.replication.shipper import Shipper, StoreAccess
-from asrfs.replication.shipping_session import Source
+from asrfs.replication.source import Source
 from asrfs.replication.ticker import Ticker
 from asrfs.replication.trimmer import Trimmer
 from asrfs.storage.interface import File

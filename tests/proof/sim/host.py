@@ -19,7 +19,7 @@ from asrfs.model.machine import MachineConfig
 from asrfs.model.positions import Cursor, Positions
 from asrfs.replication.dirty_map_file import load_dirty_map
 from asrfs.replication.object_builder import MachineKeys
-from asrfs.replication.shipping_session import ShippingSettings
+from asrfs.replication.source import ShippingSettings
 from asrfs.storage.interface import read_whole, write_atomically
 from asrfs.transport.stream import ByteStream
 from tests.fakes.crash_storage import CrashStorage, Fate

@@ -16,7 +16,7 @@ from asrfs.model import dirty_map
 from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.replication import filler, shipping_session, stretch_reader
 from asrfs.replication.object_builder import MachineKeys
-from asrfs.replication.shipping_session import ShippingSettings
+from asrfs.replication.source import ShippingSettings
 from asrfs.transport.tls import MachineIdentity
 from replica_store.vault.keys import MachineKeys as StoredKeys
 from replica_store.vault.schema import REBUILDABLE
