@@ -31,15 +31,10 @@ from asrfs.consistency.maker import PointMaker, PointRequest
 from asrfs.consistency.points import Point, PointLog
 from asrfs.consistency.scheduler import Scheduler
 from asrfs.daemon.agent_groups import AgentGroups
-from asrfs.daemon.agent_healing import AgentHealing, make_rejoiner
+from asrfs.daemon.agent_healing import AgentHealing
 from asrfs.daemon.agent_images import StateImages
 from asrfs.daemon.agent_log import start_agent_log
-from asrfs.daemon.agent_status import (
-    Facts,
-    OldestUnacknowledged,
-    images_of,
-    status,
-)
+from asrfs.daemon.agent_status import Facts, OldestUnacknowledged, images_of, status
 from asrfs.daemon.agent_verbs import AgentVerbs, check_is_kept, through_a_restart
 from asrfs.daemon.control_trio import serve_control
 from asrfs.daemon.digesting import DigestProcess, comparing
@@ -113,15 +108,6 @@ class Agent:
         self._oldest = OldestUnacknowledged(self._readers[3])
         trimmer = Trimmer(journal, machine_id)
         self._dirty = dirty = DirtyMapFile(self._files, DIRTY_MAP_FILE)
-        self._rejoiner = make_rejoiner(
-            state,
-            dirty,
-            server=self._server,
-            progress=self._progress,
-            positions=self._positions,
-            alarms=self._alarms,
-            threads=self._threads,
-        )
         self._ticker = Ticker(self._server, self._progress, self._alarms, lambda: self._settings.current.object_age)
         self._applier = ApplierTask(
             Applier(self._readers[0], self._positions, self._images, self._on_marker),
@@ -151,10 +137,10 @@ class Agent:
             settings=lambda: self._settings.current,
             maker=self._maker,
             shipper=self._shipper,
-            rejoiner=self._rejoiner,
             comparing=compare,
             threads=self._threads,
         )
+        self._shipper.source.rejoiner = self._healing.rejoiner
         self._groups = self._make_groups()
         self._scheduler = Scheduler(
             self._machine.id,
@@ -187,7 +173,7 @@ class Agent:
                     self._applier.run,
                     self._applier.run_trimming,
                     self._shipper.run,
-                    self._rejoiner.run,
+                    self._healing.rejoiner.run,
                     self._healing.quota.run,
                     self._healing.resyncer.run,
                     self._verification.run,
@@ -286,7 +272,6 @@ class Agent:
             journal_turn=journal_turn,
             configured=self._configuration.offer,
             given_up=lambda: self._dirty.given_up,
-            rejoiner=self._rejoiner,
             group_port=self._settings.current.group_port,
             group_address=self._settings.current.group_address,
         )
@@ -405,7 +390,7 @@ class Agent:
             oldest_segment=self._housekeeping.oldest_segment,
             quota_bytes=self._healing.quota.quota_bytes,
             healing=self._healing.standing(machine, filled_per_s),
-            is_fenced=self._rejoiner.fence is not None,
+            is_fenced=self._healing.rejoiner.fence is not None,
             policy=self._settings.current.policy,
             link=self._link.state,
             link_reason=self._link.reason,

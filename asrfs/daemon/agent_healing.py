@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -16,6 +16,7 @@ from asrfs.daemon.settings_in_force import minute_of_day
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import RefusedError, TemporaryError
 from asrfs.journal.reader import JournalReader
+from asrfs.model.dirty_map import Reason
 from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.model.names import id_bytes
 from asrfs.replication.alarms import Alarms
@@ -52,7 +53,6 @@ class AgentHealing:
         settings: Callable[[], Settings],
         maker: PointMaker,
         shipper: Shipper,
-        rejoiner: Rejoiner,
         comparing: Callable[[], AbstractAsyncContextManager[Comparer]],
         threads: trio.CapacityLimiter,
     ) -> None:
@@ -60,14 +60,28 @@ class AgentHealing:
         self._dirty = dirty
         self._alarms = alarms
         self._shipper = shipper
-        self._rejoiner = rejoiner
         self._scanned: Comparison | None = None
         self._progress = progress
         self._threads = threads
         self._comparing = comparing
         machine = state.load_machine()
-        machine_id = id_bytes(machine.id)
-        self._reader = JournalReader(DirectoryStorage(state.journal), machine_id, check_payloads=False)
+        machine_id, journal = id_bytes(machine.id), DirectoryStorage(state.journal)
+        self.rejoiner = Rejoiner(
+            DirectoryStorage(state.root),
+            journal,
+            machine_id,
+            JournalReader(journal, machine_id, check_payloads=False),
+            server,
+            progress,
+            positions,
+            dirty,
+            alarms,
+            threads,
+            state.load_machine,
+            state.edit_machine,
+            SystemClock().time_ns,
+        )
+        self._reader = JournalReader(journal, machine_id, check_payloads=False)
         self.quota = Quota(
             server,
             progress,
@@ -103,13 +117,13 @@ class AgentHealing:
             return HealingRules(policy.resync_window, policy.rpo_warning_s, self.quota.quota_bytes)
 
         def may_heal() -> bool:
-            return shipper.is_enrolled and self._rejoiner.fence is None and self._rejoiner.order is None
+            return shipper.is_enrolled and self.rejoiner.fence is None and self.rejoiner.order is None
 
-        self.resyncer = Resyncer(self._filler, progress, alarms, may_heal, rules, minute_of_day, self._compare_rejoined)
+        self.resyncer = Resyncer(self._filler, progress, alarms, may_heal, rules, minute_of_day, self._find)
 
     def close(self) -> None:
         self._reader.close()
-        self._rejoiner.reader.close()
+        self.rejoiner.reader.close()
 
     def bytes_per_s(self) -> float:
         """How fast it fills."""
@@ -151,12 +165,9 @@ class AgentHealing:
     async def _scan(self) -> Comparison:
         """Compare all disks with the replica, and have the map say what differs."""
         machine = await trio.to_thread.run_sync(self._state.load_machine, limiter=self._threads)
-        disks = machine.live_disks()
-        async with self._comparing() as comparer:
-            found = await comparer.compare(disks, _pass_over)
-            settled = await comparer.settle(disks, found, _pass_over)
-        await self._filler.mark_different(settled.different)
-        return settled
+        await self._filler.mark_different(await self._find(machine.live_disks()))
+        assert self._scanned is not None
+        return self._scanned
 
     async def _scan_or_rejoin(self) -> Comparison:
         """Compare; where host and store share no history any more, after this host has gone on in a new epoch.
@@ -165,7 +176,7 @@ class AgentHealing:
         """
         if self._shipper.paused:
             raise RefusedError("shipping to the store is paused: go on with `asrfs resume` first")
-        rejoiner = self._rejoiner
+        rejoiner = self.rejoiner
         if rejoiner.order is None and not any(alarm in self._alarms for alarm in SEPARATED):
             return await self._scan()
         self._scanned = None
@@ -175,25 +186,21 @@ class AgentHealing:
         if rejoiner.refusal is not None:
             raise rejoiner.refusal
         self.resyncer.retry_now()
-        await self._progress.wait_until(lambda: self._scanned is not None or self.resyncer.failures > 0)
+        await self._progress.wait_until(lambda: self._is_compared() or self.resyncer.failures > 0)
         if self._scanned is None:
             raise TemporaryError(f"the disks could not be compared, which is tried again: {self.resyncer.failure}")
         return self._scanned
 
-    async def _compare_rejoined(self, disks: Sequence[DiskConfig]) -> None:
-        """Of disks of which anything may differ, since the machine went on in this epoch.
+    def _is_compared(self) -> bool:
+        map = self._dirty.map
+        return self._scanned is not None and not any(Reason.REJOINED in map.reasons(slot) for slot in map.slots())
 
-        What was given up is in the images before they are read: no record will bring it.
-        """
-        epoch, through_lsn = self._progress.epoch, self._dirty.given_up.through.lsn
+    async def _find(self, disks: Sequence[DiskConfig]) -> Mapping[int, Sequence[int]]:
+        """What of these disks differs from the replica, by slot."""
         async with self._comparing() as comparer:
-            comparer.hurry_applied(through_lsn)
-            await self._progress.wait_until(lambda: self._progress.applied.lsn >= through_lsn)
             found = await comparer.compare(disks, _pass_over)
-            settled = await comparer.settle(disks, found, _pass_over)
-        await self._filler.note_compared(disks, epoch, settled.different)
-        self._scanned = settled
-        self._progress.wake()
+            self._scanned = await comparer.settle(disks, found, _pass_over)
+        return self._scanned.different
 
     def _is_over(self, failed_at: int) -> bool:
         return self.resyncer.looked and (
@@ -205,35 +212,6 @@ class AgentHealing:
 
     def _set_gaps(self, slots: Collection[int], gap: bool) -> MachineConfig:
         return self._state.edit_machine(lambda machine: with_gaps(machine, slots, gap))
-
-
-def make_rejoiner(
-    state: StateDirectory,
-    dirty: DirtyMapFile,
-    *,
-    server: DiskServer,
-    progress: Progress,
-    positions: PositionsFile,
-    alarms: Alarms,
-    threads: trio.CapacityLimiter,
-) -> Rejoiner:
-    """Of the machine in this state directory. `dirty` is the agent's."""
-    journal, machine_id = DirectoryStorage(state.journal), id_bytes(state.load_machine().id)
-    return Rejoiner(
-        DirectoryStorage(state.root),
-        journal,
-        machine_id,
-        JournalReader(journal, machine_id, check_payloads=False),
-        server,
-        progress,
-        positions,
-        dirty,
-        alarms,
-        threads,
-        state.load_machine,
-        state.edit_machine,
-        SystemClock().time_ns,
-    )
 
 
 def _pass_over(_done: int, _total: int) -> None:

@@ -27,10 +27,10 @@ from asrfs.format.record import PAYLOAD_BYTES_MAX, Kind
 from asrfs.fuse.direct import Bytes, Volume
 from asrfs.journal.block_map import BlockMap
 from asrfs.journal.disk import JournaledDisk, WriteTogether, rebuild_maps
+from asrfs.journal.epochs import EpochJournal
 from asrfs.journal.hold import WriteHold
 from asrfs.journal.map_keeper import MapKeeper
 from asrfs.journal.recovery import Recovered, recover
-from asrfs.journal.writer import Journal
 from asrfs.model.clock import Clock
 from asrfs.model.machine import NO_SLOT, DiskConfig, DiskRecord, MachineConfig, encode_disk, grown
 from asrfs.model.marker import decode_marker
@@ -106,10 +106,10 @@ class ServedMachine:
         if recovered.cut is not None:
             log.warning("a torn tail was cut: %s", recovered.cut)
         self._applied_lsn = positions.applied.lsn
-        self.journal = Journal(storage, id_bytes(machine.id), recovered, clock)
-        self.journal.fence(self._state.is_fenced())
+        self.journal = EpochJournal(storage, id_bytes(machine.id), recovered, clock)
         self._keeper = MapKeeper(self.journal, storage, self._maps, recovered)
         self.hold = WriteHold(self.journal, clock)
+        self.hold.fence(self._state.is_fenced())
         self.volume = Volume(self.journal.request_sync, WriteTogether(self.journal), self.hold.keep)
 
     def _recover(
@@ -332,8 +332,8 @@ class ServedMachine:
         return {}
 
     def new_epoch(self, request: Fields) -> Fields:
-        """Go on in a new epoch, behind an LSN that another side of the machine came to; positions when that and what the
-        disks are is durable. Asked again it does nothing more."""
+        """Go on in a new epoch, behind an LSN to which another side of the machine came; positions when that, and what
+        the disks are, is durable. Asked again it does nothing more."""
         epoch, after_lsn = request["epoch"], request["after_lsn"]
         if not isinstance(epoch, int) or not isinstance(after_lsn, int) or not 0 <= after_lsn < LSN_END:
             raise BadInputError("a new epoch has a number, and begins behind an LSN")
@@ -346,7 +346,7 @@ class ServedMachine:
 
     def fence(self, request: Fields) -> Fields:
         """Take over whether this side was superseded."""
-        self.journal.fence(self._state.is_fenced())
+        self.hold.fence(self._state.is_fenced())
         return {}
 
     def verbs(self) -> dict[str, Any]:

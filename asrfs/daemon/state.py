@@ -156,7 +156,7 @@ class StateDirectory:
         return os.path.exists(os.path.join(self.keys, "store.json"))
 
     def is_fenced(self) -> bool:
-        """Whether another side of this machine has taken its place; so too if the file says nothing that can be read."""
+        """Whether another side of this machine has taken its place; also if the file cannot be read."""
         return os.path.exists(self.path(FENCE_FILE))
 
     @property

@@ -41,8 +41,8 @@ class SegmentHeader(NamedTuple):
     def ends_before(self, epoch: int) -> int:
         """The last LSN before this segment, which follows one of `epoch`.
 
-        With the first segment of an epoch LSNs may jump: between its `durable_lsn`, up to which the epoch before went and
-        was durable when it was begun, and its `first_lsn` there never was a record.
+        With the first segment of an epoch LSNs may jump: between its `durable_lsn`, up to which the epoch before went
+        and was durable when it was begun, and its `first_lsn` there never was a record.
         """
         return self.durable_lsn if self.epoch > epoch else self.first_lsn - 1
 

@@ -110,8 +110,8 @@ class JournalReader:
             self._file = None
 
     def _enter(self, cursor: Cursor) -> tuple[SegmentHeader, Cursor]:
-        """Open the segment that holds the record behind `cursor`; returns its header, and the cursor behind the LSNs that
-        were jumped over there."""
+        """Open the segment that holds the record behind `cursor`; returns its header, and the cursor behind the LSNs
+        that were jumped over there."""
         if self._file is None or self._header is None or self._number != cursor.segment:
             self._open_at(cursor)
         # A segment ends where the next one begins, whatever a crash left behind that place.

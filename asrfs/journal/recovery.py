@@ -9,8 +9,8 @@ acknowledged position, or the `durable_lsn` in any later valid header of a recor
 and IntegrityError names file, offset and LSN.
 
 Where an epoch begins LSNs may jump (`SegmentHeader.ends_before`). What its first segment says of the end of the epoch
-before was durable, so that is a claim, too. Such a segment is kept although it may have no record yet: who asked for the
-new epoch was told that it has begun.
+before was durable, so that is a claim, too. Such a segment is kept although it may have no record yet: who asked for
+the new epoch was told that it has begun.
 
 What was found is synced before it counts as durable, else power could be lost under a history that was already
 shipped (I1). And whatever nothing says was durable is written again first: had a sync failed before this start, the

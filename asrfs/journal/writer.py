@@ -10,10 +10,6 @@ its name durable before its first record (`next_segment.py`, which has a thread 
     write EIO, any datasync             final: every later append and sync raises EIO; never tried again
     no space for a new segment          this append raises ENOSPC, a later one tries again
     no space inside a segment           this append raises ENOSPC, the tail stays where it was
-    no space for a new epoch            it is not begun
-
-A new epoch begins with a segment of its own, and there LSNs may jump over those that another side of the machine has
-used. Everything before it is made durable first, so that what its header says of the end of the old one holds.
 
 A write that was refused may lie there whole all the same. Before anything else is written it is taken back, durably, so
 that a crash never finds it in the place of what came after it; and a segment whose successor's header was refused takes
@@ -36,7 +32,6 @@ from functools import partial
 from crc32c import crc32c
 
 from asrfs.format.record import (
-    CHANGES,
     PAYLOAD_BYTES_MAX,
     READS_AS_ZEROS,
     RECORD_HEADER_BYTES,
@@ -108,7 +103,6 @@ class Journal:
         self._segment_bytes = segment_bytes
         self._zero_blocks_max = zero_blocks_max
         self._failed: str | None = None
-        self.is_fenced = False
         self.barred: Callable[[int], None] | None = None
         """Asked, under the lock, for the kind of each record that is to be appended; raises what forbids it."""
         # The open segment. Before there is one, the tail lies at a segment's end, so that the first append begins one.
@@ -368,46 +362,6 @@ class Journal:
             self.when_sealed(known)
         return None
 
-    # ---- epochs ----
-
-    def fence(self, is_fenced: bool) -> None:
-        """From now on changes of a guest's are refused with EROFS, or are not any more. The machine's own records go on."""
-        with self.lock:
-            if self.is_fenced == is_fenced:
-                return
-            self.is_fenced = is_fenced
-            if self._failed is None:
-                self.barred = self._refuse_changes if is_fenced else None
-
-    def _refuse_changes(self, kind: int) -> None:
-        if kind in CHANGES:
-            raise OSError(errno.EROFS, "this side of the machine was superseded: it takes no more writes")
-
-    def begin_epoch(self, epoch: int, after_lsn: int) -> None:
-        """Go on in a new segment of `epoch`, with LSNs above everything appended and above `after_lsn`.
-
-        Durable when it returns. Nothing happens where this epoch, or a later one, has begun already. Raises OSError.
-        """
-        self.sync()  # so that little is left to be synced under the lock
-        with self.lock:
-            if self._failed is not None:
-                raise OSError(errno.EIO, self._failed)
-            if self.epoch < epoch:
-                self._sync_locked()
-                self._roll(epoch, max(self.appended_lsn, after_lsn))
-                self._sync_locked()
-
-    def _sync_locked(self) -> None:
-        """Make everything durable at this instant. Only here a sync waits under the lock."""
-        files = [*self._unsynced, *((n, file) for n, file in self._files.items() if n == self._number)]
-        for number, file in files:
-            try:
-                file.datasync()
-            except OSError as error:
-                self._fail(f"{segment_name(number)}: sync failed: {error}")
-                raise OSError(errno.EIO, self._failed) from error
-        self.durable_lsn = self.appended_lsn
-
     # ---- segments ----
 
     def _fail(self, why: str) -> None:
@@ -419,14 +373,10 @@ class Journal:
         raise OSError(errno.EIO, self._failed)
 
     def _roll(self, epoch: int | None = None, after_lsn: int | None = None) -> None:
-        """Seal the open segment and begin the next one, of a new epoch and behind `after_lsn` where these are given.
-
-        Raises OSError; then nothing was begun, and the next tries.
-        """
+        """Seal the open segment and begin the next one. Raises OSError; then nothing was begun, and the next tries."""
         number = self._number + 1
         salt = self._make_salt()
-        epoch = self.epoch if epoch is None else epoch
-        last_lsn = self.appended_lsn if after_lsn is None else after_lsn
+        epoch, last_lsn = epoch or self.epoch, after_lsn or self.appended_lsn
         first_lsn = last_lsn + 1
         header = SegmentHeader(epoch, number, first_lsn, self.durable_lsn, self.last_time_ns, self._machine_id, salt)
         try:

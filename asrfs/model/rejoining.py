@@ -18,8 +18,8 @@ FENCE_FILE = "fenced.json"
 
 T = TypeVar("T")
 By = Literal["host", "person"]
-"""The host orders it itself where nobody can be overwritten by that, because the store lacks what it had; where two hosts
-may be alive, somebody must decide."""
+"""The host orders it itself where nobody can be overwritten by that, because the store lacks what it had. Where two
+hosts may be alive, somebody must decide."""
 Line = Annotated[str, msgspec.Meta(max_length=1000)]
 
 

@@ -36,6 +36,8 @@ RUN_BYTES_MAX = 1 << 20
 RUNS_PER_SAVE = 64
 RATE_WINDOW_S = 30.0
 
+FindDifferent = Callable[[Sequence[DiskConfig]], Awaitable[Mapping[int, Sequence[int]]]]
+"""Compares disks with the store: by slot, the chunks that differ."""
 OpenImage = Callable[[DiskConfig], File]
 T = TypeVar("T")
 
@@ -96,12 +98,15 @@ class Filler:
             offsets = np.array(chunks, np.int64) * CHUNK_BYTES
             self.dirty.map.mark_all(slot, offsets, np.full(len(offsets), CHUNK_BYTES))
 
-    async def note_compared(self, disks: Sequence[DiskConfig], epoch: int, found: Mapping[int, Sequence[int]]) -> None:
-        """These were compared since the machine went on in this epoch; what differs is marked.
+    async def compare(self, disks: Sequence[DiskConfig], find: FindDifferent) -> None:
+        """Mark what differs of disks of which anything may, because the machine went on in a new epoch.
 
-        Nothing is noted where another one has begun meanwhile. Raises OSError.
+        What was given up then is in the images before they are read: no record will bring it. Nothing is marked where
+        another epoch has begun meanwhile. Raises what `find` does, OSError.
         """
-        map = self.dirty.map
+        map, epoch, through_lsn = self.dirty.map, self.progress.epoch, self.dirty.given_up.through.lsn
+        await self.progress.wait_until(lambda: self.progress.applied.lsn >= through_lsn)
+        found = await find(disks)
         async with self.dirty.turn:
             if self.progress.epoch != epoch:
                 return
@@ -109,6 +114,7 @@ class Filler:
                 self._mark(disk.slot, found.get(disk.slot, ()))
                 map.settle(disk.slot, Reason.REJOINED)
             await self._in_thread(self.dirty.save)
+        self.progress.wake()
 
     async def fill(self, disk: DiskConfig, may_go_on: Callable[[], bool]) -> None:
         """Send what is marked of a disk; it may return before that is all."""

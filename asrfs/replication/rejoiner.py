@@ -1,13 +1,13 @@
 """Goes on in a new epoch where host and store share no history any more; and what becomes of who was superseded.
 
-    order written (rejoin.json) ─▶ all disks in the map, gaps open ─▶ HELLO rejoin ─▶ WELCOME: epoch, LSN M of the store
-        ─▶ journal: new segment of that epoch, LSNs above ours and M, DISK records ─▶ map saved: all up to there is given up
+    order written (rejoin.json) ─▶ disks in the map, gaps open ─▶ HELLO rejoin ─▶ WELCOME: epoch, LSN M of the store
+        ─▶ journal: new segment of that epoch, LSNs above ours and M, DISK records ─▶ map saved: all of it is given up
         ─▶ positions: M acknowledged ─▶ fenced.json and rejoin.json gone ─▶ gap object, comparing, filling, gap closed
 
 A kill between any two steps finds the order, and begins again: the store gives another epoch, and each step is done
 anew or has been. What the store had stays as it is (I7): our records come behind it, with LSNs of their own (I9), and
-no point is listed from there until all disks were compared and healed (I5). The side that did not ask is of an older epoch
-from then on: the store refuses it, it writes that down, and its disks take no more writes (I6).
+no point is listed from there until all disks were compared and healed (I5). The side that did not ask is of an older
+epoch from then on: the store refuses it, it writes that down, and its disks take no more writes (I6).
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ EditMachine = Callable[[Callable[[MachineConfig], MachineConfig]], MachineConfig
 
 @dataclass(slots=True)
 class Rejoiner:
-    """`storage`: the state directory's, `journal` the journal's; `reader` is this one's own. `machine` reads `machine.json`, `edit_machine` replaces it; both block.
+    """`storage`: the state directory's, `journal`: the journal's; `reader` is this one's own. `machine` reads
+    `machine.json`, `edit_machine` replaces it; both block.
 
     `refusal`: why the last order came to nothing.
     """

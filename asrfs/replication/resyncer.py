@@ -9,7 +9,7 @@ are no failures: it waits, and goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -23,7 +23,7 @@ from asrfs.model.healing import FAILURES_MAX, Sick, is_due, lag_bytes_max, retry
 from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.model.positions import Cursor
 from asrfs.replication.alarms import Alarms
-from asrfs.replication.filler import Filler
+from asrfs.replication.filler import Filler, FindDifferent
 from asrfs.replication.pace import Pace
 from asrfs.replication.progress import Progress, bytes_between
 
@@ -35,7 +35,6 @@ PATIENCE_S = 60.0
 _NOTES = {True: "the first copy is complete", False: "the resync is complete"}
 
 Phase = Literal["idle", "store", "window", "comparing", "running", "failed"]
-Compare = Callable[[Sequence[DiskConfig]], Awaitable[None]]
 
 
 class HealingRules(NamedTuple):
@@ -48,7 +47,8 @@ class HealingRules(NamedTuple):
 
 @dataclass(slots=True)
 class Resyncer:
-    """`minute`: of the host's local day; `compare` finds out what of disks differs, and notes it. `phase`: what is done or waited for; `failure`: why the last try failed."""
+    """`minute`: of the host's local day; `find` compares disks with the store. `phase`: what is done or waited for;
+    `failure`: why the last try failed."""
 
     filler: Filler
     progress: Progress
@@ -56,7 +56,7 @@ class Resyncer:
     is_enrolled: Callable[[], bool]
     rules: Callable[[], HealingRules]
     minute: Callable[[], int]
-    compare: Compare
+    find: FindDifferent
     phase: Phase = "idle"
     failure: str = ""
     failures: int = 0
@@ -128,7 +128,7 @@ class Resyncer:
             return False
         if unknown := [disk for disk in machine.live_disks() if Reason.REJOINED in map.reasons(disk.slot)]:
             self.phase = "comparing"
-            await self.compare(unknown)
+            await self.filler.compare(unknown, self.find)
         waiting = False
         for disk in machine.live_disks():
             if disk.slot in map:

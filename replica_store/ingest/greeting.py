@@ -31,8 +31,8 @@ def check_identity(identity: MachineIdentity, machine: MachineRow | None) -> Mac
 def check_hello(hello: Hello, machine: MachineRow) -> None:
     """What can be said before the history is looked at. Raises AsrfsError.
 
-    A host at a higher epoch than ours was told it by a store of which this one is an older copy, or by another one: it is
-    welcomed with ours, and will want to rejoin.
+    A host at a higher epoch than ours was told it by a store of which this one is an older copy, or by another one: it
+    is welcomed with ours, and will want to rejoin.
     """
     if hello.machine_id != machine.id:
         raise AuthenticationError(

@@ -84,6 +84,7 @@ class Ingester:
         """Where the history stands; from now on only objects sealed with this salt are taken."""
         if not self._settled:
             adopt(self._vault, machine)
+            machine = self._vault.catalog.machine_by_id(machine.id) or machine
             self._settled = True
         self._salt = session_salt
         last = self._vault.catalog.last_object(machine.id)

@@ -55,7 +55,7 @@ async def filling(machine: Machine, *, calls: int = 1 << 30, enrolled: bool = Tr
     host = HealingHost(machine.world, PositionsFile(Positions(), lambda _: None))
     host.server.calls_left = calls
     rules = HealingRules(ALWAYS, 900.0, 1 << 40)
-    resyncer = Resyncer(host.filler, host.progress, host.alarms, lambda: enrolled, lambda: rules, lambda: 0)
+    resyncer = Resyncer(host.filler, host.progress, host.alarms, lambda: enrolled, lambda: rules, lambda: 0, host.find)
 
     async def tick() -> None:
         """What ticker and shipper would do all the time."""

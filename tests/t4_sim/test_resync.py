@@ -86,6 +86,7 @@ class Host:
             lambda: True,
             lambda: HealingRules(self.window, self.rpo_s, QUOTA_BYTES),
             lambda: self.minute,
+            self.healing.find,
         )
         self.trimmer = Trimmer(journal, MACHINE_ID)
         self.segments_max = 0

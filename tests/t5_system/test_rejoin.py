@@ -19,7 +19,7 @@ import pytest
 from tools.lab import Lab, LabError, wait_until
 
 MIB = 1 << 20
-DISK_MIB = 256
+DISK_MIB = 96
 SEGMENT_MIB = 64
 
 
@@ -116,14 +116,14 @@ def test_i5_and_i9_a_vault_that_was_set_back_is_healed_without_a_person(
     backup = lab.root / "vault.backup"
     copy(lab.vault, backup)
     lab.start_store()
-    for first in (5, 20, 60):
+    for first in (5, 20, 30):
         writer.write(first, 60)
     lost: dict[str, Any] = lab.asrfs("point", "create", "--name", "lost", "--wait", "--timeout", "60s")
     wait_until(lambda: is_trimmed(lab), "what the store has is freed", 60)
     lab.kill_store()
     shutil.rmtree(lab.vault)
     backup.rename(lab.vault)
-    writer.write(100, 3)
+    writer.write(90, 3)
     lab.start_store()
     for _ in range(8 if kills else 0):
         time.sleep(rng.uniform(0.0, 0.4))  # sleep: somewhere in the middle of it
@@ -150,14 +150,14 @@ def test_i5_and_i9_a_vault_that_was_set_back_is_healed_without_a_person(
 
 def test_an_empty_vault_is_filled_again(lab: Lab, rng: random.Random) -> None:
     writer = Writer(lab, rng)
-    for first in (0, 20, 60):
+    for first in (0, 20, 30):
         writer.write(first, 60)
     lab.asrfs("drain", "--timeout", "60s")
     wait_until(lambda: is_trimmed(lab), "what the store has is freed", 60)
     lab.kill_store()
     shutil.rmtree(lab.vault)
     lab.start_store()
-    lab.enroll()
+    lab.enroll("--instead")
     until_whole(lab, 2)
     assert export(lab, "latest") == bytes(writer.content), "I9"
     writer.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
@@ -17,6 +17,7 @@ from asrfs.model.calendar import ALWAYS
 from asrfs.model.machine import DiskConfig
 from asrfs.model.marker import MarkerRecord, encode_marker
 from asrfs.model.positions import Positions
+from asrfs.model.rejoining import By
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.applier import Applier, Image
 from asrfs.replication.applier_task import ApplierTask
@@ -28,6 +29,7 @@ from asrfs.replication.object_builder import ObjectBuilder
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.quota import Quota
+from asrfs.replication.rejoiner import Rejoiner
 from asrfs.replication.resyncer import HealingRules, Resyncer
 from asrfs.replication.shipper import Shipper, StoreAccess
 from asrfs.replication.source import Source
@@ -104,6 +106,12 @@ class DiskServerLine:
     async def fill(self, slot: int, offset: int, length: int) -> int:
         return await self._call(lambda server: server.fill(slot, offset, length))
 
+    async def new_epoch(self, epoch: int, after_lsn: int) -> HostPositions:
+        return await self._call(lambda server: server.new_epoch(epoch, after_lsn))
+
+    async def reread_fence(self) -> None:
+        await self._call(DiskServerLife.reread_fence)
+
     async def reread_disks(self) -> None:
         await self._call(DiskServerLife.announce)
 
@@ -138,6 +146,16 @@ class ToldQuota(Quota):
         if is_given_up:
             self.told.watch.fired("records given up")
         return is_given_up
+
+
+class ToldRejoiner(Rejoiner):
+    """Says when it is asked to rejoin."""
+
+    told: Host
+
+    async def ask(self, by: By, why: str) -> None:
+        await super().ask(by, why)
+        self.told.watch.fired("store lost what was freed")
 
 
 class Agent:
@@ -210,8 +228,27 @@ class Agent:
             self._make_point,
             lambda: 0,
         )
+        self.rejoiner = ToldRejoiner(
+            storage,
+            journal,
+            host.machine_id,
+            JournalReader(journal, host.machine_id, check_payloads=False),
+            server,
+            self.progress,
+            self.positions,
+            self.dirty,
+            self.alarms,
+            self._threads,
+            host.load_machine,
+            host.edit_machine,
+            host.clock.time_ns,
+        )
+        self.rejoiner.told = host
+        source.rejoiner = self.rejoiner
         rules = HealingRules(ALWAYS, 900.0, host.quota_bytes)
-        self.resyncer = Resyncer(filler, self.progress, self.alarms, lambda: True, lambda: rules, lambda: 0)
+        self.resyncer = Resyncer(
+            filler, self.progress, self.alarms, self._may_heal, lambda: rules, lambda: 0, self._find
+        )
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -220,11 +257,24 @@ class Agent:
                 self.applier.run,
                 self.applier.run_trimming,
                 self.shipper.run,
+                self.rejoiner.run,
                 self._keep_spares,
                 self._quota.run,
                 self.resyncer.run,
             ):
                 nursery.start_soon(task)
+
+    def _may_heal(self) -> bool:
+        return self.rejoiner.order is None and self.rejoiner.fence is None
+
+    async def _find(self, disks: Sequence[DiskConfig]) -> Mapping[int, Sequence[int]]:
+        """Images and what the store has, some time later. A disk here is no more than a chunk."""
+        host = self._host
+        images = {disk.slot: host.image(disk.slot) for disk in disks}
+        await trio.sleep(host.rng.choice((0.0, 0.5, 3.0)))  # sleep: virtual, both sides go on meanwhile
+        found = {disk.slot: [0] for disk in disks if images[disk.slot] != host.at_store(disk.slot)}
+        host.watch.fired("rejoined disk compared")
+        return found
 
     async def _make_point(self, note: str) -> int:
         payload = encode_marker(MarkerRecord(id=f"{self._host.rng.getrandbits(128):032x}", note=note))
