@@ -291,11 +291,11 @@ class JournalWorld:
     # ---- what happens to a machine ----
 
     def begin_epoch(self, epoch: int, after_lsn: int) -> None:
-        """LSNs that are jumped over are records of nothing to the model."""
+        """LSNs that are jumped over are records of nothing to the model, which a crash may find from now on."""
         self.sync()
         jumped = after_lsn - len(self.model.records)
-        self.journal.begin_epoch(epoch, after_lsn)
         self.model.records += [ModelRecord(0, NO_SLOT, 0, 0, b"") for _ in range(jumped)]
+        self.journal.begin_epoch(epoch, after_lsn)
         self.model.promised_lsn = len(self.model.records)
 
     def write_together(self, writes: Sequence[tuple[int, int, bytes]]) -> bool:
