@@ -74,10 +74,10 @@ class Lab:
         self.store.kill()
         self.store.wait()
 
-    def enroll(self) -> None:
+    def enroll(self, *options: str) -> None:
         """A token of the store for the machine, and the machine's use of it."""
         token = run(command("replica_store.cli.main", "--vault", self.vault, "token", self.machine)).strip()
-        enroll = ("enroll", "--store", self.manage, "--token", "-")
+        enroll = ("enroll", "--store", self.manage, "--token", "-", *options)
         run(command("asrfs.cli.main", "--state", self.state, *enroll), told=token)
 
     def start_host(self, *, wait_for_agent: bool = True) -> None:

@@ -15,13 +15,17 @@ from asrfs.terminal.output import pairs
 @click.command()
 @click.option("--store", metavar="HOST:PORT", required=True, help="Management address of the store.")
 @click.option("--token", metavar="TOKEN", required=True, help="From `replica-store token MACHINE`; '-' reads stdin.")
+@click.option("--instead", is_flag=True, help="Leave the store it is enrolled with: this one takes its place.")
 @pass_invocation
-def enroll(invocation: Invocation, store: str, token: str) -> None:
-    """Register this machine with a store: keys and a certificate for a one-time token."""
+def enroll(invocation: Invocation, store: str, token: str, instead: bool) -> None:
+    """Register this machine with a store: keys and a certificate for a one-time token.
+
+    A store that takes another one's place is sent everything, in a new epoch if need be.
+    """
     if token == "-":
         asked = sys.stdin.isatty()
         token = click.prompt("token", hide_input=True, err=True) if asked else sys.stdin.readline().strip()
     state = invocation.open_state()
-    document = enroll_with(state, store, token)
+    document = enroll_with(state, store, token, instead=instead)
     tell_agent_to_reload(state)
     invocation.answer(document, lambda out: out.print(pairs(document)))

@@ -135,6 +135,8 @@ class Agent:
             comparing=compare,
             threads=self._threads,
         )
+        self._shipper.source.rejoiner = self._healing.rejoiner
+        self._shipper.source.rejoiner = self._healing.rejoiner
         self._groups = self._make_groups()
         self._scheduler = Scheduler(
             self._machine.id,
@@ -168,6 +170,7 @@ class Agent:
                     self._applier.run_trimming,
                     self._hydration.run,
                     self._shipper.run,
+                    self._healing.rejoiner.run,
                     self._healing.quota.run,
                     self._healing.resyncer.run,
                     self._verification.run,
@@ -336,6 +339,7 @@ class Agent:
             oldest_segment=self._housekeeping.oldest_segment,
             quota_bytes=self._healing.quota.quota_bytes,
             healing=self._healing.standing(machine, filled_per_s),
+            is_fenced=self._healing.rejoiner.fence is not None,
             policy=self._settings.current.policy,
             link=self._shipping.link.state,
             link_reason=self._shipping.link.reason,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -19,6 +18,7 @@ from asrfs.daemon.state import DIRTY_MAP_FILE, StateDirectory
 from asrfs.disk.overlay import WholeView
 from asrfs.errors import RefusedError, TemporaryError
 from asrfs.journal.reader import JournalReader
+from asrfs.model.dirty_map import Reason
 from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.model.names import id_bytes
 from asrfs.replication.alarms import Alarms
@@ -31,11 +31,15 @@ from asrfs.replication.lost_map import lost_text, unknown_slots
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.quota import Quota
+from asrfs.replication.rejoiner import Rejoiner
 from asrfs.replication.resyncer import HealingRules, Resyncer
 from asrfs.replication.shipper import Shipper
 from asrfs.storage.directory import DirectoryStorage, OpenFile
+from asrfs.storage.system_clock import SystemClock
 
 ROOM_UNKNOWN = 1 << 62
+SEPARATED = ("diverged", "fenced", "store-lost")
+"""Alarms of a host that can only go on in a new epoch."""
 
 
 class AgentHealing:
@@ -58,13 +62,31 @@ class AgentHealing:
     ) -> None:
         self._state = state
         self._dirty = dirty
+        self._alarms = alarms
+        self._shipper = shipper
+        self._scanned: Comparison | None = None
         self._progress = progress
         self._positions = positions
         self._threads = threads
         self._comparing = comparing
         machine = state.load_machine()
-        machine_id = id_bytes(machine.id)
-        self._reader = JournalReader(DirectoryStorage(state.journal), machine_id, check_payloads=False)
+        machine_id, journal = id_bytes(machine.id), DirectoryStorage(state.journal)
+        self.rejoiner = Rejoiner(
+            DirectoryStorage(state.root),
+            journal,
+            machine_id,
+            JournalReader(journal, machine_id, check_payloads=False),
+            server,
+            progress,
+            positions,
+            dirty,
+            alarms,
+            threads,
+            state.load_machine,
+            state.edit_machine,
+            SystemClock().time_ns,
+        )
+        self._reader = JournalReader(journal, machine_id, check_payloads=False)
         self.quota = Quota(
             server,
             progress,
@@ -93,7 +115,7 @@ class AgentHealing:
             self._open_image,
             make_point,
             lambda: 0,
-            self._compare,
+            self._find,
         )
         if unknown_slots(dirty.map):
             files = DirectoryStorage(state.root)
@@ -103,10 +125,14 @@ class AgentHealing:
             policy = settings().policy
             return HealingRules(policy.resync_window, policy.rpo_warning_s, self.quota.quota_bytes)
 
-        self.resyncer = Resyncer(self._filler, progress, alarms, lambda: shipper.is_enrolled, rules, minute_of_day)
+        def may_heal() -> bool:
+            return shipper.is_enrolled and self.rejoiner.fence is None and self.rejoiner.order is None
+
+        self.resyncer = Resyncer(self._filler, progress, alarms, may_heal, rules, minute_of_day)
 
     def close(self) -> None:
         self._reader.close()
+        self.rejoiner.reader.close()
 
     def bytes_per_s(self) -> float:
         """How fast it fills."""
@@ -126,11 +152,12 @@ class AgentHealing:
             raise RefusedError("this machine is not enrolled with a store: use `asrfs enroll` first")
         timeout = request.get("timeout")
         before, started = self._filler.filled_bytes, trio.current_time()
-        scanned = await self._scan() if request.get("full_scan") else None
-        chunks = sum(self._dirty.map.dirty_chunks(slot) for slot in self._dirty.map.slots())
-        await self.resyncer.order(now=bool(request.get("now")))
         failed_at = self.resyncer.failures
         with trio.move_on_after(float("inf") if timeout is None else float(timeout)) as scope:
+            scanned = await self._scan_or_rejoin() if request.get("full_scan") else None
+            chunks = sum(self._dirty.map.dirty_chunks(slot) for slot in self._dirty.map.slots())
+            await self.resyncer.order(now=bool(request.get("now")))
+            failed_at = self.resyncer.failures
             await self._progress.wait_until(lambda: self._is_over(failed_at))
         if self.resyncer.failures > failed_at:
             raise TemporaryError(f"the resync failed and is tried again: {self.resyncer.failure}")
@@ -147,18 +174,43 @@ class AgentHealing:
     async def _scan(self) -> Comparison:
         """Compare all disks with the replica, and have the map say what differs."""
         machine = await trio.to_thread.run_sync(self._state.load_machine, limiter=self._threads)
-        disks = machine.live_disks()
-        async with self._comparing() as comparer:
-            found = await comparer.compare(disks, _pass_over)
-            settled = await comparer.settle(disks, found, _pass_over)
-        await self._filler.mark_different(settled.different)
-        return settled
+        await self._filler.mark_different(await self._find(machine.live_disks()))
+        assert self._scanned is not None
+        return self._scanned
 
-    async def _compare(self, disks: Sequence[DiskConfig]) -> dict[int, array[int]]:
-        """What is only on its way is among it: to send that again is harmless."""
+    async def _scan_or_rejoin(self) -> Comparison:
+        """Compare; where host and store share no history any more, after this host has gone on in a new epoch.
+
+        Raises FencedError where the store does not let it.
+        """
+        if self._shipper.paused:
+            raise RefusedError("shipping to the store is paused: go on with `asrfs resume` first")
+        rejoiner = self.rejoiner
+        if rejoiner.order is None and not any(alarm in self._alarms for alarm in SEPARATED):
+            return await self._scan()
+        self._scanned = None
+        await rejoiner.ask("person", "asrfs resync --full-scan")
+        self._shipper.retry_now()
+        await self._progress.wait_until(lambda: rejoiner.order is None)
+        if rejoiner.refusal is not None:
+            raise rejoiner.refusal
+        self.resyncer.retry_now()
+        await self._progress.wait_until(lambda: self._is_compared() or self.resyncer.failures > 0)
+        if self._scanned is None:
+            raise TemporaryError(f"the disks could not be compared, which is tried again: {self.resyncer.failure}")
+        return self._scanned
+
+    def _is_compared(self) -> bool:
+        map = self._dirty.map
+        return self._scanned is not None and not any(Reason.REJOINED in map.reasons(slot) for slot in map.slots())
+
+    async def _find(self, disks: Sequence[DiskConfig]) -> Mapping[int, Sequence[int]]:
+        """What of these disks differs from the replica, by slot."""
         await trio.to_thread.run_sync(self._positions.save, limiter=self._threads)
         async with self._comparing() as comparer:
-            return (await comparer.compare(disks, _pass_over)).different
+            found = await comparer.compare(disks, _pass_over)
+            self._scanned = await comparer.settle(disks, found, _pass_over)
+        return self._scanned.different
 
     def _is_over(self, failed_at: int) -> bool:
         return self.resyncer.looked and (

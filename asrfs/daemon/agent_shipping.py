@@ -23,7 +23,7 @@ from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.seeding import Seeds
 from asrfs.replication.shipper import Shipper, StoreAccess
-from asrfs.replication.shipping_session import Source
+from asrfs.replication.source import Source
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import write_atomically
 from asrfs.transport.backoff import Backoff

@@ -27,6 +27,7 @@ from asrfs.replication.alarms import Alarm, in_order
 from asrfs.replication.hydration_file import load_turn
 from asrfs.replication.lost_map import find_dirty_map
 from asrfs.replication.progress import bytes_between
+from asrfs.replication.rejoiner import WHAT_TO_DO
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.system_clock import SystemClock
 
@@ -34,6 +35,7 @@ _ANSWER_S_MAX = 5.0
 NS_PER_S = 1_000_000_000
 AGENT_NOT_RUNNING = "agent not running"
 AGENT_SILENT = "agent does not answer"
+FENCED = "this host was superseded: another side of the machine goes on, and its disks take no more writes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +57,7 @@ class Facts:
     oldest_segment: int
     quota_bytes: int
     healing: Healing
+    is_fenced: bool
     link: str
     link_reason: str = ""
     policy: Policy = field(default_factory=Policy)
@@ -74,6 +77,8 @@ def status(facts: Facts) -> dict[str, Any]:
         state, reason = "recovered", f"goes on from {facts.recovered.described()}; not enrolled with a store"
     if facts.is_enrolled:
         state, reason = protection(facts.machine, acknowledged.lsn, facts.healing, facts.policy.resync_window)
+    if facts.is_fenced:
+        state, reason = "unprotected", FENCED
     is_behind = durable.lsn > acknowledged.lsn
     since_ns = facts.first_unacknowledged_ns or acknowledged.time_ns
     rpo_s: float | None = 0.0
@@ -154,6 +159,7 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
     found = find_dirty_map(DirectoryStorage(state.root), DIRTY_MAP_FILE, journal, machine, positions)
     alarms = [
         *process_alarms(processes, has_mount=has_mount(state), agent_answers=False),
+        *([Alarm("fenced", "critical", f"{FENCED}; {WHAT_TO_DO}")] if state.is_fenced() else []),
         *quota_alarms(used, quota_bytes),
         *space_alarms(state.root, total_bytes, free_bytes),
     ]
@@ -170,6 +176,7 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
         oldest_segment=oldest_segment,
         quota_bytes=quota_bytes,
         healing=standing_of(found.map, found.given_up, machine),
+        is_fenced=state.is_fenced(),
         policy=settings.policy,
         link=AGENT_NOT_RUNNING if processes["agent"] is None else AGENT_SILENT,
         processes=processes,
@@ -201,7 +208,7 @@ def oldest_unacknowledged_ns(reader: JournalReader, acknowledged: Cursor, durabl
         batch = reader.read(acknowledged, acknowledged.lsn + 1, 1)
     except (AsrfsError, OSError):
         return None
-    return batch.records[0][0].time_ns
+    return batch.records[0][0].time_ns if batch.parts else None
 
 
 class OldestUnacknowledged:

@@ -128,6 +128,12 @@ class DiskServerClient:
     async def hydrating(self, slot: int, extents: Sequence[tuple[int, int]], applied_lsn: int) -> None:
         await self._long.call("hydrating", slot=slot, extents=list(extents), applied_lsn=applied_lsn)
 
+    async def new_epoch(self, epoch: int, after_lsn: int) -> HostPositions:
+        return host_positions(await self._long.call("new_epoch", epoch=epoch, after_lsn=after_lsn))
+
+    async def reread_fence(self) -> None:
+        await self._long.call("fence")
+
     async def reread_disks(self) -> None:
         await self._fill.call("disks")
 

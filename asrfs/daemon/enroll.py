@@ -38,23 +38,23 @@ REPLY_BYTES_MAX = 64 << 10
 _HEADERS = {"content-type": "application/json", "accept-encoding": "identity"}
 
 
-def enroll(state: StateDirectory, store: str, token_text: str) -> dict[str, Any]:
+def enroll(state: StateDirectory, store: str, token_text: str, *, instead: bool = False) -> dict[str, Any]:
     """Enrol the machine of `state` with the store whose management address is `store`; a document that says with whom.
 
+    `instead`: it takes the place of another store that the machine was enrolled with; what is missing there is sent.
     Raises BadInputError (token, address), AuthenticationError (fingerprint, used or expired token), RefusedError
     (enrolled with another store), TemporaryError (no answer).
     """
     token = decode_token(token_text)
     host, port = parse_address(store, MANAGE_PORT_DEFAULT)
     with state.enrolment_lock():
-        return _enroll(state, host, port, token)
+        return _enroll(state, host, port, token, None if instead else load_enrolment(state))
 
 
-def _enroll(state: StateDirectory, host: str, port: int, token: Token) -> dict[str, Any]:
+def _enroll(state: StateDirectory, host: str, port: int, token: Token, known: Enrolment | None) -> dict[str, Any]:
     machine = state.load_machine()
     if token.machine != machine.name:
         raise BadInputError(f"the token is for machine {token.machine}, and this is {machine.name}: ask for another")
-    known = load_enrolment(state)
     where = format_address(host, port)
     certificate = fetch_certificate(host, port)
     check_fingerprint(certificate, token, where)
@@ -137,7 +137,7 @@ def _check_same_store(known: Enrolment | None, server_names: list[str]) -> None:
     if known is not None and known.server_name not in server_names:
         raise RefusedError(
             f"this machine is enrolled with store {known.store_id} at {known.data_address}, and this is another one: "
-            "a machine replicates to one store"
+            "a machine replicates to one store; `--instead` has this one take the other's place"
         )
 
 

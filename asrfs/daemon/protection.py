@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from asrfs.model.calendar import ALWAYS, Window
-from asrfs.model.dirty_map import DirtyMap, GivenUp, Reason
+from asrfs.model.dirty_map import TO_COMPARE, DirtyMap, GivenUp, Reason
 from asrfs.model.machine import MachineConfig
 from asrfs.model.quantities import format_size
 from asrfs.replication.alarms import Alarm
@@ -42,7 +42,7 @@ def standing_of(
         slot = disk.slot
         is_unread = Reason.UNREAD in map.reasons(slot) or (disk.gap and slot not in map)
         if slot in map or is_unread:
-            is_whole = is_unread or Reason.UNKNOWN in map.reasons(slot)
+            is_whole = is_unread or bool(map.reasons(slot) & TO_COMPARE)
             dirty_bytes[slot] = disk.size_bytes if is_whole else map.dirty_bytes(slot, disk.size_bytes)
             reasons[slot] = map.reasons(slot) | (Reason.INITIAL if is_unread else Reason(0))
     return Healing(dirty_bytes, reasons, given_up, phase, failure, pace)
@@ -52,12 +52,15 @@ def protection(machine: MachineConfig, acknowledged_lsn: int, healing: Healing, 
     """`(state, reason)` of an enrolled machine."""
     reasons = healing.reasons
     names = {disk.slot: disk.name for disk in machine.live_disks()}
+    if any(Reason.REJOINED in reason for reason in reasons.values()):
+        why = "host and store went on in a new epoch, and disks are to be compared"
+        return "resyncing" if healing.phase == "comparing" else "resync-required", f"{why}{_when(healing, window)}"
     if is_initial := [slot for slot, reason in reasons.items() if Reason.INITIAL in reason]:
         reason = f"the content disk {names[is_initial[0]]} was adopted with is being sent"
         return "initial-replication", f"{reason}: {healing.failure}" if healing.phase == "failed" else reason
     if reasons or healing.given_up.covers(acknowledged_lsn):
         since_lsn = healing.given_up.gaps[-1].after_lsn if healing.given_up.gaps else 0
-        state = "resyncing" if healing.phase == "running" else "resync-required"
+        state = "resyncing" if healing.phase in ("comparing", "running") else "resync-required"
         if any(Reason.UNKNOWN in reason for reason in reasons.values()):
             why = "the record of what the replica lacks was lost, and all disks are compared with it"
             return state, f"{why}{_when(healing, window)}"

@@ -31,10 +31,10 @@ from asrfs.format.record import PAYLOAD_BYTES_MAX, Kind
 from asrfs.fuse.volume import Bytes, Volume
 from asrfs.journal.block_map import BlockMap
 from asrfs.journal.disk import JournaledDisk, WriteTogether, rebuild_maps
+from asrfs.journal.epochs import EpochJournal
 from asrfs.journal.hold import WriteHold
 from asrfs.journal.map_keeper import MapKeeper
 from asrfs.journal.recovery import Recovered, recover
-from asrfs.journal.writer import Journal
 from asrfs.model.clock import Clock
 from asrfs.model.machine import NO_SLOT, DiskConfig, DiskRecord, MachineConfig, encode_disk, grown
 from asrfs.model.marker import decode_marker
@@ -45,6 +45,7 @@ from asrfs.storage.directory import DirectoryStorage, OpenFile, open_path
 FILL_BYTES_MAX = 16 * PAYLOAD_BYTES_MAX
 """The most that one `fill` may ask for: a verb is answered soon."""
 QUIET_S_MAX = 0.1
+LSN_END = 1 << 63
 
 log = logging.getLogger(__name__)
 
@@ -113,9 +114,10 @@ class ServedMachine:
         if recovered.cut is not None:
             log.warning("a torn tail was cut: %s", recovered.cut)
         self._applied_lsn = positions.applied.lsn
-        self.journal = Journal(storage, id_bytes(machine.id), recovered, clock)
+        self.journal = EpochJournal(storage, id_bytes(machine.id), recovered, clock)
         self._keeper = MapKeeper(self.journal, storage, self._maps, recovered)
         self.hold = WriteHold(self.journal, clock)
+        self.hold.fence(self._state.is_fenced())
         self.volume = Volume(
             self.journal.request_sync, WriteTogether(self.journal), self.hold.keep, self._readers.submit
         )
@@ -347,6 +349,24 @@ class ServedMachine:
         self.reconcile()
         return {}
 
+    def new_epoch(self, request: Fields) -> Fields:
+        """Go on in a new epoch, behind an LSN to which another side of the machine came; positions when that, and what
+        the disks are, is durable. Asked again it does nothing more."""
+        epoch, after_lsn = request["epoch"], request["after_lsn"]
+        if not isinstance(epoch, int) or not isinstance(after_lsn, int) or not 0 <= after_lsn < LSN_END:
+            raise BadInputError("a new epoch has a number, and begins behind an LSN")
+        with self._changing:
+            if self.journal.epoch < epoch:
+                self.journal.begin_epoch(epoch, after_lsn)
+                self._announced.clear()
+            self._take_over(self._state.load_machine())
+        return self.sync(request)
+
+    def fence(self, request: Fields) -> Fields:
+        """Take over whether this side was superseded."""
+        self.hold.fence(self._state.is_fenced())
+        return {}
+
     def verbs(self) -> dict[str, Any]:
         return {
             "positions": self.positions,
@@ -359,6 +379,8 @@ class ServedMachine:
             "fill": self.fill,
             "disks": self.disks,
             "hydrating": self._based.hydrating,
+            "new_epoch": self.new_epoch,
+            "fence": self.fence,
         }
 
 

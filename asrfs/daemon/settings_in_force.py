@@ -16,7 +16,7 @@ from asrfs.daemon.state import SETTINGS_FILE, StateDirectory
 from asrfs.errors import BadInputError, IntegrityError
 from asrfs.model.configuration import HostConfiguration
 from asrfs.replication.alarms import Alarms
-from asrfs.replication.shipping_session import ShippingSettings, Source
+from asrfs.replication.source import ShippingSettings, Source
 
 ALARM = "policy"
 CALENDAR_INTERVAL_S = 5.0

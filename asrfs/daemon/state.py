@@ -34,6 +34,7 @@ from asrfs.model.machine import SLOT_MAX, DiskConfig, MachineConfig, check_machi
 from asrfs.model.names import check_name
 from asrfs.model.positions import Positions
 from asrfs.model.recovered import RecoveredMachine, decode_recovered, encode_recovered
+from asrfs.model.rejoining import FENCE_FILE
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import read_whole, write_atomically
 
@@ -181,6 +182,10 @@ class StateDirectory:
     def is_enrolled(self) -> bool:
         """Whether a store has let this machine in; `keys/store.json` is the last file that enrolment writes."""
         return os.path.exists(os.path.join(self.keys, "store.json"))
+
+    def is_fenced(self) -> bool:
+        """Whether another side of this machine has taken its place; also if the file cannot be read."""
+        return os.path.exists(self.path(FENCE_FILE))
 
     @property
     def points_file(self) -> str:

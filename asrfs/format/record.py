@@ -35,6 +35,8 @@ class Kind(IntEnum):
 
 CARRIES_EXTENT_BYTES = frozenset((Kind.WRITE, Kind.FILL))
 READS_AS_ZEROS = frozenset((Kind.ZERO, Kind.DISCARD))
+CHANGES = frozenset((Kind.WRITE, Kind.ZERO, Kind.DISCARD))
+"""What guests do. Filling may say ZERO, too."""
 
 _BODY = struct.Struct("<QQQQQIIHHI")
 _PREFIX = struct.Struct("<4sI")

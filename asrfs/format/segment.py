@@ -38,6 +38,14 @@ class SegmentHeader(NamedTuple):
     machine_id: bytes
     salt: int
 
+    def ends_before(self, epoch: int) -> int:
+        """The last LSN before this segment, which follows one of `epoch`.
+
+        With the first segment of an epoch LSNs may jump: between its `durable_lsn`, up to which the epoch before went
+        and was durable when it was begun, and its `first_lsn` there never was a record.
+        """
+        return self.durable_lsn if self.epoch > epoch else self.first_lsn - 1
+
 
 def encode_segment_header(header: SegmentHeader) -> bytes:
     """All 8192 bytes: the fields twice, in two blocks."""

@@ -18,10 +18,13 @@ the begin of a hold nor its end wakes anybody, unless there is something to be d
 
 The deadline is this process's own, on monotonic time: whoever asked for the hold may die. If this process dies, the
 kernel gives every request that was kept to the next one, which holds nothing and knows of no hold.
+
+The bar also serves to fence a machine that was superseded (I6): its changes are refused, and everything else goes on.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -33,7 +36,7 @@ from typing import NamedTuple
 
 from asrfs.disk.interface import HeldError
 from asrfs.errors import BadInputError, RefusedError, TemporaryError
-from asrfs.format.record import Kind
+from asrfs.format.record import CHANGES, Kind
 from asrfs.journal.writer import Journal
 from asrfs.model.clock import Clock
 from asrfs.model.machine import NO_SLOT
@@ -44,7 +47,6 @@ ARMED_S_MAX = 300.0
 """How long it stays ready for a hold that nobody begins."""
 KEPT_BYTES_MAX = 32 << 20
 """Above this nothing more is taken from the kernel until the release, reads neither."""
-_CHANGES = frozenset((Kind.WRITE, Kind.ZERO, Kind.DISCARD))
 _MARKER = int(Kind.MARKER)
 
 log = logging.getLogger(__name__)
@@ -91,6 +93,7 @@ class WriteHold:
         self._change = threading.Condition(journal.lock)
         self._state = _State.OPEN
         self._closed = False
+        self._is_fenced = False
         self._id = ""
         self._begun = 0.0
         self._deadline = 0.0
@@ -101,6 +104,13 @@ class WriteHold:
         self._looks_at = math.inf
         """When the thread looks at the clock next without being woken."""
         self._armed: _Armed | None = None
+
+    def fence(self, is_fenced: bool) -> None:
+        """From now on changes are refused with EROFS, for as long as this is not taken back."""
+        with self._change:
+            if self._is_fenced != is_fenced:
+                self._is_fenced = is_fenced
+                self._bar_or_not()
 
     # ---- whoever cuts a point -----------------------------------------------------------------------------------
 
@@ -189,7 +199,11 @@ class WriteHold:
 
     def _bar(self, kind: int) -> None:
         """Asked by the journal, under its lock, before each record."""
-        if kind in _CHANGES and not (self._state is _State.DRAINING and threading.current_thread() is self._thread):
+        if kind not in CHANGES:
+            return
+        if self._is_fenced:
+            raise OSError(errno.EROFS, "this side of the machine was superseded: it takes no more writes")
+        if not (self._state is _State.DRAINING and threading.current_thread() is self._thread):
             raise HeldError
 
     def _check_open(self) -> None:
@@ -197,6 +211,8 @@ class WriteHold:
         it."""
         if self._closed:
             raise RefusedError("the disk server is ending: no writes are held any more")
+        if self._is_fenced:
+            raise RefusedError("this side of the machine was superseded: it has no writes to hold")
         if self._state is not _State.OPEN:
             raise RefusedError(f"writes are being held already, for point {self._id}")
         if self._thread is None:
@@ -221,8 +237,12 @@ class WriteHold:
     def _open_locked(self) -> None:
         self._kept_bytes = 0
         self._state = _State.OPEN
-        if self._journal.barred == self._bar:  # else the journal has failed meanwhile
-            self._journal.barred = None
+        self._bar_or_not()
+
+    def _bar_or_not(self) -> None:
+        if self._journal.failed is None:
+            is_open = self._state is _State.OPEN and not self._is_fenced
+            self._journal.barred = None if is_open else self._bar
 
     def _run(self) -> None:
         while True:

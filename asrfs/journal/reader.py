@@ -2,7 +2,7 @@
 
 Follows a cursor through segments. The writer goes on meanwhile, so nothing behind `until_lsn`, which the caller
 knows to be durable, is looked at. At or below it, a record that is missing or damaged is corruption: IntegrityError
-names file, offset and LSN.
+names file, offset and LSN. Where an epoch begins LSNs may jump; a cursor goes over that place by itself.
 
 Bytes are read into slabs, which are the only copy of them that is made here. Who reads without end hands in `Slabs` of
 its own and gets the same memory again with each batch: fresh memory costs more to come by than the bytes to read.
@@ -89,10 +89,12 @@ class JournalReader:
         taken = 0
         epoch: int | None = None
         while cursor.lsn < until_lsn and taken < bytes_max:
-            header = self._enter(cursor)
+            header, cursor = self._enter(cursor)
             if epoch not in (None, header.epoch):
                 break
             epoch = header.epoch
+            if cursor.lsn >= until_lsn:
+                break
             found, cursor = self._read_part(slabs, cursor, header, until_lsn, bytes_max - taken)
             parts += [each.columns for each in found]
             taken += sum(each.payload_bytes for each in found)
@@ -100,19 +102,24 @@ class JournalReader:
 
     def epoch(self, cursor: Cursor) -> int:
         """The epoch of the record behind `cursor`, which must be there."""
-        return self._enter(cursor).epoch
+        return self._enter(cursor)[0].epoch
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
 
-    def _enter(self, cursor: Cursor) -> SegmentHeader:
-        """Open the segment that holds the record behind `cursor`; returns its header."""
+    def _enter(self, cursor: Cursor) -> tuple[SegmentHeader, Cursor]:
+        """Open the segment that holds the record behind `cursor`; returns its header, and the cursor behind the LSNs
+        that were jumped over there."""
         if self._file is None or self._header is None or self._number != cursor.segment:
             self._open_at(cursor)
         # A segment ends where the next one begins, whatever a crash left behind that place.
-        while (following := self._following()) is not None and following.first_lsn == cursor.lsn + 1:
+        while (following := self._following()) is not None:
+            assert self._header is not None
+            if following.ends_before(self._header.epoch) != cursor.lsn:
+                break
+            cursor = _behind_jump(cursor, following)
             self._open(following.number)
         assert self._header is not None
         if self._number != cursor.segment and self._header.first_lsn != cursor.lsn + 1:
@@ -120,7 +127,7 @@ class JournalReader:
                 f"{segment_name(self._number)} offset 0: begins with LSN {self._header.first_lsn}, "
                 f"LSN {cursor.lsn + 1} is missing"
             )
-        return self._header
+        return self._header, cursor
 
     def _open_at(self, cursor: Cursor) -> None:
         """Open the cursor's segment or, where it was freed because all of it is behind us, the first one after it."""
@@ -176,7 +183,7 @@ class JournalReader:
         slab = slabs.room()
         begin = max(cursor.offset if cursor.segment == segment.number else 0, SEGMENT_HEADER_BYTES)
         seed = segment_seed(segment.number, segment.salt)
-        lsn_max = until_lsn if self._next is None else min(until_lsn, self._next.first_lsn - 1)
+        lsn_max = until_lsn if self._next is None else min(until_lsn, self._next.ends_before(segment.epoch))
         found: list[ColumnScan] = []
         filled = at = count = taken = 0
         stop = Stop.INVALID
@@ -211,6 +218,14 @@ class JournalReader:
             )
         slabs.take(at)
         return found, cursor
+
+
+def _behind_jump(cursor: Cursor, following: SegmentHeader) -> Cursor:
+    """The cursor at the beginning of a segment that goes on there, if it goes on with a later LSN; else as it is."""
+    if following.first_lsn == cursor.lsn + 1:
+        return cursor
+    last_lsn = following.first_lsn - 1
+    return Cursor(lsn=last_lsn, segment=following.number, offset=SEGMENT_HEADER_BYTES, time_ns=cursor.time_ns)
 
 
 def _bytes_wanted(at: int, count: int, taken: int, lsns: int, payload_bytes: int) -> int:

@@ -8,6 +8,10 @@ says that the record expected there was durable, and is cut. It is **corruption*
 acknowledged position, or the `durable_lsn` in any later valid header of a record or segment. Then nothing is changed
 and IntegrityError names file, offset and LSN.
 
+Where an epoch begins LSNs may jump (`SegmentHeader.ends_before`). What its first segment says of the end of the epoch
+before was durable, so that is a claim, too. Such a segment is kept although it may have no record yet: who asked for
+the new epoch was told that it has begun.
+
 What was found is synced before it counts as durable, else power could be lost under a history that was already
 shipped (I1). And whatever nothing says was durable is written again first: had a sync failed before this start, the
 kernel might hold these bytes for clean, and a sync alone would prove nothing. Segments cut as a whole become spares,
@@ -161,6 +165,8 @@ class _Recovery:
         self._torn: list[int] = []
         self._is_torn = False
         self._last_epoch = 0
+        self._tail_epoch = positions.epoch
+        self._begins_epoch: set[int] = set()
         self._tail_segment: SegmentHeader | None = None
         self._buffer = memoryview(bytearray(min(_PIECE_BYTES, segment_bytes)))
         known = max(positions.applied.segment, positions.acknowledged.segment)
@@ -182,7 +188,7 @@ class _Recovery:
                     self._last_epoch = header.epoch
                 if self._bad is None and header is not None and self._continues(header, tail):
                     tail = (number, self._take_index(header) or self._follow(file, header))
-                    self._tail_segment = header
+                    self._tail_segment, self._tail_epoch = header, header.epoch
                 else:
                     if self._bad is None and header is None:
                         self._note_missing_header(number)
@@ -207,7 +213,13 @@ class _Recovery:
         number = header.number
         expected = self._found.last_lsn + 1
         is_cursor = number == self._applied.segment
-        if header.first_lsn == expected or (is_cursor and header.first_lsn < expected):
+        if is_cursor and header.first_lsn <= expected:
+            return True
+        if header.ends_before(self._tail_epoch) == expected - 1 and header.first_lsn >= expected:
+            if header.epoch > self._tail_epoch:
+                self._begins_epoch.add(number)
+                self._believe(header.durable_lsn, number)
+                self._found.last_lsn = header.first_lsn - 1
             return True
         if header.first_lsn < expected:
             raise IntegrityError(
@@ -357,7 +369,11 @@ class _Recovery:
                 file.datasync()
             finally:
                 file.close()
-        empty = [segment.number for segment in self._found.segments[-1:] if segment.last_lsn < segment.first_lsn]
+        empty = [
+            segment.number
+            for segment in self._found.segments[-1:]
+            if segment.last_lsn < segment.first_lsn and segment.number not in self._begins_epoch
+        ]
         for number in [*empty, *self._torn]:
             if number != self._applied.segment:
                 self._set_free(number)
@@ -377,9 +393,10 @@ class _Recovery:
     def _write_again(self, file: File, segment: SealedSegment) -> None:
         """Put the segment's records above every claim of durability where they are, so that a sync takes them."""
         lsn = max(self._claim + 1, segment.first_lsn)
-        if lsn > segment.last_lsn:
+        is_header_open = segment.number in self._begins_epoch and lsn == segment.first_lsn
+        if lsn > segment.last_lsn and not is_header_open:
             return
-        at = self._found.offset_of(lsn)
+        at = self._found.offset_of(lsn) if lsn <= segment.last_lsn else SEGMENT_HEADER_BYTES
         if at == SEGMENT_HEADER_BYTES:
             at = 0
         while at < segment.end:

@@ -162,18 +162,18 @@ def _heads(journal: Storage, names: list[str]) -> Iterator[tuple[str, SegmentHea
 
 def _records(journal: Storage, names: list[str]) -> Iterator[tuple[RecordHeader, memoryview]]:
     """The records of consecutive segments; ends where the history does."""
-    expected: int | None = None
+    last: tuple[int, int] | None = None
     heads = list(_heads(journal, names))
     for (name, segment), following in zip_longest(heads, heads[1:]):
-        if expected not in (None, segment.first_lsn):
+        if last is not None and segment.ends_before(last[0]) != last[1]:
             return
         file = journal.open(name)
         try:
             view = memoryview(file.read_at(SEGMENT_BYTES, 0))
         finally:
             file.close()
-        end = following[1].first_lsn - 1 if following is not None else (1 << 64) - 1
+        end = following[1].ends_before(segment.epoch) if following is not None else (1 << 64) - 1
         seed = segment_seed(segment.number, segment.salt)
         found = scan(view, SEGMENT_HEADER_BYTES, seed, segment.first_lsn, lsn_max=end)
         yield from found.records
-        expected = segment.first_lsn + len(found.records)
+        last = segment.epoch, segment.first_lsn + len(found.records) - 1

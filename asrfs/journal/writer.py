@@ -357,7 +357,7 @@ class Journal:
         with self.lock:
             del self._unsynced[: len(sealed)]
             del self._sealed[: len(known)]
-            self.durable_lsn = target
+            self.durable_lsn = max(self.durable_lsn, target)  # an epoch may have begun meanwhile
         if known:
             self.when_sealed(known)
         return None
@@ -372,14 +372,13 @@ class Journal:
     def _refuse(self, _kind: int) -> None:
         raise OSError(errno.EIO, self._failed)
 
-    def _roll(self) -> None:
+    def _roll(self, epoch: int | None = None, after_lsn: int | None = None) -> None:
         """Seal the open segment and begin the next one. Raises OSError; then nothing was begun, and the next tries."""
         number = self._number + 1
         salt = self._make_salt()
-        first_lsn = self.appended_lsn + 1
-        header = SegmentHeader(
-            self.epoch, number, first_lsn, self.durable_lsn, self.last_time_ns, self._machine_id, salt
-        )
+        epoch, last_lsn = epoch or self.epoch, after_lsn or self.appended_lsn
+        first_lsn = last_lsn + 1
+        header = SegmentHeader(epoch, number, first_lsn, self.durable_lsn, self.last_time_ns, self._machine_id, salt)
         try:
             if self._refused:
                 self._take_back()
@@ -403,6 +402,7 @@ class Journal:
                 self._wake.notify()
         self._files[number] = file
         self._number = number
+        self.epoch, self.appended_lsn = epoch, last_lsn
         self._tail = SEGMENT_HEADER_BYTES
         self._salt, self._first_lsn = salt, first_lsn
         self._zero_blocks = 0

@@ -45,6 +45,12 @@ class Reason(enum.IntFlag):
     """Somebody wants it healed whatever the time of the day."""
     UNKNOWN = 32
     """What of it is missing is not known, because the map was lost: comparing will say."""
+    REJOINED = 64
+    """Host and store went on in a new epoch, and it has not been compared yet: anything may differ."""
+
+
+TO_COMPARE = Reason.UNKNOWN | Reason.REJOINED
+"""What of the disk is missing is found out by comparing only."""
 
 
 class Gap(NamedTuple):
@@ -87,6 +93,13 @@ class GivenUp(NamedTuple):
     def opened(self, after_lsn: int) -> GivenUp:
         """With a gap that is open: the one there is, or one that begins here."""
         return self if self.is_open else self._replace(gaps=(*self.gaps, Gap(after_lsn))[-GAPS_MAX:])
+
+    def rejoined(self, store_lsn: int, common_lsn: int, through: Cursor, disks: tuple[DiskRecord, ...]) -> GivenUp:
+        """Everything the store has not got, which is at `store_lsn` of another history, up to `through`. Both histories
+        are the same up to `common_lsn`: later states of this host never came to the store."""
+        before = tuple(gap for gap in self.gaps if gap.until_lsn and gap.after_lsn < common_lsn)
+        after_lsn = min(self.gaps[-1].after_lsn, common_lsn) if self.is_open else common_lsn
+        return GivenUp(store_lsn, through, disks, (*before, Gap(after_lsn))[-GAPS_MAX:])
 
     def closed(self, until_lsn: int) -> GivenUp:
         """With no gap open behind `until_lsn`."""

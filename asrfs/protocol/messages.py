@@ -11,7 +11,7 @@ from asrfs.format.seed_file import CHUNK_DIGEST_BYTES
 from asrfs.model.configuration import ADDRESS_CHARACTERS_MAX, PORT_MAX, HostConfiguration
 from asrfs.model.digest_tree import REGION_LEAVES_BYTES_MAX, REGION_NODES_MAX, TREE_DIGEST_BYTES, Region
 from asrfs.model.extents import CHUNK_BYTES
-from asrfs.model.machine import SLOT_MAX
+from asrfs.model.machine import SLOT_MAX, DiskRecord
 from asrfs.model.names import NAME_BYTES_MAX
 from asrfs.model.quantities import FILE_BYTES_MAX, SECTOR_BYTES
 from asrfs.protocol.frames import Bytes, FrameType, ProtocolError
@@ -37,7 +37,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     """Host's first word. `acknowledged_lsn`, `last_digest`: what it holds for acknowledged; the digest may be empty.
 
     `takes_configuration`: it knows CONFIGURE; a host of before that would end the session. `group_port` 0: it listens
-    to no group; `group_address` empty: others reach it at the address this connection comes from.
+    to no group; `group_address` empty: others reach it at the address this connection comes from. `rejoin`: it shares
+    no history with the store any more and wants to go on in a new epoch, whatever each of them has.
     """
 
     protocol: int
@@ -51,6 +52,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     takes_configuration: bool = False
     group_port: Port = 0
     group_address: Address = ""
+    rejoin: bool = False
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +62,8 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     `takes_stretches`: it knows log objects of version 2; a store of before that would call one damaged.
     `compares`: how many COMPAREs may be unanswered at once; 0: it cannot compare, and would end the session.
     `takes_matches`: it knows MATCH, and log objects that come without frames of which it has the content.
+    `epoch` is higher than the host's only for one that rejoins, and lower only where the store was set back.
+    `disks`: to who rejoins, those that the history has now.
     """
 
     protocol: int
@@ -72,6 +76,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     takes_stretches: bool = False
     compares: Annotated[int, msgspec.Meta(ge=0, le=COMPARES_MAX)] = 0
     takes_matches: bool = False
+    disks: tuple[DiskRecord, ...] = ()
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True):

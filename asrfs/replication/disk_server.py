@@ -37,5 +37,11 @@ class DiskServer(Protocol):
     async def hydrating(self, slot: int, extents: Sequence[tuple[int, int]], applied_lsn: int) -> None:
         """These `(offset, end)` of a disk, and nothing else, are in doubt: they are read from its base."""
 
+    async def new_epoch(self, epoch: int, after_lsn: int) -> HostPositions:
+        """Go on in this epoch behind `after_lsn`, unless it has begun already, and say what the disks are: durable."""
+
+    async def reread_fence(self) -> None:
+        """Take up whether this side was superseded: then guests can write no more."""
+
     async def reread_disks(self) -> None:
         """Take up changes of the machine's disks and append their DISK records."""

@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import trio
 
-from asrfs.model.dirty_map import Reason
+from asrfs.model.dirty_map import TO_COMPARE, Reason
 from asrfs.model.extents import CHUNK_BYTES
 from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.replication.dirty_map_file import DirtyMapFile
@@ -35,7 +35,8 @@ RUN_BYTES_MAX = 1 << 20
 RUNS_PER_SAVE = 64
 RATE_WINDOW_S = 30.0
 
-Compare = Callable[[Sequence[DiskConfig]], Awaitable[Mapping[int, Sequence[int]]]]
+FindDifferent = Callable[[Sequence[DiskConfig]], Awaitable[Mapping[int, Sequence[int]]]]
+"""Compares disks with the store: by slot, the chunks that differ."""
 
 
 class ImageMap(Protocol):
@@ -68,7 +69,7 @@ class Filler:
     open_image: OpenImage
     make_point: Callable[[str], Awaitable[int]]
     lag_bytes_max: Callable[[], int]
-    compare: Compare
+    compare: FindDifferent
     filled_bytes: int = 0
     pace: Pace = field(default_factory=lambda: Pace(RATE_WINDOW_S))
 
@@ -97,33 +98,43 @@ class Filler:
 
     def is_whole(self, slot: int) -> bool:
         """Whether nothing of a disk in the map is marked, and it is known that nothing need be."""
-        return not self.dirty.map.dirty_chunks(slot) and Reason.UNKNOWN not in self.dirty.map.reasons(slot)
+        return not self.dirty.map.dirty_chunks(slot) and not self.dirty.map.reasons(slot) & TO_COMPARE
 
-    async def find_out(self, disks: Sequence[DiskConfig]) -> None:
-        """Compare disks of which it is not known what is missing. The store has all that was given up.
-
-        From now on the map is true of the store as it is, and not of one that goes back. Raises what comparing fails
-        with, and OSError.
-        """
-        await self.mark_different(await self.compare(disks), known=[disk.slot for disk in disks])
-        async with self.dirty.turn:
-            given_up = self.dirty.given_up
-            if not given_up.covers(self.progress.acknowledged.lsn):
-                await self._in_thread(self.dirty.save, given_up._replace(since_lsn=given_up.through.lsn))
-
-    async def mark_different(self, chunks: Mapping[int, Sequence[int]], known: Sequence[int] = ()) -> None:
-        """Chunks, by slot, that comparing has found to differ; no more of disks that are `known`. Raises OSError."""
-        map = self.dirty.map
+    async def mark_different(self, chunks: Mapping[int, Sequence[int]]) -> None:
+        """Chunks, by slot, that comparing has found to differ. Raises OSError."""
         async with self.dirty.turn:
             for slot, numbers in chunks.items():
-                if len(numbers):
-                    map.enter(slot, Reason.DIFFERS)
-                    offsets = np.array(numbers, np.int64) * CHUNK_BYTES
-                    map.mark_all(slot, offsets, np.full(len(offsets), CHUNK_BYTES))
-            for slot in known:
-                if slot in map:
-                    map.settle(slot, Reason.UNKNOWN)
+                self._mark(slot, numbers)
             await self._in_thread(self.dirty.save)
+
+    def _mark(self, slot: int, chunks: Sequence[int]) -> None:
+        if len(chunks):
+            self.dirty.map.enter(slot, Reason.DIFFERS)
+            offsets = np.array(chunks, np.int64) * CHUNK_BYTES
+            self.dirty.map.mark_all(slot, offsets, np.full(len(offsets), CHUNK_BYTES))
+
+    async def find_out(self, disks: Sequence[DiskConfig]) -> None:
+        """Mark what differs of disks of which anything may.
+
+        What was given up is in the images before they are read, as no record will bring it, and the store knows of it.
+        From then on the map is true of the store as it is, and not of one that goes back. Nothing is marked where
+        another epoch has begun meanwhile. Raises what comparing fails with, and OSError.
+        """
+        dirty, epoch, through_lsn = self.dirty, self.progress.epoch, self.dirty.given_up.through.lsn
+        await self.progress.wait_until(lambda: self.progress.applied.lsn >= through_lsn)
+        found = await self.compare(disks)
+        async with dirty.turn:
+            if self.progress.epoch != epoch:
+                return
+            for disk in disks:
+                self._mark(disk.slot, found.get(disk.slot, ()))
+                if disk.slot in dirty.map:
+                    dirty.map.settle(disk.slot, TO_COMPARE)
+            given_up = dirty.given_up
+            if not given_up.covers(self.progress.acknowledged.lsn):
+                given_up = given_up._replace(since_lsn=given_up.through.lsn)
+            await self._in_thread(dirty.save, given_up)
+        self.progress.wake()
 
     async def fill(self, disk: DiskConfig, may_go_on: Callable[[], bool]) -> None:
         """Send what is marked of a disk; it may return before that is all."""

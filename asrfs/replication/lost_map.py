@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import msgspec
 import structlog
 
 from asrfs.errors import IntegrityError
@@ -95,23 +96,16 @@ def _unknown(journal: Storage, machine: MachineConfig, positions: Positions, why
 
 def _what_is_gone(machine: MachineConfig, positions: Positions) -> GivenUp:
     """All that is applied, so that the journal has the place behind it (I4)."""
-    disks = tuple(_at_applied(disk) for disk in machine.disks)
+    boot = machine.boot_document()
+    disks = tuple(_at_applied(disk, boot) for disk in machine.disks)
     acknowledged_lsn = positions.acknowledged.lsn
     return GivenUp(acknowledged_lsn, positions.applied, disks, (Gap(acknowledged_lsn),))
 
 
-def _at_applied(disk: DiskConfig) -> DiskRecord:
+def _at_applied(disk: DiskConfig, boot: bytes) -> DiskRecord:
     """Of a disk that is being removed records may follow, and its removal with them."""
-    record = DiskRecord.of(disk)
     is_removed = disk.removed and disk.released
-    return DiskRecord(
-        slot=record.slot,
-        id=record.id,
-        name=record.name,
-        size_bytes=record.size_bytes,
-        removed=is_removed,
-        gap=not is_removed,
-    )
+    return msgspec.structs.replace(DiskRecord.of(disk, boot), removed=is_removed, gap=not is_removed)
 
 
 def _is_missed(journal: Storage, machine: MachineConfig, positions: Positions) -> bool:

@@ -108,7 +108,7 @@ class Quota:
             through, last = await self._in_thread(mark_records, self.reader, start, host.durable.lsn, dirty.map)
             boot = machine.boot_document()
             records = {disk.slot: DiskRecord.of(disk, boot) for disk in machine.disks} | last
-            disks = tuple(_with_gap(records[slot]) for slot in sorted(records))
+            disks = tuple(with_gap(records[slot]) for slot in sorted(records))
             given_up = given_up._replace(through=through, disks=disks)
             await self._in_thread(self.dirty.save, given_up)
         structlog.get_logger("asrfs.quota").warning(
@@ -140,7 +140,8 @@ class Quota:
         return await trio.to_thread.run_sync(function, *arguments, limiter=self.threads)
 
 
-def _with_gap(record: DiskRecord) -> DiskRecord:
+def with_gap(record: DiskRecord) -> DiskRecord:
+    """What a gap object says of a disk."""
     return msgspec.structs.replace(record, gap=not record.removed)
 
 

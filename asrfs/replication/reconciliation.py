@@ -39,15 +39,23 @@ class DivergedError(IntegrityError):
 
 
 class StoreLostError(IntegrityError):
-    """The store misses records that it had acknowledged and that the host has freed."""
+    """The store misses records that it had acknowledged and that the host has freed: it was set back or replaced.
+
+    The host is ahead of it, so it may go on in a new epoch without asking anybody.
+    """
 
 
 def check_same_history(host: Side, durable_lsn: int, store: Side) -> None:
-    """Raise FencedError or DivergedError if this host may not add to the store's history at all."""
+    """Raise FencedError, DivergedError or StoreLostError if this host may not add to the store's history at all."""
     if store.epoch > host.epoch:
         raise FencedError(
             f"the store is at epoch {store.epoch} of this machine and this host at {host.epoch}: "
-            "the machine was failed over, and this side can add nothing any more"
+            "another side of the machine goes on, and this one can add nothing any more"
+        )
+    if store.epoch < host.epoch:
+        raise StoreLostError(
+            f"the store is at epoch {store.epoch} of this machine and this host at {host.epoch}: it was set back or "
+            "replaced"
         )
     if store.acknowledged_lsn > durable_lsn:
         raise DivergedError(

@@ -1,7 +1,7 @@
 """Brings a replica that lacks something up to date: when, again after what failed, and what people are told of it.
 
     map empty ─▶ idle        store does not have what was given up yet ─▶ wait for it        not the time ─▶ wait
-    not known what is missing ─▶ compare        else ─▶ fill disk after disk ─▶ close ─▶ idle
+    not known what is missing, new epoch ─▶ compare        else ─▶ fill disk after disk ─▶ close ─▶ idle
 
 A lost connection, a disk server that is being replaced and a full filesystem here, of which there is an alarm already,
 are no failures: it waits, and goes on where it was.
@@ -18,7 +18,7 @@ import trio
 
 from asrfs.errors import AsrfsError, NoSpaceError, TemporaryError
 from asrfs.model.calendar import Window
-from asrfs.model.dirty_map import Reason
+from asrfs.model.dirty_map import TO_COMPARE, Reason
 from asrfs.model.healing import FAILURES_MAX, Sick, is_due, lag_bytes_max, retry_delay_s
 from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.model.positions import Cursor
@@ -36,7 +36,7 @@ PATIENCE_S = 60.0
 """For so long a disk server may be away before that counts as a failure."""
 _NOTES = {True: "the first copy is complete", False: "the resync is complete"}
 
-Phase = Literal["idle", "store", "window", "running", "failed"]
+Phase = Literal["idle", "store", "window", "comparing", "running", "failed"]
 
 
 class HealingRules(NamedTuple):
@@ -49,7 +49,8 @@ class HealingRules(NamedTuple):
 
 @dataclass(slots=True)
 class Resyncer:
-    """`minute`: of the host's local day. `phase`: what is done or waited for; `failure`: why the last try failed."""
+    """`minute`: of the host's local day; `find` compares disks with the store. `phase`: what is done or waited for;
+    `failure`: why the last try failed."""
 
     filler: Filler
     progress: Progress
@@ -148,9 +149,9 @@ class Resyncer:
         return is_closed and not waiting
 
     async def _find_out(self, machine: MachineConfig) -> None:
-        unknown = unknown_slots(self.filler.dirty.map)
-        if disks := [disk for disk in machine.live_disks() if disk.slot in unknown]:
-            self.phase = "running"
+        map = self.filler.dirty.map
+        if disks := [disk for disk in machine.live_disks() if map.reasons(disk.slot) & TO_COMPARE]:
+            self.phase = "comparing"
             await self.filler.find_out(disks)
 
     async def _fill(self, disk: DiskConfig, machine: MachineConfig) -> None:

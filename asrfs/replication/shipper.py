@@ -3,8 +3,9 @@
     wait until enrolled, not paused, host known ─▶ connect ─▶ session ─▶ why did it end? ─▶ wait ─▶ …
 
 A lost connection is tried again at once, then with full jitter up to 5 s; an answer that more tries cannot change
-(authentication, fence, diverged histories) raises an alarm and is tried every five minutes. No state of the link
-ever reaches the write path (I8).
+(authentication, fence, diverged histories) raises an alarm and is tried every five minutes. Where the store was set
+back, or is another one, this host rejoins it by itself; where it has been superseded, its disks take no more writes.
+Nothing else of the link ever reaches the write path (I8).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from asrfs.replication.alarms import Alarms
 from asrfs.replication.link import Link
 from asrfs.replication.object_builder import MachineKeys
 from asrfs.replication.reconciliation import DivergedError, StoreLostError
-from asrfs.replication.shipping_session import CorruptJournalError, ShippingSession, Source
+from asrfs.replication.rejoiner import WHAT_TO_DO
+from asrfs.replication.shipping_session import CorruptJournalError, ShippingSession
+from asrfs.replication.source import Source
 from asrfs.transport.backoff import Backoff
 from asrfs.transport.stream import ByteStream
 
@@ -48,6 +51,11 @@ _ALARM_OF: tuple[tuple[type[Exception], str], ...] = (
     (StoreLostError, "store-lost"),
     (CorruptJournalError, "corrupt"),
 )
+_ADVICE: dict[str, str] = {
+    "diverged": f"; {WHAT_TO_DO}",
+    "fenced": f"; {WHAT_TO_DO}",
+    "store-lost": "; this host goes on in a new epoch by itself, and sends what differs",
+}
 _LINK_ALARMS = ("authentication", "fenced", "diverged", "store-lost", "protocol", "store-space", "link")
 
 
@@ -153,6 +161,7 @@ class Shipper:
         started = trio.current_time()
         session = None
         try:
+            await self._check_may_connect()
             stream = await store.connect()
             try:
                 session = ShippingSession(stream, self.source, store.keys, self._welcomed)
@@ -164,8 +173,36 @@ class Shipper:
                 self._connected_at = trio.current_time()
                 if session.objects_acknowledged or self._connected_at - started >= USEFUL_SESSION_S:
                     self._backoff.reset()
-            return self._delay_after(error)
+            delay = self._delay_after(error)
+            return 0.0 if await self._takes_consequences(error) else delay
         raise AssertionError("a session ends by an error")
+
+    async def _check_may_connect(self) -> None:
+        """Whoever is fenced has nothing to say but that it wants to rejoin. Raises AsrfsError, OSError."""
+        rejoiner = self.source.rejoiner
+        if rejoiner is None:
+            return
+        if rejoiner.order is not None:
+            await rejoiner.prepare()
+        elif rejoiner.fence is not None:
+            raise FencedError(rejoiner.fence.why)
+
+    async def _takes_consequences(self, error: Exception) -> bool:
+        """What the end of a session means for this side of the machine. Whether another session begins at once."""
+        rejoiner = self.source.rejoiner
+        if rejoiner is None:
+            return False
+        try:
+            if isinstance(error, FencedError) and rejoiner.order is not None:
+                await rejoiner.refused(error)
+            if isinstance(error, FencedError):
+                await rejoiner.superseded(str(error))
+            elif isinstance(error, StoreLostError):
+                await rejoiner.ask("host", str(error))
+                return True
+        except (AsrfsError, OSError) as failure:
+            self._log.warning("not written down", reason=str(failure))
+        return False
 
     def _welcomed(self) -> None:
         self._alarms.clear(*_LINK_ALARMS)
@@ -176,7 +213,7 @@ class Shipper:
         text = str(error) or type(error).__name__
         for kind, alarm in _ALARM_OF:
             if isinstance(error, kind):
-                self._alarms.set(alarm, "critical", text)
+                self._alarms.set(alarm, "critical", text + _ADVICE.get(alarm, ""))
                 self._link.set("refused", text)
                 return HOPELESS_RETRY_S
         if isinstance(error, ProtocolError):

@@ -15,9 +15,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar
 
 import msgspec
 import trio
@@ -25,8 +24,6 @@ import trio
 from asrfs.errors import AsrfsError, IntegrityError, TemporaryError
 from asrfs.format.log_object import NO_DIGEST
 from asrfs.format.object_encoder import ZSTD_LEVEL, ZSTD_LEVEL_FAST
-from asrfs.journal.reader import JournalReader
-from asrfs.model.configuration import HostConfiguration
 from asrfs.model.dirty_map import GivenUp
 from asrfs.model.positions import Cursor
 from asrfs.protocol.frames import Bytes, ProtocolError
@@ -46,11 +43,9 @@ from asrfs.protocol.messages import (
     Welcome,
 )
 from asrfs.protocol.session import Event, Session, State
-from asrfs.replication.object_builder import BuiltObject, MachineKeys, ObjectBuilder
-from asrfs.replication.outlet import Outlet
+from asrfs.replication.object_builder import BuiltObject, MachineKeys
 from asrfs.replication.pace import Pace
-from asrfs.replication.positions_file import PositionsFile
-from asrfs.replication.progress import Progress, bytes_between
+from asrfs.replication.progress import bytes_between
 from asrfs.replication.reconciliation import (
     Side,
     StoreLostError,
@@ -60,8 +55,8 @@ from asrfs.replication.reconciliation import (
     refusal,
 )
 from asrfs.replication.rewind import check_kept, cursor_at
-from asrfs.replication.seeding import Matching, Outgoing, Seeds
-from asrfs.storage.interface import Storage
+from asrfs.replication.seeding import Matching, Outgoing
+from asrfs.replication.source import Source
 from asrfs.transport.stream import ByteStream
 
 HEARTBEAT_S = 5.0
@@ -79,48 +74,8 @@ _FAST_BYTES_PER_S = 48 << 20
 T = TypeVar("T")
 
 
-class ShippingSettings(NamedTuple):
-    """Bytes of records in an object, seconds they may wait, zstd or not, bytes per second (0: no limit)."""
-
-    object_size: int = 4 << 20
-    object_age: float = 0.25
-    compression: bool = True
-    bandwidth_limit: int = 0
-
-
 class CorruptJournalError(IntegrityError):
     """Records that were durable cannot be read back. Their bytes are not shipped."""
-
-
-@dataclass(slots=True)
-class Source:
-    """What sessions ship from; outlives them. `journal_turn` is held while segments are freed or gone back to.
-
-    `configured` is told what the store wants of this host, unchecked, and returns at once. `given_up`: by
-    the dirty map that is saved. `group_port` and `group_address` are said to the store when a session begins: where
-    other members of a group reach this machine.
-    """
-
-    machine_id: bytes
-    machine_name: str
-    journal: Storage
-    reader: JournalReader
-    builder: ObjectBuilder
-    positions: PositionsFile
-    progress: Progress
-    settings: ShippingSettings
-    threads: trio.CapacityLimiter
-    journal_turn: trio.Lock
-    hurry_lsn: int = 0
-    configured: Callable[[HostConfiguration], None] = lambda configuration: None
-    given_up: Callable[[], GivenUp] = GivenUp
-    group_port: int = 0
-    group_address: str = ""
-    outlet: Outlet = field(default_factory=Outlet)
-    seeds: Seeds = field(default_factory=Seeds)
-
-    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await trio.to_thread.run_sync(function, *arguments, limiter=self.threads)
 
 
 class ShippingSession:
@@ -134,6 +89,7 @@ class ShippingSession:
         self._session = Session("host")
         self._salt = b""
         self._takes_stretches = False
+        self._rejoins = False
         self._digest = NO_DIGEST
         self._cursor = source.positions.current.acknowledged
         self._slots = trio.Semaphore(OBJECTS_UNACKNOWLEDGED_MAX)
@@ -169,6 +125,7 @@ class ShippingSession:
 
     async def _greet(self) -> Welcome:
         progress, positions = self._source.progress, self._source.positions.current
+        self._rejoins = self._source.is_rejoining
         hello = Hello(
             protocol=PROTOCOL_VERSION,
             machine_id=self._source.machine_id.hex(),
@@ -181,6 +138,7 @@ class ShippingSession:
             takes_configuration=True,
             group_port=self._source.group_port,
             group_address=self._source.group_address,
+            rejoin=self._rejoins,
         )
         try:
             with trio.fail_after(GREETING_S_MAX):
@@ -198,6 +156,8 @@ class ShippingSession:
     async def _reconcile(self, welcome: Welcome) -> None:
         """Take the store's acknowledged LSN for ours and find its place in the journal."""
         source = self._source
+        if self._rejoins:
+            return await self._rejoin(welcome)
         async with source.journal_turn:
             ours = source.positions.current
             check_same_history(
@@ -214,7 +174,21 @@ class ShippingSession:
             source.positions.change(acknowledged=cursor, last_digest=welcome.last_digest)
             if cursor.lsn < source.positions.saved.acknowledged.lsn:  # also when an earlier session could not save it
                 await source.in_thread(source.positions.save)
-        source.progress.note_acknowledged(cursor)
+        self._go_on_at(cursor, welcome)
+
+    async def _rejoin(self, welcome: Welcome) -> None:
+        """Whatever the store has is what it has acknowledged; ours goes on behind it, in the epoch it gave."""
+        source = self._source
+        assert source.rejoiner is not None
+        cursor = await source.rejoiner.go_on(welcome)
+        async with source.journal_turn:
+            source.positions.change(epoch=welcome.epoch, acknowledged=cursor, last_digest=welcome.last_digest)
+            await source.in_thread(source.positions.save)
+        self._go_on_at(cursor, welcome)
+        await source.rejoiner.finish()
+
+    def _go_on_at(self, cursor: Cursor, welcome: Welcome) -> None:
+        self._source.progress.note_acknowledged(cursor)
         self._cursor = cursor
         self._salt, self._takes_stretches = welcome.session_salt, welcome.takes_stretches
         self._takes_matches = welcome.takes_matches

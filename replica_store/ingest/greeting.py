@@ -8,6 +8,7 @@ from asrfs.protocol.messages import PROTOCOL_VERSION, Hello, RefusalCode
 from asrfs.transport.tls import MachineIdentity
 from replica_store.ingest.ingester import Position
 from replica_store.ingest.seeding import SeedUselessError
+from replica_store.vault.row_checks import EPOCH_END
 from replica_store.vault.rows import MachineRow
 
 
@@ -29,7 +30,11 @@ def check_identity(identity: MachineIdentity, machine: MachineRow | None) -> Mac
 
 
 def check_hello(hello: Hello, machine: MachineRow) -> None:
-    """What can be said before the history is looked at. Raises AsrfsError."""
+    """What can be said before the history is looked at. Raises AsrfsError.
+
+    A host at a higher epoch than ours was told it by a store of which this one is an older copy, or by another one: it
+    is welcomed with ours, and will want to rejoin.
+    """
     if hello.machine_id != machine.id:
         raise AuthenticationError(
             f"the certificate is of machine {machine.name} (id {machine.id}), "
@@ -37,20 +42,21 @@ def check_hello(hello: Hello, machine: MachineRow) -> None:
         )
     if hello.protocol != PROTOCOL_VERSION:
         raise RefusedError(f"protocol {hello.protocol} is not known here: this store speaks {PROTOCOL_VERSION}")
-    if hello.epoch < machine.epoch:
+    if not 0 <= hello.epoch < EPOCH_END:
+        raise RefusedError(f"there is no epoch {hello.epoch}")
+    if hello.epoch < machine.epoch and not hello.rejoin:
         raise FencedError(
             f"machine {machine.name} is at epoch {machine.epoch} and this host at {hello.epoch}: "
-            "it was failed over, and this side can add nothing any more"
-        )
-    if hello.epoch > machine.epoch:
-        raise DivergedError(
-            f"the host is at epoch {hello.epoch} of machine {machine.name}, which this store has not given out"
+            "another side of it goes on, and this one can add nothing any more"
         )
 
 
 def check_position(hello: Hello, position: Position, digest_at_acknowledged: str | None) -> None:
     """Whether the host's history continues ours. `digest_at_acknowledged`: of our object that ends where the host's
-    acknowledged ones do, None if none does. A host that has been told more than we hold is told so by WELCOME."""
+    acknowledged ones do, None if none does. A host that has been told more than we hold is told so by WELCOME, and who
+    rejoins continues nothing."""
+    if hello.rejoin or hello.epoch > position.epoch:
+        return
     if hello.appended_lsn < position.lsn:
         raise DivergedError(
             f"the host's history ends at LSN {hello.appended_lsn}, and LSN {position.lsn} is here: "

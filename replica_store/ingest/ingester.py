@@ -81,10 +81,17 @@ class Ingester:
     def position(self) -> Position:
         return self._position
 
+    @property
+    def live_disks(self) -> tuple[DiskRecord, ...]:
+        """Those that the history has at the position, by slot."""
+        newest = {record.slot: record for record in self._disks}
+        return tuple(newest[slot] for slot in sorted(newest) if not newest[slot].removed)
+
     def begin_session(self, machine: MachineRow, session_salt: bytes) -> Position:
         """Where the history stands; from now on only objects sealed with this salt are taken."""
         if not self._settled:
             adopt(self._vault, machine)
+            machine = self._vault.catalog.machine_by_id(machine.id) or machine
             self._settled = True
         self._salt = session_salt
         last = self._vault.catalog.last_object(machine.id)

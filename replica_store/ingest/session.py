@@ -53,6 +53,7 @@ from replica_store.ingest.greeting import (
 from replica_store.ingest.ingester import Ingester, Position
 from replica_store.ingest.links import Links
 from replica_store.ingest.seeding import match
+from replica_store.vault.epochs import raise_epoch
 from replica_store.vault.groups import put_place
 from replica_store.vault.protection import check_not_committed
 from replica_store.vault.rows import MachineRow
@@ -173,6 +174,7 @@ class StoreSession:
                 takes_stretches=True,
                 compares=self._store.comparing.at_once,
                 takes_matches=True,
+                disks=ingester.live_disks if hello.rejoin else (),
             )
         )
         return ingester, hello
@@ -197,8 +199,15 @@ class StoreSession:
         return machine
 
     def _begin(self, ingester: Ingester, hello: Hello, salt: bytes) -> tuple[Position, str | None]:
-        """Blocks. The position, and the digest of our object that ends where the host's acknowledged ones do."""
+        """Blocks. The position, and the digest of our object that ends where the host's acknowledged ones do.
+
+        Who rejoins gets a new epoch, behind everything that the old one has brought here.
+        """
         position = ingester.begin_session(self._authorised(), salt)
+        if hello.rejoin:
+            epoch = raise_epoch(self._store.vault, self._identity.machine_id, above=hello.epoch)
+            position = ingester.begin_session(self._authorised(), salt)
+            self._log.warning("a host rejoins", epoch=epoch, acknowledged_lsn=position.lsn, host_epoch=hello.epoch)
         if hello.group_port and (address := hello.group_address or self._host):
             put_place(self._store.vault.catalog, self._identity.machine_id, address, hello.group_port)
         row = self._store.vault.catalog.object_with(self._identity.machine_id, hello.acknowledged_lsn)

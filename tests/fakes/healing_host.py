@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -12,7 +12,8 @@ from asrfs.daemon.agent_healing import with_gaps
 from asrfs.errors import TemporaryError
 from asrfs.format.record import Kind
 from asrfs.journal.reader import JournalReader
-from asrfs.model.dirty_map import DirtyMap, GivenUp
+from asrfs.model import dirty_map
+from asrfs.model.dirty_map import DirtyMap, GivenUp, Reason
 from asrfs.model.machine import NO_SLOT, DiskConfig, DiskRecord, MachineConfig, encode_disk
 from asrfs.model.marker import MarkerRecord, encode_marker
 from asrfs.model.positions import Cursor
@@ -82,6 +83,7 @@ class WorldServer:
         self.progress = progress
         self.calls_left = 1 << 30
         self.syncs_fills = False
+        self.is_fenced = False
         self.announced: dict[int, DiskRecord] = {}
 
     def announce(self) -> None:
@@ -134,6 +136,17 @@ class WorldServer:
     async def reread_disks(self) -> None:
         self.announce()
 
+    async def new_epoch(self, epoch: int, after_lsn: int) -> HostPositions:
+        await trio.lowlevel.checkpoint()
+        if self.world.journal.epoch < epoch:
+            self.world.begin_epoch(epoch, after_lsn)
+            self.announced.clear()
+        self.announce()
+        return await self.sync()
+
+    async def reread_fence(self) -> None:
+        self.is_fenced = self.world.storage.exists("fenced.json")
+
 
 def check_marked(
     records: Sequence[ModelRecord], after_lsn: int, last_lsn: int, dirty: DirtyMap, given_up: GivenUp
@@ -151,7 +164,10 @@ def check_marked(
         for offset, length in dirty.runs(slot, 1 << 20)
         for at in range(offset, offset + length, BLOCK)
     }
+    unknown = {slot for slot in dirty.slots() if Reason.REJOINED in dirty.reasons(slot)}  # all of it will be compared
     for lsn, record in enumerate(records[after_lsn:last_lsn], after_lsn + 1):
+        if record.slot in unknown:
+            continue
         for at in range(record.offset, record.offset + record.length, BLOCK):
             assert record.slot in unknown or (record.slot, at) in marked | later, (
                 f"I4: LSN {lsn} was freed, and byte {at} of disk {record.slot} is neither at the store nor in the map"
@@ -195,17 +211,19 @@ class HealingHost:
             self._open_image,
             self.make_point,
             lambda: LAG_BYTES_MAX,
-            self._compare,
+            self.find,
         )
+
+    async def find(self, disks: Sequence[DiskConfig]) -> Mapping[int, Sequence[int]]:
+        """What is compared differs."""
+        await trio.lowlevel.checkpoint()
+        return {disk.slot: range(-(-disk.size_bytes >> dirty_map.CHUNK_SHIFT)) for disk in disks}
 
     async def make_point(self, note: str) -> int:
         point = MarkerRecord(id=f"{len(self.world.model.records):032x}", note=note)
         lsn, _ = await self.server.marker(encode_marker(point))
         self.points.append(lsn)
         return lsn
-
-    async def _compare(self, disks: Sequence[DiskConfig]) -> dict[int, list[int]]:
-        raise TemporaryError("there is no store to compare with")
 
     def _open_image(self, disk: DiskConfig) -> File:
         return self.world.image_storage.open(str(disk.slot))

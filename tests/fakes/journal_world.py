@@ -26,11 +26,12 @@ from asrfs.format.record import (
 from asrfs.format.segment import SEGMENT_HEADER_BYTES
 from asrfs.journal.block_map import BlockMap
 from asrfs.journal.disk import JournaledDisk, WriteTogether, rebuild_maps
+from asrfs.journal.epochs import EpochJournal
 from asrfs.journal.map_keeper import MapKeeper
 from asrfs.journal.reader import JournalReader
 from asrfs.journal.recovery import Recovered, recover
 from asrfs.journal.spares import prepare_spare, trim
-from asrfs.journal.writer import Journal
+from asrfs.model.machine import NO_SLOT
 from asrfs.model.positions import Cursor, Positions
 from asrfs.storage.interface import Bytes, read_whole, write_atomically
 from tests.fakes.crash_storage import CrashStorage
@@ -128,7 +129,7 @@ class Model:
             )
 
 
-class _TellingJournal(Journal):
+class _TellingJournal(EpochJournal):
     """Tells the model of a record before the first byte of it is written: from then on a crash may find it."""
 
     model: Model
@@ -288,6 +289,14 @@ class JournalWorld:
         return headers
 
     # ---- what happens to a machine ----
+
+    def begin_epoch(self, epoch: int, after_lsn: int) -> None:
+        """LSNs that are jumped over are records of nothing to the model, which a crash may find from now on."""
+        self.sync()
+        jumped = after_lsn - len(self.model.records)
+        self.model.records += [ModelRecord(0, NO_SLOT, 0, 0, b"") for _ in range(jumped)]
+        self.journal.begin_epoch(epoch, after_lsn)
+        self.model.promised_lsn = len(self.model.records)
 
     def write_together(self, writes: Sequence[tuple[int, int, bytes]]) -> bool:
         """`(slot, offset, content)` as a turn of requests: together, or if that cannot be, one by one. Which it was."""

@@ -180,6 +180,8 @@ class ScriptedStore:
                 await stream.send_all(session.send(Refused(code=self.refusal[0], text=self.refusal[1])))
                 return
             self.sessions += 1
+            if event.rejoin:
+                self.epoch = max(self.epoch, event.epoch) + 1
             await stream.send_all(session.send(self._welcome()))
         elif isinstance(event, ObjectReceived):
             acknowledge = self._keep(event)

@@ -39,6 +39,7 @@ def facts(**changes: Any) -> Facts:
         "oldest_segment": 1,
         "quota_bytes": 1 << 29,
         "healing": WHOLE,
+        "is_fenced": False,
         "link": "connected",
     }
     return Facts(**(values | changes))

@@ -34,7 +34,7 @@ from asrfs.replication.outlet import Outlet
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.shipper import Shipper, StoreAccess
-from asrfs.replication.shipping_session import ShippingSettings, Source
+from asrfs.replication.source import ShippingSettings, Source
 from asrfs.replication.ticker import Ticker
 from asrfs.replication.trimmer import Trimmer
 from asrfs.transport.backoff import Backoff

@@ -30,7 +30,7 @@ from asrfs.replication.object_builder import MachineKeys, ObjectBuilder
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.shipper import Shipper, StoreAccess
-from asrfs.replication.shipping_session import Source
+from asrfs.replication.source import Source
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.system_clock import SystemClock
 from asrfs.transport.backoff import Backoff

@@ -30,7 +30,7 @@ from asrfs.replication.object_builder import MachineKeys, ObjectBuilder
 from asrfs.replication.progress import Progress
 from asrfs.replication.resyncer import ALARM, HealingRules, Resyncer
 from asrfs.replication.shipper import Shipper, StoreAccess
-from asrfs.replication.shipping_session import ShippingSettings
+from asrfs.replication.source import ShippingSettings
 from asrfs.replication.trimmer import Limit, Trimmer, freeable
 from asrfs.transport.backoff import Backoff
 from tests.fakes.applied_world import AppliedWorld

@@ -26,7 +26,7 @@ from asrfs.model.policy import Policy, parse_policy
 from asrfs.model.quantities import NS_PER_SECOND
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.configuration_keeper import ConfigurationKeeper
-from asrfs.replication.shipping_session import Source
+from asrfs.replication.source import Source
 from tests.fakes.crash_storage import CrashStorage
 from tests.fakes.virtual_time import pass_time
 

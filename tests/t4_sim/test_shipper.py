@@ -31,13 +31,8 @@ from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.seeding import Outgoing
 from asrfs.replication.shipper import HOPELESS_RETRY_S, Shipper, StoreAccess
-from asrfs.replication.shipping_session import (
-    OBJECTS_UNACKNOWLEDGED_MAX,
-    SILENCE_S_MAX,
-    ShippingSession,
-    ShippingSettings,
-    Source,
-)
+from asrfs.replication.shipping_session import OBJECTS_UNACKNOWLEDGED_MAX, SILENCE_S_MAX, ShippingSession
+from asrfs.replication.source import ShippingSettings, Source
 from asrfs.replication.trimmer import Limit, Trimmer, freeable
 from asrfs.transport.backoff import Backoff
 from tests.fakes.crash_storage import CrashStorage

@@ -96,8 +96,8 @@ BEFORE_GREETING: dict[str, Attack] = {
 
 HELLOS: dict[str, tuple[dict[str, Any], str]] = {
     "I6: an old epoch": ({"epoch": 0}, "fenced"),
-    "an epoch nobody gave out": ({"epoch": 2}, "diverged"),
-    "an impossible epoch": ({"epoch": (1 << 64) - 1}, "diverged"),
+    "an impossible epoch": ({"epoch": (1 << 64) - 1}, "state"),
+    "the last epoch, to rejoin": ({"epoch": (1 << 32) - 1, "rejoin": True}, "state"),
     "another machine": ({"machine_id": "0" * 31 + "1"}, "authentication"),
     "no machine": ({"machine_id": "../x"}, "authentication"),
     "another protocol": ({"protocol": 99}, "state"),

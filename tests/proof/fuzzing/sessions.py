@@ -27,7 +27,8 @@ from asrfs.replication.object_builder import ObjectBuilder
 from asrfs.replication.outlet import Outlet
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
-from asrfs.replication.shipping_session import ShippingSession, ShippingSettings, Source
+from asrfs.replication.shipping_session import ShippingSession
+from asrfs.replication.source import ShippingSettings, Source
 from asrfs.storage.system_clock import SystemClock
 from asrfs.transport.tls import MachineIdentity
 from replica_store.ingest.budget import Budget

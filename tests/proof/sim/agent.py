@@ -14,9 +14,11 @@ from asrfs.errors import AsrfsError, TemporaryError
 from asrfs.format.record import RecordHeader
 from asrfs.journal.reader import JournalReader
 from asrfs.model.calendar import ALWAYS
+from asrfs.model.dirty_map import Reason
 from asrfs.model.machine import DiskConfig
 from asrfs.model.marker import MarkerRecord, encode_marker
 from asrfs.model.positions import Positions
+from asrfs.model.rejoining import By
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.applier import Applier, Image
 from asrfs.replication.applier_task import ApplierTask
@@ -28,9 +30,10 @@ from asrfs.replication.object_builder import ObjectBuilder
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.quota import Quota
+from asrfs.replication.rejoiner import Rejoiner
 from asrfs.replication.resyncer import HealingRules, Resyncer
 from asrfs.replication.shipper import Shipper, StoreAccess
-from asrfs.replication.shipping_session import Source
+from asrfs.replication.source import Source
 from asrfs.replication.ticker import Ticker
 from asrfs.replication.trimmer import Trimmer
 from asrfs.storage.interface import File
@@ -108,6 +111,12 @@ class DiskServerLine:
     async def fill(self, slot: int, offset: int, length: int) -> int:
         return await self._call(lambda server: server.fill(slot, offset, length))
 
+    async def new_epoch(self, epoch: int, after_lsn: int) -> HostPositions:
+        return await self._call(lambda server: server.new_epoch(epoch, after_lsn))
+
+    async def reread_fence(self) -> None:
+        await self._call(DiskServerLife.reread_fence)
+
     async def reread_disks(self) -> None:
         await self._call(DiskServerLife.announce)
 
@@ -142,6 +151,16 @@ class ToldQuota(Quota):
         if is_given_up:
             self.told.watch.fired("records given up")
         return is_given_up
+
+
+class ToldRejoiner(Rejoiner):
+    """Says when it is asked to rejoin."""
+
+    told: Host
+
+    async def ask(self, by: By, why: str) -> None:
+        await super().ask(by, why)
+        self.told.watch.fired("store lost what was freed")
 
 
 class Agent:
@@ -227,8 +246,25 @@ class Agent:
             self.applier.hurry,
             self.shipper.hurry,
         )
+        self.rejoiner = ToldRejoiner(
+            storage,
+            journal,
+            host.machine_id,
+            JournalReader(journal, host.machine_id, check_payloads=False),
+            server,
+            self.progress,
+            self.positions,
+            self.dirty,
+            self.alarms,
+            self._threads,
+            host.load_machine,
+            host.edit_machine,
+            host.clock.time_ns,
+        )
+        self.rejoiner.told = host
+        source.rejoiner = self.rejoiner
         rules = HealingRules(ALWAYS, 900.0, host.quota_bytes)
-        self.resyncer = Resyncer(filler, self.progress, self.alarms, lambda: True, lambda: rules, lambda: 0)
+        self.resyncer = Resyncer(filler, self.progress, self.alarms, self._may_heal, lambda: rules, lambda: 0)
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -237,12 +273,16 @@ class Agent:
                 self.applier.run,
                 self.applier.run_trimming,
                 self.shipper.run,
+                self.rejoiner.run,
                 self._keep_spares,
                 self._quota.run,
                 self.resyncer.run,
                 self._verify_when_ordered,
             ):
                 nursery.start_soon(task)
+
+    def _may_heal(self) -> bool:
+        return self.rejoiner.order is None and self.rejoiner.fence is None
 
     async def _make_point(self, note: str) -> int:
         payload = encode_marker(MarkerRecord(id=f"{self._host.rng.getrandbits(128):032x}", note=note))
@@ -273,7 +313,11 @@ class Agent:
         """As `AgentHealing` does."""
         await trio.to_thread.run_sync(self.positions.save, limiter=self._threads)
         async with self._comparing:
-            return (await self._comparer.compare(disks)).different
+            found = await self._comparer.compare(disks)
+            settled = await self._comparer.settle(disks, found)
+        if any(Reason.REJOINED in self.dirty.map.reasons(disk.slot) for disk in disks):
+            self._host.watch.fired("rejoined disk compared")
+        return settled.different
 
     def _on_marker(self, header: RecordHeader, payload: bytes) -> None:
         self.points.add_marker(header, payload, self.progress.epoch)

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from asrfs.format.record import PAYLOAD_BYTES_MAX, Kind
 from asrfs.journal.block_map import BlockMap
 from asrfs.journal.disk import JournaledDisk, rebuild_maps
+from asrfs.journal.epochs import EpochJournal
 from asrfs.journal.map_keeper import MapKeeper
 from asrfs.journal.recovery import Recovered, recover
-from asrfs.journal.writer import Journal, SyncCallback
+from asrfs.journal.writer import SyncCallback
 from asrfs.model.clock import Clock
 from asrfs.model.machine import NO_SLOT, DiskRecord, MachineConfig, encode_disk
 from asrfs.model.positions import Cursor, Positions
@@ -28,7 +29,7 @@ from tests.proof.sim.machine_model import MachineModel
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-class ToldJournal(Journal):
+class ToldJournal(EpochJournal):
     """Tells the model, and has no thread."""
 
     def __init__(
@@ -67,8 +68,8 @@ class ToldJournal(Journal):
             self._closing = closing
         self._model.note_durable(self.durable_lsn)
 
-    def _roll(self) -> None:
-        super()._roll()
+    def _roll(self, epoch: int | None = None, after_lsn: int | None = None) -> None:
+        super()._roll(epoch, after_lsn)
         self._model.segments[self.segment] = self.appended_lsn + 1
 
 
@@ -86,7 +87,9 @@ class DiskServerLife:
         rng: random.Random,
         segment_bytes: int,
     ) -> None:
+        self._storage = storage
         self._load_machine = load_machine
+        self.is_fenced = storage.exists("fenced.json")
         self._announced: dict[int, DiskRecord] = {}
         machine = load_machine()
         images = {disk.slot: storage.open(f"images/{disk.slot}") for disk in machine.disks}
@@ -117,6 +120,17 @@ class DiskServerLife:
                 self._announced[disk.slot] = record
 
     # ---- verbs ----
+
+    def new_epoch(self, epoch: int, after_lsn: int) -> HostPositions:
+        if self.journal.epoch < epoch:
+            assert after_lsn <= self.journal.appended_lsn, "a host of this simulation is never behind its store"
+            self.journal.begin_epoch(epoch, after_lsn)
+            self._announced.clear()
+        self.announce()
+        return self.sync()
+
+    def reread_fence(self) -> None:
+        self.is_fenced = self._storage.exists("fenced.json")
 
     def positions(self) -> HostPositions:
         journal = self.journal

@@ -9,7 +9,7 @@ import errno
 import random
 import re
 from collections.abc import Awaitable, Callable, Collection
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import trio
@@ -19,9 +19,11 @@ from asrfs.model.machine import MachineConfig
 from asrfs.model.positions import Cursor, Positions
 from asrfs.replication.lost_map import find_dirty_map
 from asrfs.replication.object_builder import MachineKeys
-from asrfs.replication.shipping_session import ShippingSettings
+from asrfs.replication.source import ShippingSettings
 from asrfs.storage.interface import read_whole, write_atomically
 from asrfs.transport.stream import ByteStream
+from replica_store.points.builder import Cut, disks_of, open_disks
+from replica_store.points.point_disk import FrameCache
 from tests.fakes.crash_storage import CrashStorage, Fate
 from tests.fakes.healing_host import check_marked
 from tests.fakes.wire import WireEnd
@@ -120,6 +122,11 @@ class Host:
     def load_machine(self) -> MachineConfig:
         return msgspec.json.decode(read_whole(self.storage, "machine.json"), type=MachineConfig)
 
+    def edit_machine(self, change: Callable[[MachineConfig], MachineConfig]) -> MachineConfig:
+        machine = change(self.load_machine())
+        write_atomically(self.storage, "machine.json", msgspec.json.encode(machine))
+        return machine
+
     def set_gaps(self, slots: Collection[int], gap: bool) -> MachineConfig:
         machine = with_gaps(self.load_machine(), slots, gap)
         write_atomically(self.storage, "machine.json", msgspec.json.encode(machine))
@@ -192,6 +199,17 @@ class Host:
     def received_lsn(self) -> int:
         """How much the store has, whatever anybody was told."""
         return self.store.vault.received_lsn(self.machine_id.hex())
+
+    def at_store(self, slot: int) -> bytes:
+        """A disk as the store has it now, listed or not."""
+        vault, machine_id = self.store.vault, self.machine_id.hex()
+        machine = vault.catalog.machine_by_id(machine_id)
+        assert machine is not None
+        reader: Any = vault
+        cut = Cut(machine, vault.received_lsn(machine_id), 0, 1, None)
+        disk = next(disk for disk in disks_of(reader, cut) if disk.slot == slot)
+        opened = open_disks(reader, cut, [disk.name], FrameCache(reader))[disk.name]
+        return bytes(opened.read(0, disk.size_bytes))
 
     @property
     def _is_in_doubt(self) -> bool:
@@ -311,17 +329,27 @@ class Host:
 
     # ---- the guest ----
 
-    def ask(self, operation: Callable[[DiskServerLife], T]) -> T | None:
+    @property
+    def is_fenced(self) -> bool:
+        """Whether its agent has written that down."""
+        return self.storage.exists("fenced.json")
+
+    def ask(self, operation: Callable[[DiskServerLife], T], *, changes: bool = False) -> T | None:
         """What the guest does. None when nobody answered: then it is asked again of the next disk server."""
         server, process = self.server, self.server_process
         if server is None or process.is_dead:
             return None
         try:
             with process.acting():
+                if server.is_fenced and changes:
+                    raise OSError(errno.EROFS, "fenced")
                 return operation(server)
         except Killed:
             return None
         except OSError as error:
+            if error.errno == errno.EROFS and self.is_fenced:
+                self.watch.fired("write of a fenced host refused")
+                return None
             if not self.is_short_of_space and server.journal.failed is None:
                 raise AssertionError(f"I8: {self.name} failed a request and nothing of its own is wrong") from error
             self.watch.note(self.name, "request failed", str(error))
@@ -330,14 +358,14 @@ class Host:
     def change(self, operation: Callable[[DiskServerLife], None]) -> None:
         """A write: sent again to the next disk server if this one dies with it."""
         lived = self.server is not None and not self.server_process.is_dead
-        self.ask(operation)
+        self.ask(operation, changes=True)
         if lived and self.server_process.is_dead:
             self.unanswered.append(operation)
 
     def _send_again(self) -> None:
         waiting, self.unanswered = self.unanswered, []
         for operation in waiting:
-            self.ask(operation)
+            self.ask(operation, changes=True)
 
     def check_disks(self) -> None:
         """I9: every disk reads as the model does now."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from asrfs.errors import AsrfsError
 from asrfs.model.marker import MarkerRecord, encode_marker
 from asrfs.storage.interface import read_whole, write_atomically
 from tests.fakes.crash_storage import CHANGING, CrashStorage, Fate, Fault
@@ -52,6 +53,8 @@ FAULTS = (
     "catalog set back",
     "vault set back",
     "store lost what was freed",
+    "rejoined disk compared",
+    "write of a fenced host refused",
     "positions not saved",
     "maps held",
     "epoch raised",
@@ -377,9 +380,14 @@ class Steps:
         """As the commit of a failover does; at most one of the hosts is left behind."""
         if self._is_fenced or self._world.store.in_doubt:
             return
-        self._is_fenced = True
         host = self._host()
-        self._world.store.raise_epoch(host.machine_id.hex())
+        if host.storage.exists("rejoin.json"):
+            return  # it would be given a higher one yet
+        try:
+            self._world.store.raise_epoch(host.machine_id.hex())
+        except AsrfsError:
+            return  # the store has no room, or its disk fails: nobody was told
+        self._is_fenced = True
         self._world.invariants.freeze(host)
         self._world.watch.fired("epoch raised")
 

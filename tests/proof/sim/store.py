@@ -11,7 +11,6 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import trio
@@ -21,6 +20,7 @@ from asrfs.model.clock import Clock
 from replica_store.ingest.listener import Listener
 from replica_store.vault.catalog import Catalog
 from replica_store.vault.directory_objects import DirectoryObjects
+from replica_store.vault.epochs import raise_epoch
 from replica_store.vault.keys import MachineKeys, Sealer
 from replica_store.vault.rows import MachineRow
 from replica_store.vault.schema import TABLES, VERSION
@@ -235,10 +235,7 @@ class Store:
 
     def raise_epoch(self, machine_id: str) -> None:
         """As a failover's commit does."""
-        row = self.vault.catalog.machine_by_id(machine_id)
-        assert row is not None
-        with self.vault.catalog.transaction():
-            self.vault.catalog.put_machine(replace(row, epoch=row.epoch + 1))
+        raise_epoch(self.vault, machine_id)
         self._old_catalog = self._next_catalog = None  # one from before would take the epoch back
         self._vault_copy = self._next_vault = None
 

@@ -16,7 +16,7 @@ from asrfs.model import dirty_map
 from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.replication import filler, shipping_session, stretch_reader
 from asrfs.replication.object_builder import MachineKeys
-from asrfs.replication.shipping_session import ShippingSettings
+from asrfs.replication.source import ShippingSettings
 from asrfs.transport.tls import MachineIdentity
 from replica_store.vault.keys import MachineKeys as StoredKeys
 from replica_store.vault.schema import REBUILDABLE
@@ -146,7 +146,8 @@ class World:
             steps.heal()
             for host in self.hosts:
                 await host.until_up()
-                assert steps.write_last(host), f"I8: {host.name} takes no writes although nothing is wrong any more"
+                is_taken = steps.write_last(host) or host.is_fenced
+                assert is_taken, f"I8: {host.name} takes no writes although nothing is wrong any more"
             for host in self.hosts:
                 await self._wait_until_drained(host)
         if scope.cancelled_caught:
@@ -162,7 +163,7 @@ class World:
                 lsn = host.model.lsn
                 is_fenced = self.invariants.seen[host.name].frozen_at is not None
                 is_known = host.machine_id.hex() not in self.store.in_doubt
-                is_over = is_fenced or self._is_lost(host)
+                is_over = is_fenced
                 is_shipped = is_over or (
                     is_known and host.knows_store and agent.positions.saved.acknowledged.lsn >= lsn
                 )
@@ -171,15 +172,6 @@ class World:
                     return
             await trio.sleep(1)  # sleep: virtual
             self._check()
-
-    def _is_lost(self, host: Host) -> bool:
-        """Whether the store was set back to before what this host has freed, and the host says so (I4)."""
-        if not self.store.setbacks or host.agent is None or host.freed_lsn <= host.received_lsn():
-            return False
-        if "store-lost" not in host.agent.alarms:
-            return False
-        self.watch.fired("store lost what was freed")
-        return True
 
     def _describe(self, host: Host) -> str:
         agent, model = host.agent, host.model

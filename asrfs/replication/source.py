@@ -1,0 +1,72 @@
+"""What a machine ships from: its journal and positions, and what holds for sending. Outlives connections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import trio
+
+from asrfs.journal.reader import JournalReader
+from asrfs.model.configuration import HostConfiguration
+from asrfs.model.dirty_map import GivenUp
+from asrfs.replication.object_builder import ObjectBuilder
+from asrfs.replication.outlet import Outlet
+from asrfs.replication.positions_file import PositionsFile
+from asrfs.replication.progress import Progress
+from asrfs.replication.rejoiner import Rejoiner
+from asrfs.replication.seeding import Seeds
+from asrfs.storage.interface import Storage
+
+T = TypeVar("T")
+
+
+class ShippingSettings(NamedTuple):
+    """Bytes of records in an object, seconds they may wait, zstd or not, bytes per second (0: no limit)."""
+
+    object_size: int = 4 << 20
+    object_age: float = 0.25
+    compression: bool = True
+    bandwidth_limit: int = 0
+
+
+def _follow_nothing(_configuration: HostConfiguration) -> None:
+    """Of a source whose owner takes no word of the store."""
+
+
+@dataclass(slots=True)
+class Source:
+    """What sessions ship from; outlives them. `journal_turn` is held while segments are freed or gone back to.
+
+    `configured` is told what the store wants of this host, unchecked, and returns at once. `given_up`: by
+    the dirty map that is saved. `group_port` and `group_address` are said to the store when a session begins: where
+    other members of a group reach this machine. `rejoiner`: by whom this side goes on in a new epoch, if it may.
+    """
+
+    machine_id: bytes
+    machine_name: str
+    journal: Storage
+    reader: JournalReader
+    builder: ObjectBuilder
+    positions: PositionsFile
+    progress: Progress
+    settings: ShippingSettings
+    threads: trio.CapacityLimiter
+    journal_turn: trio.Lock
+    hurry_lsn: int = 0
+    configured: Callable[[HostConfiguration], None] = _follow_nothing
+    given_up: Callable[[], GivenUp] = GivenUp
+    group_port: int = 0
+    group_address: str = ""
+    outlet: Outlet = field(default_factory=Outlet)
+    seeds: Seeds = field(default_factory=Seeds)
+    rejoiner: Rejoiner | None = None
+
+    @property
+    def is_rejoining(self) -> bool:
+        """Whether the next session is to begin a new epoch."""
+        return self.rejoiner is not None and self.rejoiner.order is not None
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await trio.to_thread.run_sync(function, *arguments, limiter=self.threads)
