@@ -135,8 +135,6 @@ class Agent:
             comparing=compare,
             threads=self._threads,
         )
-        self._shipper.source.rejoiner = self._healing.rejoiner
-        self._shipper.source.rejoiner = self._healing.rejoiner
         self._groups = self._make_groups()
         self._scheduler = Scheduler(
             self._machine.id,

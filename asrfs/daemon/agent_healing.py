@@ -71,21 +71,8 @@ class AgentHealing:
         self._comparing = comparing
         machine = state.load_machine()
         machine_id, journal = id_bytes(machine.id), DirectoryStorage(state.journal)
-        self.rejoiner = Rejoiner(
-            DirectoryStorage(state.root),
-            journal,
-            machine_id,
-            JournalReader(journal, machine_id, check_payloads=False),
-            server,
-            progress,
-            positions,
-            dirty,
-            alarms,
-            threads,
-            state.load_machine,
-            state.edit_machine,
-            SystemClock().time_ns,
-        )
+        self.rejoiner = self._make_rejoiner(server, positions)
+        shipper.source.rejoiner = self.rejoiner
         self._reader = JournalReader(journal, machine_id, check_payloads=False)
         self.quota = Quota(
             server,
@@ -129,6 +116,25 @@ class AgentHealing:
             return shipper.is_enrolled and self.rejoiner.fence is None and self.rejoiner.order is None
 
         self.resyncer = Resyncer(self._filler, progress, alarms, may_heal, rules, minute_of_day)
+
+    def _make_rejoiner(self, server: DiskServer, positions: PositionsFile) -> Rejoiner:
+        state = self._state
+        machine_id, journal = id_bytes(state.load_machine().id), DirectoryStorage(state.journal)
+        return Rejoiner(
+            DirectoryStorage(state.root),
+            journal,
+            machine_id,
+            JournalReader(journal, machine_id, check_payloads=False),
+            server,
+            self._progress,
+            positions,
+            self._dirty,
+            self._alarms,
+            self._threads,
+            state.load_machine,
+            state.edit_machine,
+            SystemClock().time_ns,
+        )
 
     def close(self) -> None:
         self._reader.close()
