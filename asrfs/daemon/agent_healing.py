@@ -140,9 +140,9 @@ class AgentHealing:
         disks = machine.live_disks()
         async with self._comparing() as comparer:
             found = await comparer.compare(disks, _pass_over)
-            settled = await comparer.settle(disks, found, _pass_over)
-        await self._filler.mark_different(settled.different)
-        return settled
+            if await comparer.is_real(disks, found):
+                await self._filler.mark_different(found.different)
+        return found
 
     def _is_over(self, failed_at: int) -> bool:
         return self.resyncer.looked and (
