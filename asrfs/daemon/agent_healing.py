@@ -215,8 +215,8 @@ class AgentHealing:
         await trio.to_thread.run_sync(self._positions.save, limiter=self._threads)
         async with self._comparing() as comparer:
             found = await comparer.compare(disks, _pass_over)
-            self._scanned = await comparer.settle(disks, found, _pass_over)
-        return self._scanned.different
+            self._scanned = found
+            return found.different if await comparer.is_real(disks, found) else {}
 
     def _is_over(self, failed_at: int) -> bool:
         return self.resyncer.looked and (

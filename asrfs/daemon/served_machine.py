@@ -17,6 +17,7 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from asrfs.daemon.base_readers import BaseReaders
@@ -36,6 +37,7 @@ from asrfs.journal.hold import WriteHold
 from asrfs.journal.map_keeper import MapKeeper
 from asrfs.journal.recovery import Recovered, recover
 from asrfs.model.clock import Clock
+from asrfs.model.extents import CHUNK_BYTES
 from asrfs.model.machine import NO_SLOT, DiskConfig, DiskRecord, MachineConfig, encode_disk, grown
 from asrfs.model.marker import decode_marker
 from asrfs.model.names import id_bytes, is_id
@@ -44,6 +46,11 @@ from asrfs.storage.directory import DirectoryStorage, OpenFile, open_path
 
 FILL_BYTES_MAX = 16 * PAYLOAD_BYTES_MAX
 """The most that one `fill` may ask for: a verb is answered soon."""
+FILL_STEP_BYTES = CHUNK_BYTES
+"""A fill holds the journal for so much at a time: a write that comes meanwhile waits for no more."""
+FILL_REST_S, FILL_REST_BESIDE_WRITES_S = 50e-6, 500e-6
+"""Between two steps. Who waits for a lock gets it only when who had it stays away for a moment (a write once waited for
+a second); with writers about, filling takes a small part of the time."""
 QUIET_S_MAX = 0.1
 LSN_END = 1 << 63
 
@@ -76,6 +83,7 @@ class ServedMachine:
         self._changing = threading.Lock()
         self._based = BasedDisks(state)
         self._readers = BaseReaders()
+        self._filled_lsn = 0
         self._images: dict[int, OpenFile] = {}
         """Held and not served: until the disk is, or while what was written to a removed one is being applied."""
         try:
@@ -340,9 +348,16 @@ class ServedMachine:
             raise BadInputError(f"a fill has 1 to {FILL_BYTES_MAX} bytes, not {length}")
         if slot not in self._announced:
             self.announce_late(slot)
-        if (based := self._based.based(slot)) is not None:
-            return {"lsn": waiting(lambda: _fill_based(served.disk, based, offset, length))}
-        return {"lsn": served.disk.fill(offset, length)}
+        based = self._based.based(slot)
+        for at in range(offset, offset + length, FILL_STEP_BYTES):
+            is_alone = self.journal.appended_lsn == self._filled_lsn
+            time.sleep(FILL_REST_S if is_alone else FILL_REST_BESIDE_WRITES_S)
+            size = min(FILL_STEP_BYTES, offset + length - at)
+            if based is None:
+                self._filled_lsn = served.disk.fill(at, size)
+            else:
+                self._filled_lsn = waiting(partial(_fill_based, served.disk, based, at, size))
+        return {"lsn": self._filled_lsn}
 
     def disks(self, request: Fields) -> Fields:
         """Take over what changed in `machine.json`."""

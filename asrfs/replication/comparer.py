@@ -139,11 +139,7 @@ class Comparer:
         """What of `found` really differs, both sides looked at after the same record. Raises as `compare`."""
         settled = Comparison(found.chunks_compared)
         sent_before = self.outlet.bytes_sent
-        regions = [
-            (disk, region)
-            for disk in disks
-            for region in regions_with(found.different.get(disk.slot, ()), disk.size_bytes)
-        ]
+        regions = _regions_of(disks, found)
         lsn = (await self.server.sync()).durable.lsn if regions else 0
         for number, (disk, region) in enumerate(regions):
             if differing := await self._look_again(disk, region, lsn):
@@ -151,6 +147,16 @@ class Comparer:
             step(number + 1, len(regions))
         settled.bytes_sent = found.bytes_sent + self.outlet.bytes_sent - sent_before
         return settled
+
+    async def is_real(self, disks: Iterable[DiskConfig], found: Comparison) -> bool:
+        """Whether any of `found` really differs: for who sends all of it then, since what was on its way may be sent
+        twice. Looks no further than the first. Raises as `compare`."""
+        regions = _regions_of(disks, found)
+        lsn = (await self.server.sync()).durable.lsn if regions else 0
+        for disk, region in regions:
+            if await self._look_again(disk, region, lsn):
+                return True
+        return False
 
     async def _look_again(self, disk: DiskConfig, region: Region, lsn: int) -> Sequence[int]:
         """Chunks of the region that differ between the image and the store's state at one LSN, at least `lsn`."""
@@ -196,6 +202,12 @@ class Comparer:
             delay = min(2 * delay, RETRY_S_MAX)
             with trio.move_on_at(deadline):
                 await self.outlet.wait_open()
+
+
+def _regions_of(disks: Iterable[DiskConfig], found: Comparison) -> list[tuple[DiskConfig, Region]]:
+    return [
+        (disk, region) for disk in disks for region in regions_with(found.different.get(disk.slot, ()), disk.size_bytes)
+    ]
 
 
 def chunks_in(answer: Compared, region: Region, leaves: bytes) -> list[int]:

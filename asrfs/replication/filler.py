@@ -32,7 +32,8 @@ from asrfs.replication.progress import Progress
 from asrfs.replication.quota import SetGaps
 
 RUN_BYTES_MAX = 1 << 20
-RUNS_PER_SAVE = 64
+RUNS_PER_SAVE, BYTES_PER_SAVE = 1024, 64 << 20
+"""A batch is waited for until it is durable, which takes a moment: so it is large, of many short runs, too."""
 RATE_WINDOW_S = 30.0
 
 FindDifferent = Callable[[Sequence[DiskConfig]], Awaitable[Mapping[int, Sequence[int]]]]
@@ -194,8 +195,14 @@ class Filler:
 
     def _take(self, disk: DiskConfig) -> list[tuple[int, int]]:
         """The first runs that are marked."""
-        runs: Iterator[tuple[int, int]] = self.dirty.map.runs(disk.slot, RUN_BYTES_MAX)
-        return [(offset, min(length, disk.size_bytes - offset)) for offset, length in islice(runs, RUNS_PER_SAVE)]
+        taken: list[tuple[int, int]] = []
+        room = BYTES_PER_SAVE
+        for offset, length in islice(self.dirty.map.runs(disk.slot, RUN_BYTES_MAX), RUNS_PER_SAVE):
+            taken.append((offset, min(length, disk.size_bytes - offset)))
+            room -= length
+            if room <= 0:
+                break
+        return taken
 
     async def _fill_batch(self, disk: DiskConfig, batch: list[tuple[int, int]], may_go_on: Callable[[], bool]) -> bool:
         """Whether all of them were filled; what was is taken from the map."""

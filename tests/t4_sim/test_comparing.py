@@ -395,3 +395,24 @@ async def test_what_was_asked_of_a_session_that_ended_fails_and_may_be_asked_aga
             assert {request.number for request in said} == {1, 2}, "no more than the store takes"
     assert len(failures) == 5
     assert not outlet.is_open
+
+
+async def test_what_is_on_its_way_is_no_reason_to_send(
+    autojump_clock: trio.testing.MockClock, scratch: Path, rng: random.Random
+) -> None:
+    async with comparing(scratch, rng) as host:
+        await settled(host)
+        pause = host.store.listener.pause = trio.Event()
+        host.write(40)
+        await host.sync()
+        await host.ticker.tick()
+        await host.progress.wait_until(lambda: host.progress.applied.lsn >= host.world.journal.durable_lsn)
+        found = await host.comparer.compare(host.disks)
+        assert found.chunks_different > 0, "the store lags"
+        host.store.listener.pause = None
+        pause.set()
+        assert not await host.comparer.is_real(host.disks, found)
+        host.flip(0, 3 * LEAF_BYTES)
+        found = await host.comparer.compare(host.disks)
+        assert plain(found) == {0: [3]}
+        assert await host.comparer.is_real(host.disks, found)
