@@ -7,15 +7,21 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from asrfs.model.digest_tree import Region
-from asrfs.model.machine import DiskConfig
+from asrfs.model.digest_tree import Region, numbers_of
+from asrfs.model.dirty_map import DirtyMap, GivenUp
+from asrfs.model.machine import DiskConfig, MachineConfig
+from asrfs.model.positions import Positions
 from asrfs.protocol.messages import Compare, Compared
-from asrfs.replication import comparer
+from asrfs.replication import comparer, lost_map
 from asrfs.replication.comparer import Comparer, Comparison
 from asrfs.replication.exact_images import ExactImages
+from asrfs.replication.filler import Filler
+from asrfs.replication.lost_map import Found
+from asrfs.storage.interface import Storage
 from replica_store.points import digests
 from tests.planted import Plant
 
+_CASES = 5_000
 _SIM = "tests/t4_sim/test_comparing.py::"
 
 
@@ -74,7 +80,72 @@ def first_region_alone(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(digests, "compared", compared)
 
 
+def whole_nodes_differ(patch: pytest.MonkeyPatch) -> None:
+    """Of a node that differs all chunks are sent."""
+
+    def chunks_in(answer: Compared, region: Region, leaves: bytes) -> list[int]:
+        return [
+            region.first_leaf + leaf
+            for node in numbers_of(answer.differs)
+            for leaf in comparer._leaves_of(region, node)
+        ]
+
+    patch.setattr(comparer, "chunks_in", chunks_in)
+
+
+def lost_map_is_empty(patch: pytest.MonkeyPatch) -> None:
+    """A map that cannot be read is taken for one in which nothing is marked."""
+
+    def unknown(journal: Storage, machine: MachineConfig, positions: Positions, why: str) -> Found:
+        return Found(DirtyMap(), GivenUp(), why)
+
+    patch.setattr(lost_map, "_unknown", unknown)
+
+
+def missing_map_is_empty(patch: pytest.MonkeyPatch) -> None:
+    """A map that is gone is taken for one that was never needed."""
+    patch.setattr(lost_map, "_is_missed", lambda journal, machine, positions: False)
+
+
+def unknown_counts_as_whole(patch: pytest.MonkeyPatch) -> None:
+    """A disk of which nothing is marked is closed, although nothing is known of it."""
+
+    async def find_out(self: Filler, disks: Sequence[DiskConfig]) -> None:
+        await self.mark_different({}, known=[disk.slot for disk in disks])
+
+    patch.setattr(Filler, "find_out", find_out)
+
+
+def what_is_gone_is_expected(patch: pytest.MonkeyPatch) -> None:
+    """What the journal has freed is not given up when the map that said so is lost."""
+    patch.setattr(lost_map, "_what_is_gone", lambda machine, positions: GivenUp())
+
+
+def _in_sim(apply: Callable[[pytest.MonkeyPatch], None], shows: str) -> Plant:
+    name = f"sim: {apply.__name__.replace('_', ' ')}"
+    return Plant(name, (apply.__doc__ or "").strip(), "sim", _CASES, apply, shows)
+
+
+def _of_a_lost_map(apply: Callable[[pytest.MonkeyPatch], None], shows: str, lost: str) -> Plant:
+    name = apply.__name__.replace("_", "-")
+    test = f"tests/t4_sim/test_lost_map.py::test_what_the_map_would_have_said_is_found_by_comparing[{lost}]"
+    return Plant(name, (apply.__doc__ or "").strip(), test, 1, apply, shows)
+
+
+_LOST_MAPS = (
+    _of_a_lost_map(lost_map_is_empty, "assert", "away_and_over-flipped"),
+    _of_a_lost_map(missing_map_is_empty, "assert", "half_filled-gone"),
+    _of_a_lost_map(unknown_counts_as_whole, "I9", "half_filled-flipped"),
+    _of_a_lost_map(what_is_gone_is_expected, "TooSlowError", "away_and_over-flipped"),
+)
+_SIM_PLANTS = (
+    _in_sim(one_chunk_of_a_node, "I9: chunk .* was found equal"),
+    _in_sim(whole_nodes_differ, "I9: chunk .* was found different"),
+)
+
 PLANTS: tuple[Plant, ...] = (
+    *_SIM_PLANTS,
+    *_LOST_MAPS,
     Plant(
         "lag-is-a-difference",
         "what is on its way to the store counts as different",

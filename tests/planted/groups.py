@@ -358,8 +358,8 @@ PLANTS = (
     _plant(
         "attends-to-the-dead",
         "a coordinator turns in a circle over a connection that has ended",
-        ATTENTION + "test_a_connection_that_ends_costs_no_time_and_no_attention",
+        ATTENTION + "test_a_connection_that_ends_is_looked_at_once",
         attends_to_the_dead,
-        "of work in half a second",
+        "it was looked at",
     ),
 )

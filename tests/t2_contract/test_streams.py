@@ -75,7 +75,7 @@ async def over_tls(scratch: Path) -> AsyncIterator[Pair]:
         finally:
             over.set()
             await host.aclose()
-            nursery.cancel_scope.cancel()
+        nursery.cancel_scope.cancel()  # else the listener, closed by a task that is cancelled, hides what failed
 
 
 KINDS = pytest.mark.parametrize("kind", [in_memory, over_tls], ids=["memory", "tls"])

@@ -100,6 +100,8 @@ class WatchedComparer(Comparer):
         seen = (lsn, lsn) if lsn else self._seen[disk.slot]
         chunks = await super()._differing(disk, region, leaves, lsn)
         told, setbacks = self._told[disk.slot]
+        with self._host.watch.checking():
+            assert lsn in (0, told), f"I9: compared at LSN {lsn} here and at LSN {told} there"
         if setbacks == self._host.store.setbacks and not self._host.store.in_doubt:
             with self._host.watch.checking():
                 self._check(disk, seen, told, chunks)
