@@ -22,7 +22,7 @@ import msgspec
 from asrfs.errors import BadInputError
 from asrfs.model.quantities import parse_size
 
-from . import barrier, blocks, database, export, recover, replicate, scale
+from . import barrier, blocks, database, export, failover, recover, replicate, scale
 from .benchmark import PEERS, Run
 from .chart import chart
 from .page import CHART, lines_of, page
@@ -36,6 +36,7 @@ ALONE: dict[str, Callable[[Workbench, str, str], Run]] = {
     "scale": scale.run,
     "export": export.run,
     "barrier": barrier.run,
+    "failover": failover.run,
 }
 BENCHMARKS = (*blocks.JOBS, *ALONE)
 TINY = {"turns": 1, "seconds": 0.1, "size": "16M", "records": 20_000, "backlog": "4M"}
@@ -88,7 +89,7 @@ def main(
     context: click.Context, /, names: tuple[str, ...], peers: str | None, output: Path | None, **given: Any
 ) -> None:
     """Run benchmarks of asrfs beside its peers on this machine, in turns: write read mixed fsync database replicate
-    recover scale export barrier, or all.
+    recover scale export barrier failover, or all.
     """
     if os.geteuid() != 0:
         raise click.UsageError("loop devices need root")

@@ -42,6 +42,8 @@ COLUMNS = {
     "drain_s": Column("to drain s", 2),
     "resident_mib": Column("resident MiB", 0),
     "records": Column("records", 0),
+    "served_s": Column("disks served after s", 2),
+    "fsck_s": Column("fsck s", 2),
     "per_million": Column("for a million records", 3),
 }
 
