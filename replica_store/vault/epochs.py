@@ -20,8 +20,8 @@ from replica_store.vault.vault import Vault
 def raise_epoch(vault: Vault, machine_id: str, *, above: int = 0) -> int:
     """A new epoch of the machine, higher than any it had and than `above`; durable when this returns.
 
-    The caller serves the vault or holds `lock_descriptions`. Raises NotFoundError, NoSpaceError; RefusedError when there
-    is no higher one.
+    The caller serves the vault or holds `lock_descriptions`. Raises NotFoundError, NoSpaceError; RefusedError when
+    there is no higher one.
     """
     with vault.catalog.transaction():
         row = vault.catalog.machine_by_id(machine_id)
