@@ -122,13 +122,8 @@ class Agent:
             journal_turn,
             lambda: dirty.given_up,
         )
-        self._hydration = AgentHydration(
-            state,
-            self._images,
-            self._applier,
-            lambda: self._settings.current,
-            (self._server, self._progress, self._alarms, self._threads),
-        )
+        shared = (self._server, self._progress, self._alarms, self._threads)
+        self._hydration = AgentHydration(state, self._images, self._applier, lambda: self._settings.current, shared)
         self._shipper = self._make_shipper(self._make_source(journal, journal_turn))
         self._note_pause()
         digester = DigestProcess(state, lambda: self._settings.current.scan_rate)

@@ -65,19 +65,20 @@ class StateImages:
         if turn is None:
             return
         self._refresh()
-        for config in self._disks.values():
-            if config.id == turn.disk_id and config.base is not None:
-                self.drop(config.slot)  # a descriptor that has seen a failure proves nothing any more
-                file = self._opened(config)
-                assert file is not None
-                try:
-                    for offset, end in turn.extents:
-                        file.punch(offset, end - offset)
-                    file.datasync()
-                except OSError:
-                    self.drop(config.slot)
-                    raise
-        self.hydration.over()
+        based = {config.id: config for config in self._disks.values() if config.base is not None}
+
+        def opened(disk_id: str) -> OpenFile | None:
+            config = based.get(disk_id)
+            if config is None:
+                return None
+            self.drop(config.slot)
+            return self._opened(config)
+
+        try:
+            self.hydration.take_back(opened)
+        except OSError:
+            self.drop(based[turn.disk_id].slot)
+            raise
 
     def raw(self, slot: int) -> OpenFile | None:
         """The image itself, for who writes what the base has there."""

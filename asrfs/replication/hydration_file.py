@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from asrfs.errors import FormatError, IntegrityError
 from asrfs.model.hydration import NO_TURN, HydrationTurn, decode_turn, encode_turn
-from asrfs.storage.interface import Storage, read_whole, write_atomically
+from asrfs.storage.interface import File, Storage, read_whole, write_atomically
 
 
 def load_turn(storage: Storage, name: str) -> HydrationTurn:
@@ -45,7 +45,22 @@ class HydrationFile:
         return turn
 
     def over(self) -> None:
-        """What was pending is durable, or is out of the image again, durably."""
+        """What was pending is durable."""
+        self.pending = None
+
+    def take_back(self, opened: Callable[[str], File | None]) -> None:
+        """Have what is pending out of the image again, durably.
+
+        `opened`: the image of the disk of an id through a descriptor that has seen no failure, None if that disk has
+        no base. Raises OSError: it is pending still.
+        """
+        if self.pending is None:
+            return
+        image = opened(self.pending.disk_id)
+        if image is not None:
+            for offset, end in self.pending.extents:
+                image.punch(offset, end - offset)
+            image.datasync()
         self.pending = None
 
     def rest(self, disk_id: str, through: int) -> None:

@@ -11,7 +11,8 @@ import errno
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import msgspec
@@ -180,20 +181,18 @@ class WorldImages:
             self._open.pop(slot).close()
 
     def settle(self) -> None:
-        turn = self.hydration.pending
-        if turn is None:
-            return
-        for config in load_machine(self.world.storage).disks:
-            if config.id == turn.disk_id and config.base is not None:
-                self.drop(config.slot)
-                try:
-                    for offset, end in turn.extents:
-                        self.raw(config.slot).punch(offset, end - offset)
-                    self.raw(config.slot).datasync()
-                except OSError:
-                    self.drop(config.slot)
-                    raise
-        self.hydration.over()
+        def opened(disk_id: str) -> File | None:
+            disks = load_machine(self.world.storage).disks
+            (slot,) = (disk.slot for disk in disks if disk.id == disk_id)
+            self.drop(slot)
+            return self.raw(slot) if disks[slot].base is not None else None
+
+        try:
+            self.hydration.take_back(opened)
+        except OSError:
+            for slot in list(self._open):
+                self.drop(slot)
+            raise
 
     def raw(self, slot: int) -> File:
         if slot not in self._open:
@@ -206,6 +205,20 @@ class WorldImages:
     def may_punch(self, slot: int) -> None:
         self._kept.discard(slot)
         self._content.pop(slot, None)
+
+
+class _ImagesApplied(ExactImages):
+    """The applier gets its turn before the hydrator does."""
+
+    def __init__(self, positions: PositionsFile, progress: Progress, meanwhile: Callable[[], None]) -> None:
+        super().__init__(positions, progress)
+        self._meanwhile = meanwhile
+
+    @asynccontextmanager
+    async def hydrating(self) -> AsyncIterator[None]:
+        self._meanwhile()
+        async with super().hydrating():
+            yield
 
 
 class Agent:
@@ -241,7 +254,7 @@ class Agent:
             await Hydrator(
                 server=cast(Any, self),
                 progress=progress,
-                exact=ExactImages(self.positions, progress),
+                exact=_ImagesApplied(self.positions, progress, self._meanwhile),
                 images=cast(Any, self.images),
                 alarms=Alarms(),
                 threads=trio.CapacityLimiter(1),
@@ -257,6 +270,7 @@ class Agent:
     # ---- the hydrator's disk server -----------------------------------------------------------------------------
 
     async def reread_disks(self) -> None:
+        self._meanwhile()
         self.world.take_over()
         self._meanwhile()
 

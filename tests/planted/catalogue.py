@@ -12,6 +12,7 @@ from tests.planted import (
     fuzz,
     groups,
     healing,
+    hydration,
     indexes,
     kernel,
     model,
@@ -24,6 +25,7 @@ from tests.planted import (
 PLANTS: tuple[Plant, ...] = (
     *crash.PLANTS,
     *healing.PLANTS,
+    *hydration.PLANTS,
     *indexes.PLANTS,
     *failing.PLANTS,
     *fuzz.PLANTS,

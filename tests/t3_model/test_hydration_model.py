@@ -128,7 +128,7 @@ def continue_after(look: Look, storage: CrashStorage, was: HydratedWorld, rng: r
 
 
 @pytest.mark.parametrize("fate", list(Fate))
-@pytest.mark.parametrize("number", range(2))
+@pytest.mark.parametrize("number", range(4))
 def test_i9_power_lost_between_any_two_operations(number: int, fate: Fate, rng: random.Random) -> None:
     looks: list[Look] = []
     was = run_history(rng, looks)
