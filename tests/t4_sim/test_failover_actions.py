@@ -170,6 +170,35 @@ def test_every_verb_in_every_state(
         assert operation(vault.catalog, found.id) == after
 
 
+def test_i6_a_commit_has_raised_the_epoch_before_it_is_one(root: str, clock: ShiftedClock, recovery: Recovery) -> None:
+    """And once it has begun, nothing but a commit is possible, whatever dies."""
+
+    class Died(Exception):
+        pass
+
+    seen: dict[str, tuple[int, str]] = {}
+
+    def told(step: str) -> None:
+        with Vault.open(root) as vault:
+            if found := operations(vault.catalog):
+                seen[step] = vault.machine(MACHINE).epoch, found[-1].state
+        if step == "committed":
+            raise Died
+
+    found = Failovers(root, clock).unplanned(wanted())
+    with pytest.raises(Died):
+        Failovers(root, clock, told).commit(found.id)
+    failovers = Failovers(root, clock)
+    assert seen["epoch"] == (1, "commit-pending")
+    assert seen["committed"] == (2, "commit-pending")
+    for verb in ("cancel", "change-point"):
+        with pytest.raises(RefusedError, match="has begun"):
+            VERBS[verb](failovers, found.id)
+    committed = failovers.resume(found.id)
+    with Vault.open(root) as vault:
+        assert (committed.state, committed.epoch) == ("committed", vault.machine(MACHINE).epoch)
+
+
 def test_what_cannot_be_prepared_is_taken_back(failovers: Failovers, recovery: Recovery, root: str) -> None:
     recovery.fails = True
     for kind, state in (("test", "cleaned"), ("unplanned", "cancelled")):
