@@ -244,9 +244,8 @@ class Failovers:
         found = change(self._root, found.id, intend)
         self._told("epoch")
         with lock_descriptions(self._root, _LOCK_S_MAX), Vault.open(self._root, writable=True) as vault:
-            epoch = vault.machine(found.machine).epoch
-            if found.epoch is None or epoch < found.epoch:
-                epoch = raise_epoch(vault, found.machine_id)
+            # After a death once more: somebody may have been told the one before.
+            epoch = raise_epoch(vault, found.machine_id)
         self._told("committed")
         now = self._clock.time_ns()
 

@@ -119,6 +119,7 @@ class Host:
             await self.healing.server.sync()
             self.applied.apply_all()
             applied = self.positions.saved.applied
+            self.progress.note_applied(applied)
             await self.healing.server.applied(applied.lsn, applied.segment - 1)
             dropped = Limit(applied.lsn, applied.segment - 1)
             self.trimmer.trim(freeable(self.positions, self.dirty.given_up, dropped), 0.0)

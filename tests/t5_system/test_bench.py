@@ -114,6 +114,12 @@ def test_scale_and_export(scratch: Path, name: str) -> None:
     check(outcome, {"passthrough", "asrfs-shipping"} if name == "scale" else set(outcome["peers"]))
 
 
+def test_failover(scratch: Path) -> None:
+    outcome = bench(scratch, "failover")["failover"]
+    check(outcome, {"asrfs-shipping"})
+    assert {workload["key"] for workload in outcome["workloads"]} == {"frozen-128M", "crashed-128M"}
+
+
 def test_barrier(scratch: Path) -> None:
     outcome = bench(scratch, "barrier", "--seconds", "2")["barrier"]
     check(outcome, {"asrfs"})

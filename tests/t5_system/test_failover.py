@@ -354,6 +354,7 @@ def test_i6_a_commit_that_died_is_a_commit_or_none(
         assert "has begun" in failovers.refused(4, *words)
     rebuild(str(failovers.root))
     committed = failovers.ask("commit", document["id"])
-    assert (committed["state"], committed["epoch"]) == ("committed", 2)
-    assert standing(failovers) == ("committed", 2)
+    epoch = 2 if step == "epoch" else 3  # somebody may have been told the one that was raised before
+    assert (committed["state"], committed["epoch"]) == ("committed", epoch)
+    assert standing(failovers) == ("committed", epoch)
     check_bytes(committed, history)

@@ -22,7 +22,7 @@ import msgspec
 from asrfs.errors import BadInputError
 from asrfs.model.quantities import parse_size
 
-from . import barrier, blocks, database, export, recover, replicate, resync, scale
+from . import barrier, blocks, database, export, failover, recover, replicate, resync, scale
 from .benchmark import PEERS, Run
 from .chart import chart
 from .page import CHART, lines_of, page
@@ -37,6 +37,7 @@ ALONE: dict[str, Callable[[Workbench, str, str], Run]] = {
     "export": export.run,
     "barrier": barrier.run,
     "resync": resync.run,
+    "failover": failover.run,
 }
 BENCHMARKS = (*blocks.JOBS, *ALONE)
 TINY = {"turns": 1, "seconds": 0.1, "size": "16M", "records": 20_000, "backlog": "4M", "image": "32M"}
@@ -90,7 +91,7 @@ def main(
     context: click.Context, /, names: tuple[str, ...], peers: str | None, output: Path | None, **given: Any
 ) -> None:
     """Run benchmarks of asrfs beside its peers on this machine, in turns: write read mixed fsync database replicate
-    recover scale export barrier resync, or all.
+    recover scale export barrier resync failover, or all.
     """
     if os.geteuid() != 0:
         raise click.UsageError("loop devices need root")

@@ -45,6 +45,8 @@ COLUMNS = {
     "dirty_mib": Column("dirty MiB", 1),
     "resident_mib": Column("resident MiB", 0),
     "records": Column("records", 0),
+    "served_s": Column("disks served after s", 2),
+    "fsck_s": Column("fsck s", 2),
     "per_million": Column("for a million records", 3),
 }
 

@@ -1,0 +1,109 @@
+"""Bugs of failover: said before it is so, known to the catalog alone, believed unsealed, a test taken for earnest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from replica_store.failover import actions
+from replica_store.vault import operations as operations_room
+from replica_store.vault import protection
+from replica_store.vault.books import Shelf
+from replica_store.vault.operations import ENDED, Operation
+from replica_store.vault.vault import Vault
+from tests.planted import Plant
+
+_OPERATIONS = "tests/t1_unit/test_operations.py::"
+_ACTIONS = "tests/t4_sim/test_failover_actions.py::"
+
+
+def commit_without_a_new_epoch(patch: pytest.MonkeyPatch) -> None:
+    def keep(vault: Vault, machine_id: str) -> int:
+        row = vault.catalog.machine_by_id(machine_id)
+        return row.epoch if row else 0
+
+    patch.setattr(actions, "raise_epoch", keep)
+
+
+def no_object_of_a_failover(patch: pytest.MonkeyPatch) -> None:
+    sound = Shelf.put
+
+    def put(self: Shelf[Operation], objects: object, sealer: object, book: Operation) -> None:
+        if not isinstance(book, Operation):
+            sound(self, objects, sealer, book)  # type: ignore[arg-type]
+
+    patch.setattr(Shelf, "put", put)
+    patch.setattr(Shelf, "of_generation", lambda self, objects, sealer, generation: None)
+    patch.setattr(
+        operations_room, "sealed_operation", lambda vault, text: operations_room.operation(vault.catalog, text)
+    )
+
+
+def the_row_is_believed(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        operations_room, "sealed_operation", lambda vault, text: operations_room.operation(vault.catalog, text)
+    )
+
+
+def a_test_holds_its_machine(patch: pytest.MonkeyPatch) -> None:
+    def holder(found: Iterable[Operation]) -> Operation | None:
+        return next((each for each in reversed(list(found)) if each.state not in ENDED), None)
+
+    patch.setattr(protection, "holder", holder)
+
+
+def cancel_after_a_commit_began(patch: pytest.MonkeyPatch) -> None:
+    """What the commit has begun is not written down."""
+    sound = actions.change
+
+    def change(root: str, operation_id: str, make: object) -> Operation:
+        def without(vault: Vault, before: Operation) -> Operation:
+            after: Operation = make(vault, before)  # type: ignore[operator]
+            return before if after.epoch is not None and after.state == "commit-pending" else after
+
+        return sound(root, operation_id, without)
+
+    patch.setattr(actions, "change", change)
+
+
+PLANTS = tuple(
+    Plant(name, text, level, 1, apply, shows)
+    for name, text, level, apply, shows in (
+        (
+            "commit-without-epoch",
+            "commit leaves the epoch as it is",
+            f"{_ACTIONS}test_i6_a_commit_has_raised_the_epoch_before_it_is_one",
+            commit_without_a_new_epoch,
+            "assert",
+        ),
+        (
+            "failover-in-the-catalog-alone",
+            "failovers have no object, so a rebuilt catalog has forgotten them",
+            f"{_OPERATIONS}test_an_operation_is_there_after_its_catalog_was_lost",
+            no_object_of_a_failover,
+            "assert",
+        ),
+        (
+            "failover-row-believed",
+            "what is unmounted and removed is taken from a row that nobody sealed",
+            f"{_OPERATIONS}test_nobody_acts_on_a_row_that_was_never_sealed",
+            the_row_is_believed,
+            "srv/two|DID NOT RAISE",
+        ),
+        (
+            "test-holds-its-machine",
+            "a test failover makes its machine failed-over",
+            f"{_OPERATIONS}test_a_failover_holds_its_machine_and_a_test_does_not",
+            a_test_holds_its_machine,
+            "FAILED_OVER|failed-over",
+        ),
+        (
+            "commit-begun-unknown",
+            "that a commit has begun is not written down, so it can be cancelled half done",
+            f"{_ACTIONS}test_i6_a_commit_has_raised_the_epoch_before_it_is_one",
+            cancel_after_a_commit_began,
+            "assert|DID NOT RAISE",
+        ),
+    )
+)
