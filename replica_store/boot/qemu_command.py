@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from asrfs.errors import NotFoundError
+from asrfs.errors import BadInputError, NotFoundError
 from asrfs.model.boot import Network, QemuBoot
 
 Accelerator = Literal["kvm", "tcg"]
@@ -53,7 +53,10 @@ def qemu_command(
     forward: Forward | None = None,
 ) -> list[str]:
     """All words. `directory` is the machine's own, for its console, its control socket and firmware's variables;
-    `firmware`: the file with UEFI, None for BIOS. A `forward` goes to the first network of QEMU's own."""
+    `firmware`: the file with UEFI, None for BIOS. A `forward` goes to the first network of QEMU's own.
+
+    Raises BadInputError.
+    """
     memory_mib = -(-boot.memory_bytes >> 20)
     command = ["qemu-system-x86_64", "-name", f"guest={_quoted(name)}", "-nodefaults", "-no-user-config"]
     command += ["-machine", f"q35,accel={accelerator}", "-cpu", "max"]
@@ -106,7 +109,8 @@ def _drive(number: int, drive: Drive) -> list[str]:
 def _nbd(uri: str) -> str:
     place, _, export = uri.removeprefix("nbd://").partition("/")
     host, _, port = place.rpartition(":")
-    assert host and port, f"{uri} names host and port"
+    if not host or not port.isdigit():
+        raise BadInputError(f"{uri[:200]} is not a disk on the network: write nbd://HOST:PORT/NAME")
     host = host.removeprefix("[").removesuffix("]")
     return (
         f"file.server.type=inet,file.server.host={_quoted(host)},file.server.port={_quoted(port)},"

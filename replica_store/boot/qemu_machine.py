@@ -51,6 +51,10 @@ _UEFI_FILES = (
 )
 
 
+_children: list[subprocess.Popen[bytes]] = []
+"""Started by this process and left running: kept, so that each is waited for once it has ended."""
+
+
 class QemuMachine:
     """The machine whose files are in `directory`. `variables`: environment it and its health check get."""
 
@@ -155,6 +159,7 @@ class QemuMachine:
         raise AsrfsError(f"QEMU did not start: {how}")
 
     def _spawn(self, command: Sequence[str]) -> None:
+        _children[:] = [child for child in _children if child.poll() is None]
         with (self.directory / QEMU_LOG).open("ab") as log:
             try:
                 self._child = subprocess.Popen(
@@ -167,6 +172,7 @@ class QemuMachine:
                 )
             except FileNotFoundError:
                 raise NotFoundError("QEMU is not installed: install the Debian package qemu-system-x86") from None
+        _children.append(self._child)
 
     def _firmware(self) -> str:
         for code, variables in _UEFI_FILES:

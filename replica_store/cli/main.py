@@ -35,6 +35,7 @@ class StoreVerbs(frame.Verbs):
         "mount": "mount:mount",
         "nbd": "nbd:nbd",
         "boot": "boot:boot",
+        "plan": "plan:plan",
         "verify": "verify:verify",
         "rebuild": "rebuild:rebuild",
     }

@@ -10,7 +10,16 @@ import msgspec
 import pytest
 
 from asrfs.errors import BadInputError, FormatError
-from asrfs.model.boot import BOOT_BYTES_MAX, NO_BOOT, BootSettings, Network, decode_boot, encode_boot, read_boot
+from asrfs.model.boot import (
+    BOOT_BYTES_MAX,
+    NO_BOOT,
+    BootSettings,
+    Network,
+    convert_boot,
+    decode_boot,
+    encode_boot,
+    read_boot,
+)
 from asrfs.model.machine import DiskConfig, DiskRecord, MachineConfig, decode_disk, encode_disk
 
 QEMU = """
@@ -61,6 +70,11 @@ def test_both_kinds_are_read_and_survive_the_history() -> None:
     for settings in (qemu, mount, NO_BOOT):
         assert decode_boot(encode_boot(settings)) == settings
         assert read_boot(encode_boot(settings).decode(), "f") == settings, "JSON is taken, too"
+        assert convert_boot(json.loads(encode_boot(settings))) == settings
+    assert convert_boot(None) == NO_BOOT
+    for wrong in ([], {"kind": "qemu"}, {"kind": "none", "x": 1}):
+        with pytest.raises(FormatError):
+            convert_boot(wrong)
     assert decode_boot(b"") == NO_BOOT
 
 

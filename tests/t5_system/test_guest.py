@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -18,6 +19,9 @@ from asrfs.errors import AsrfsError, NotFoundError, TemporaryError
 from asrfs.model.boot import BootSettings, Health, QemuBoot
 from replica_store.boot.health import Place, port_answers, wait_until_healthy
 from replica_store.boot.qemu_machine import QemuMachine
+from replica_store.cli.main import run
+from tests import sweep
+from tests.waiting import wait_until
 from tools.lab import Lab
 
 BOOT = (
@@ -102,6 +106,41 @@ def exported(lab: Lab, mount: Path) -> Iterator[str]:
         server.terminate()
         assert server.wait(20) == 0
         server.stdout.close()
+
+
+def test_a_machine_is_started_and_ended_by_commands(scratch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (scratch / "root.img").write_bytes(bytes(1 << 20))
+    (scratch / "boot.toml").write_text('kind = "qemu"\n[qemu]\nmemory = "64M"\n')
+    directory, disk = scratch / "vm", f"root={scratch}/root.img"
+
+    def boot(*words: str | Path, code: int = 0) -> str:
+        capsys.readouterr()
+        assert run(["--json", "boot", *map(str, words)]) == code
+        said = capsys.readouterr()
+        return said.err if code else said.out
+
+    start = ("start", "web1", "--settings", scratch / "boot.toml", "--directory", directory, "--test", "--disk")
+    try:
+        for _ in range(2):
+            assert json.loads(boot(*start, disk))["kind"] == "qemu"
+        assert QemuMachine(directory).is_running()
+    finally:
+        for _ in range(2):
+            boot("stop", directory, "--now")
+    wait_until(lambda: not sweep.find(directory).processes, 10, "the end of QEMU")
+    for wrong, code, words in (
+        ("root", 2, "DISK=PLACE"),
+        ("root=/no/such/file", 3, "/no/such/file"),
+        ("root=nbd://nowhere", 2, "nbd://HOST:PORT/NAME"),
+        ("../x=/dev/null", 2, "name of a disk"),
+    ):
+        assert words in boot(*start, wrong, code=code)
+    assert "given twice" in boot(*start, disk, "--disk", disk, code=2)
+    (scratch / "boot.toml").write_text('kind = "mount"\n[[mount.filesystems]]\ndisk = "root"\npath = "/srv"\n')
+    assert "--root" in boot(*start, disk, code=2)
+    (scratch / "boot.toml").write_text('kind = "none"')
+    assert json.loads(boot(*start, disk))["seconds"] is None
+    assert "no directory" in boot("stop", scratch / "gone", code=3)
 
 
 def test_a_machine_that_does_not_come_up_says_why(scratch: Path) -> None:
