@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from asrfs.errors import AsrfsError, AuthenticationError, FencedError, NoSpaceError, RefusedError, TemporaryError
 from asrfs.protocol.frames import ProtocolError
 from asrfs.protocol.messages import PROTOCOL_VERSION, Hello, RefusalCode
@@ -63,6 +65,21 @@ def check_position(hello: Hello, position: Position, digest_at_acknowledged: str
             f"up to LSN {hello.acknowledged_lsn} the host holds log object {hello.last_digest[:16]}… for acknowledged, "
             f"and here is {str(digest_at_acknowledged)[:16]}…"
         )
+
+
+def granted_before(hello: Hello, epoch: int, granted: Mapping[str, int]) -> int | None:
+    """The epoch that the order of a host that rejoins was given already, None if it is to get a new one.
+
+    A HELLO may come late, over a connection that its host has long given up, when the next one was answered: it must
+    not supersede the host that said it. A host that knows its epoch and asks again, because it died since, gets
+    another. Raises FencedError where somebody else was given a later one.
+    """
+    before = granted.get(hello.order)
+    if before is None or before <= hello.epoch:
+        return None
+    if before < epoch:
+        raise FencedError(f"the machine is at epoch {epoch}: another side of it has rejoined since this one asked")
+    return before
 
 
 def _check_not_superseded(hello: Hello, epoch: int) -> None:

@@ -69,6 +69,29 @@ async def test_i5_i6_and_i7_a_host_that_rejoins(scratch: Path, autojump_clock: t
         assert again.epoch == 3, "asking again after a lost answer is harmless"
 
 
+async def test_a_hello_that_comes_late_does_not_supersede_the_host_that_said_it(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The network has kept it, over a connection that was given up; the host has rejoined over another one since."""
+    async with make_world(scratch) as world:
+        history = world.enrol()
+        fill(history, 3)
+        await world.ship_all(history)
+        late = msgspec.structs.replace(history.hello(), rejoin=True, order="a" * 32)
+        history.write()
+        history.disk(gap=True)
+        answer = await rejoin(world, history, order="a" * 32)
+        ghost = await world.connect(history).greet(late)
+        assert isinstance(ghost, Welcome) and ghost.epoch == answer.epoch == world.vault.machine("web1").epoch
+        _, again = await world.begin(history)
+        assert again.epoch == answer.epoch, "the host goes on"
+        other = msgspec.structs.replace(late, order="b" * 32)
+        granted = await world.connect(history).greet(other)
+        assert isinstance(granted, Welcome) and granted.epoch == 3
+        refused = await world.connect(history).greet(late)
+        assert isinstance(refused, Refused) and refused.code == "fenced", "somebody else has rejoined since"
+
+
 async def test_i6_a_rebuild_knows_the_epoch_although_nothing_of_it_has_come(
     scratch: Path, autojump_clock: trio.testing.MockClock
 ) -> None:
