@@ -24,9 +24,10 @@ Line = Annotated[str, msgspec.Meta(max_length=1000)]
 
 
 class RejoinOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """`rejoin.json`: who wants it, why, and since when (host's clock)."""
+    """`rejoin.json`: who wants it, why, and since when (host's clock). `id`: 32 hexadecimal digits, drawn."""
 
     format: Literal[1] = 1
+    id: str
     by: By
     why: Line
     time_ns: int

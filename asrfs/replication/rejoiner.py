@@ -12,6 +12,7 @@ epoch from then on: the store refuses it, it writes that down, and its disks tak
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -103,7 +104,7 @@ class Rejoiner:
         """Order it, durably, unless it is ordered already. Raises OSError."""
         self.refusal = None
         if self.order is None:
-            order = RejoinOrder(by=by, why=why[:1000], time_ns=self.now_ns())
+            order = RejoinOrder(id=secrets.token_hex(16), by=by, why=why[:1000], time_ns=self.now_ns())
             await self._in_thread(write_atomically, self.storage, REJOIN_FILE, msgspec.json.encode(order))
             self.order = order
             structlog.get_logger("asrfs.rejoin").warning("rejoining is ordered", by=by, why=why)

@@ -125,7 +125,8 @@ class ShippingSession:
 
     async def _greet(self) -> Welcome:
         progress, positions = self._source.progress, self._source.positions.current
-        self._rejoins = self._source.is_rejoining
+        order = self._source.order
+        self._rejoins = order is not None
         hello = Hello(
             protocol=PROTOCOL_VERSION,
             machine_id=self._source.machine_id.hex(),
@@ -139,6 +140,7 @@ class ShippingSession:
             group_port=self._source.group_port,
             group_address=self._source.group_address,
             rejoin=self._rejoins,
+            order=order.id if order is not None else "",
         )
         try:
             with trio.fail_after(GREETING_S_MAX):

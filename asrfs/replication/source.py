@@ -11,6 +11,7 @@ import trio
 from asrfs.journal.reader import JournalReader
 from asrfs.model.configuration import HostConfiguration
 from asrfs.model.dirty_map import GivenUp
+from asrfs.model.rejoining import RejoinOrder
 from asrfs.replication.object_builder import ObjectBuilder
 from asrfs.replication.outlet import Outlet
 from asrfs.replication.positions_file import PositionsFile
@@ -64,9 +65,9 @@ class Source:
     rejoiner: Rejoiner | None = None
 
     @property
-    def is_rejoining(self) -> bool:
-        """Whether the next session is to begin a new epoch."""
-        return self.rejoiner is not None and self.rejoiner.order is not None
+    def order(self) -> RejoinOrder | None:
+        """What the next session is to begin a new epoch for, if it is."""
+        return self.rejoiner.order if self.rejoiner is not None else None
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await trio.to_thread.run_sync(function, *arguments, limiter=self.threads)

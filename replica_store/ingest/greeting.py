@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from asrfs.errors import AsrfsError, AuthenticationError, FencedError, NoSpaceError, RefusedError, TemporaryError
 from asrfs.protocol.frames import ProtocolError
 from asrfs.protocol.messages import PROTOCOL_VERSION, Hello, RefusalCode
@@ -44,17 +46,14 @@ def check_hello(hello: Hello, machine: MachineRow) -> None:
         raise RefusedError(f"protocol {hello.protocol} is not known here: this store speaks {PROTOCOL_VERSION}")
     if not 0 <= hello.epoch < EPOCH_END:
         raise RefusedError(f"there is no epoch {hello.epoch}")
-    if hello.epoch < machine.epoch and not hello.rejoin:
-        raise FencedError(
-            f"machine {machine.name} is at epoch {machine.epoch} and this host at {hello.epoch}: "
-            "another side of it goes on, and this one can add nothing any more"
-        )
+    _check_not_superseded(hello, machine.epoch)
 
 
 def check_position(hello: Hello, position: Position, digest_at_acknowledged: str | None) -> None:
     """Whether the host's history continues ours. `digest_at_acknowledged`: of our object that ends where the host's
     acknowledged ones do, None if none does. A host that has been told more than we hold is told so by WELCOME, and who
     rejoins continues nothing."""
+    _check_not_superseded(hello, position.epoch)  # again: a catalog that was set back has just caught up
     if hello.rejoin or hello.epoch > position.epoch:
         return
     if hello.appended_lsn < position.lsn:
@@ -66,6 +65,29 @@ def check_position(hello: Hello, position: Position, digest_at_acknowledged: str
         raise DivergedError(
             f"up to LSN {hello.acknowledged_lsn} the host holds log object {hello.last_digest[:16]}… for acknowledged, "
             f"and here is {str(digest_at_acknowledged)[:16]}…"
+        )
+
+
+def granted_before(hello: Hello, epoch: int, granted: Mapping[str, int]) -> int | None:
+    """The epoch that the order of a host that rejoins was given already, None if it is to get a new one.
+
+    A HELLO may come late, over a connection that its host has long given up, when the next one was answered: it must
+    not supersede the host that said it. A host that knows its epoch and asks again, because it died since, gets
+    another. Raises FencedError where somebody else was given a later one.
+    """
+    before = granted.get(hello.order)
+    if before is None or before <= hello.epoch:
+        return None
+    if before < epoch:
+        raise FencedError(f"the machine is at epoch {epoch}: another side of it has rejoined since this one asked")
+    return before
+
+
+def _check_not_superseded(hello: Hello, epoch: int) -> None:
+    if hello.epoch < epoch and not hello.rejoin:
+        raise FencedError(
+            f"the machine is at epoch {epoch} and this host at {hello.epoch}: another side of it goes on, and this one "
+            "can add nothing any more"
         )
 
 

@@ -74,6 +74,8 @@ class Ingester:
         self._now_ns = now_ns
         self._salt = b""
         self._settled = False
+        self.granted: dict[str, int] = {}
+        """Epochs by the orders that this process gave them for."""
         self._position = Position(0, 0, NO_DIGEST, 0)
         self._disks: list[DiskRecord] = []
 

@@ -48,6 +48,7 @@ from replica_store.ingest.greeting import (
     check_hello,
     check_identity,
     check_position,
+    granted_before,
     refusal_code,
 )
 from replica_store.ingest.ingester import Ingester, Position
@@ -205,14 +206,21 @@ class StoreSession:
         """
         position = ingester.begin_session(self._authorised(), salt)
         if hello.rejoin:
-            epoch = raise_epoch(self._store.vault, self._identity.machine_id, above=hello.epoch)
+            self._grant(ingester, hello, position)
             position = ingester.begin_session(self._authorised(), salt)
-            self._log.warning("a host rejoins", epoch=epoch, acknowledged_lsn=position.lsn, host_epoch=hello.epoch)
         if hello.group_port and (address := hello.group_address or self._host):
             put_place(self._store.vault.catalog, self._identity.machine_id, address, hello.group_port)
         row = self._store.vault.catalog.object_with(self._identity.machine_id, hello.acknowledged_lsn)
         ends_there = row is not None and row.last_lsn == hello.acknowledged_lsn
         return position, row.digest.hex() if row is not None and ends_there else None
+
+    def _grant(self, ingester: Ingester, hello: Hello, position: Position) -> None:
+        """Blocks. A new epoch for who rejoins, unless this order got one that its host has not seen yet."""
+        granted = granted_before(hello, position.epoch, ingester.granted)
+        if granted is None:
+            granted = raise_epoch(self._store.vault, self._identity.machine_id, above=hello.epoch)
+            ingester.granted[hello.order] = granted
+        self._log.warning("a host rejoins", epoch=granted, acknowledged_lsn=position.lsn, host_epoch=hello.epoch)
 
     # ---- streaming ----------------------------------------------------------------------------------------
 

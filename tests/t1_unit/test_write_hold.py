@@ -24,6 +24,7 @@ from asrfs.journal.hold import HOLD_S_MAX, WriteHold
 from asrfs.journal.reader import JournalReader
 from asrfs.journal.recovery import recover
 from asrfs.journal.writer import Journal
+from asrfs.model.marker import MarkerRecord, encode_marker
 from asrfs.model.positions import Cursor, Positions
 from asrfs.storage.system_clock import SystemClock
 from tests.fakes.crash_storage import CrashStorage, Fault
@@ -323,3 +324,41 @@ def test_nothing_is_acknowledged_behind_a_marker_while_it_is_held(rig: Rig, kern
         writer.join()
     kinds = rig.kinds()
     assert [lsn for lsn, (kind, _) in enumerate(kinds, 1) if kind == Kind.MARKER] == cuts
+
+
+def test_i6_a_fenced_machine_takes_no_changes_and_holds_nothing() -> None:
+    rig = Rig()
+    rig.disk.write(0, b"a" * BLOCK)
+    rig.hold.fence(True)
+    for change in (
+        lambda: rig.disk.write(0, b"b" * BLOCK),
+        lambda: rig.disk.zero(0, 8),
+        lambda: rig.disk.discard(0, 8),
+    ):
+        with pytest.raises(OSError) as refused:
+            change()
+        assert refused.value.errno == errno.EROFS
+    together = [(rig.disk, 0, WriteTogether.frame(memoryview(bytearray(64 + BLOCK))))]
+    assert not WriteTogether(rig.journal)(together)
+    assert rig.disk.read(0, BLOCK) == b"a" * BLOCK
+    rig.disk.fill(0, BLOCK)  # and whatever is the machine's own
+    with pytest.raises(RefusedError, match="superseded"):
+        rig.hold.begin(POINT, b"\x80", 1.0)
+    rig.hold.fence(False)
+    rig.disk.write(0, b"c" * BLOCK)
+    assert rig.disk.read(0, BLOCK) == b"c" * BLOCK
+    rig.hold.end()
+    rig.journal.close()
+
+
+def test_i6_a_fence_that_comes_in_a_hold_stays_when_the_hold_ends() -> None:
+    rig = Rig()
+    marker = encode_marker(MarkerRecord(id=POINT))
+    rig.hold.begin(POINT, marker, FOREVER_S)
+    rig.hold.fence(True)
+    rig.hold.release(POINT)
+    with pytest.raises(OSError) as refused:
+        rig.disk.write(0, b"b" * BLOCK)
+    assert refused.value.errno == errno.EROFS
+    rig.hold.end()
+    rig.journal.close()

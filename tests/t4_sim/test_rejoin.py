@@ -18,9 +18,9 @@ import trio.testing
 from asrfs.errors import FencedError, IntegrityError, RefusedError
 from asrfs.format.record import Kind
 from asrfs.journal.reader import JournalReader
-from asrfs.model.dirty_map import GivenUp, Reason
+from asrfs.model.dirty_map import Gap, GivenUp, Reason
 from asrfs.model.machine import DiskRecord, decode_disk
-from asrfs.model.positions import Positions
+from asrfs.model.positions import Cursor, Positions
 from asrfs.protocol.messages import PROTOCOL_VERSION, Welcome
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.dirty_map_file import load_dirty_map
@@ -381,3 +381,53 @@ def test_messages_of_before_rejoining_are_understood() -> None:
     said = msgspec.structs.asdict(welcome(1, 0))
     del said["disks"]
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(said), type=Welcome).disks == ()
+
+
+def test_i5_the_gap_stays_open_until_disks_were_compared_in_the_epoch_that_goes_on(rng: random.Random) -> None:
+    world = written(rng)
+
+    async def go_on() -> None:
+        life = Life(world, rng)
+        await life.rejoiner.ask("person", "because")
+        await life.rejoin(2, 4)
+        filler, map, progress = life.healing.filler, life.healing.dirty.map, life.healing.progress
+        disks = life.healing.machine.load().live_disks()
+        assert not await filler.close([0, 1], "too early"), "I5: nothing is known of them"
+        looked: list[int] = []
+
+        async def find(_disks: object) -> dict[int, list[int]]:
+            looked.append(progress.applied.lsn)
+            return {1: [0]}
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(filler.compare, disks, find)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not looked, "what was given up is not in the images yet"
+            life.applied.apply_all()
+            progress.note_applied(life.applied.positions.saved.applied)
+        assert looked[0] >= life.healing.dirty.given_up.through.lsn
+        assert (map.dirty_chunks(0), map.dirty_chunks(1)) == (0, 1)
+        assert not any(Reason.REJOINED in map.reasons(slot) for slot in (0, 1))
+        assert load_dirty_map(world.storage, "dirty.map")[0].dirty_chunks(1) == 1
+
+        async def find_while_another_epoch_begins(_disks: object) -> dict[int, list[int]]:
+            await life.rejoiner.ask("person", "because")
+            await life.rejoin(3, 4)
+            return {}
+
+        await life.rejoiner.prepare()
+        await filler.compare(disks, find_while_another_epoch_begins)
+        assert all(Reason.REJOINED in map.reasons(slot) for slot in (0, 1)), "I5: it was compared with another history"
+        life.close()
+
+    trio.run(go_on)
+
+
+def test_states_that_never_came_to_the_store_are_lost() -> None:
+    through = Cursor(lsn=30, segment=4)
+    kept = GivenUp(5, Cursor(lsn=9), (), (Gap(1, 3), Gap(5, 12), Gap(21, 25))).rejoined(18, 20, through, ())
+    assert kept.gaps == (Gap(1, 3), Gap(5, 12), Gap(20))
+    assert kept.covers(18) and not kept.covers(30)
+    assert [kept.is_lost(lsn) for lsn in (2, 4, 13, 20, 21, 99)] == [True, False, False, False, True, True]
+    again = GivenUp(gaps=(Gap(7),)).rejoined(18, 20, through, ())
+    assert again.gaps == (Gap(7),), "a gap that is open stays so from where it began"
