@@ -400,7 +400,8 @@ def test_i5_the_gap_stays_open_until_disks_were_compared_in_the_epoch_that_goes_
             return {1: [0]}
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(filler.compare, disks, find)
+            filler.compare = find
+            nursery.start_soon(filler.find_out, disks)
             await trio.testing.wait_all_tasks_blocked()
             assert not looked, "what was given up is not in the images yet"
             life.applied.apply_all()
@@ -416,7 +417,8 @@ def test_i5_the_gap_stays_open_until_disks_were_compared_in_the_epoch_that_goes_
             return {}
 
         await life.rejoiner.prepare()
-        await filler.compare(disks, find_while_another_epoch_begins)
+        filler.compare = find_while_another_epoch_begins
+        await filler.find_out(disks)
         assert all(Reason.REJOINED in map.reasons(slot) for slot in (0, 1)), "I5: it was compared with another history"
         life.close()
 
