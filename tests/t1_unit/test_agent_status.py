@@ -58,7 +58,7 @@ def test_the_whole_document() -> None:
         "link": "connected",
         "link_reason": "",
         "processes": {"agent": 7},
-        "disks": [{"name": "root", "size_bytes": 1 << 30, "image": "root.img", "dirty_bytes": 0}],
+        "disks": [{"name": "root", "size_bytes": 1 << 30, "image": "root.img", "dirty_bytes": 0, "hydration": None}],
         "resync": {"bytes_left": 0, "bytes_per_second": 0, "seconds_left": 0.0},
         "groups": [],
         "alarms": [{"id": "link", "severity": "warning", "text": "gone"}],
