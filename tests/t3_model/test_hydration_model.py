@@ -173,3 +173,31 @@ def test_i9_failed_turn_is_taken_back_and_tried_again(
     world.storage.assert_fired()
     finish(world, agent)
     world.close()
+
+
+def test_i9_no_hole_is_made_while_a_disk_server_reads_the_base(
+    rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between `machine.json` without the base and the disk server's answer, what is discarded is written out."""
+    world = new_world(rng)
+    agent = live(world, rng)
+    reread, discarded = agent.reread_disks, 0
+
+    async def discard_first() -> None:
+        nonlocal discarded
+        for slot in world.based:
+            if load_machine(world.storage).disks[slot].base is None:
+                discarded += 1
+                world.disks[slot].discard(0, 8 * BLOCK)
+                for _ in range(12):  # so that its segment leaves the maps
+                    world.disks[slot].write(9 * BLOCK, rng.randbytes(BLOCK))
+                world.sync()
+                agent.apply_once()
+                world.check()
+        await reread()
+
+    monkeypatch.setattr(agent, "reread_disks", discard_first)
+    agent.hydrate()
+    assert discarded == len(SIZES)
+    finish(world, agent)
+    world.close()
