@@ -15,6 +15,9 @@ import pytest
 class Plant:
     """`level` must find it within `cases` of its units. `text`: what was broken, for the report.
 
+    A level stops at what it finds, so `cases` costs nothing; it is at least 30 times as many as it takes in half of all
+    runs, so that by chance none in 10⁹ runs stays green.
+
     `shows`: a regular expression that the violation's text matches, so that an accident of the patch itself is not
     taken for a catch. `only`: the cases whose label begins with one of these are enough to find it. Where no level can
     see it, `level` is a test instead, "tests/…/test_….py::test_…", which must go red and print what `shows` matches.

@@ -33,7 +33,7 @@ from replica_store.vault.rows import Entry, MachineRow, log_prefix
 from replica_store.vault.vault import Vault
 from tests.planted import Plant
 
-_CASES = 3_500
+_CASES = 20_000
 _LOST = "I2:|is missing or damaged"
 
 
@@ -321,7 +321,6 @@ PLANTS: tuple[Plant, ...] = (
         promises_what_came_meanwhile,
         "is missing or damaged|I9: disk|I2",
         "written_while_syncing",
-        cases=1_000,
     ),
     _plant("segment-name", "a segment is used before its name is durable", segment_name_not_synced, _LOST),
     _plant("recovery-sync", "recovery does not sync what it found", recovery_does_not_sync, "finds something else"),
@@ -347,7 +346,7 @@ PLANTS: tuple[Plant, ...] = (
         "was found",
         "a_turn_refused",
     ),
-    _plant("steal", "records reach an image before they are durable", applier_steals, "I1:", level="sim", cases=100),
+    _plant("steal", "records reach an image before they are durable", applier_steals, "I1:", level="sim", cases=5_000),
     _plant("apply-order", "records are applied out of order", applied_out_of_order, "I9:", _SHIP),
     _plant(
         "early-position",

@@ -18,7 +18,7 @@ from replica_store.vault.rows import Entry
 from tests.fakes.rebuild_world import FileCatalog
 from tests.planted import Plant
 
-_CASES = 500
+_CASES = 10_000
 _WRONG_BYTES = "I1:|I2:|I9:|IntegrityError|not for the caller: .* ends at"
 
 

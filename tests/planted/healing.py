@@ -79,9 +79,9 @@ def _plant(
 
 
 PLANTS: tuple[Plant, ...] = (
-    _plant("map-saved-late", frees_before_the_map_is_saved, "crash", 3_500, "I[0-9]:|LSN|missing", *_GIVING_UP),
-    _plant("closing-record-kept", leaves_a_closing_record_behind, "crash", 3_500, "I[59]:", _GIVING_UP[2]),
-    _plant("marked-in-part", frees_without_marking, "sim", 1_500, "I4:|I9:"),
+    _plant("map-saved-late", frees_before_the_map_is_saved, "crash", 20_000, "I[0-9]:|LSN|missing", *_GIVING_UP),
+    _plant("closing-record-kept", leaves_a_closing_record_behind, "crash", 20_000, "I[59]:", _GIVING_UP[2]),
+    _plant("marked-in-part", frees_without_marking, "sim", 5_000, "I4:|I9:"),
     _plant(
         "mark-clean-given-up",
         marks_clean_what_was_given_up,

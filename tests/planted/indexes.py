@@ -97,9 +97,10 @@ PLANTS: tuple[Plant, ...] = (
         "index-early",
         "an index is made before its segment is durable",
         "crash",
-        3_500,
+        20_000,
         index_before_its_segment,
         "I9:|I2:|although .* shows that LSN .* was durable",
+        ("ship_and_acknowledge",),
     ),
     *(
         Plant(name, text, _STALE_INDEX_TEST, 1, apply, "a stale index was believed")

@@ -38,6 +38,8 @@ from replica_store.vault.rows import Entry
 from tests.planted import Plant
 from tests.planted.crash import promises_what_came_meanwhile
 
+_CASES = 1_000
+
 
 def edges_read_without_the_lock(patch: pytest.MonkeyPatch) -> None:
     """What lies beside an unaligned write is read first and written back later."""
@@ -157,9 +159,9 @@ def checkpoint_forgets_discards(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(map_maker, "keep_run", keep)
 
 
-def _plant(apply: Callable[[pytest.MonkeyPatch], None], part: str, cases: int, shows: str) -> Plant:
+def _plant(apply: Callable[[pytest.MonkeyPatch], None], part: str, shows: str) -> Plant:
     text = (apply.__doc__ or "").strip()
-    return Plant(f"model-{apply.__name__.replace('_', '-')}", text, "model", cases, apply, shows=shows, only=(part,))
+    return Plant(f"model-{apply.__name__.replace('_', '-')}", text, "model", _CASES, apply, shows=shows, only=(part,))
 
 
 def _plant_for(test: str, apply: Callable[[pytest.MonkeyPatch], None], shows: str) -> Plant:
@@ -212,21 +214,19 @@ def folds_without_skipping(patch: pytest.MonkeyPatch) -> None:
 
 
 PLANTS = (
-    _plant(checkpoint_of_another_history, "maps", 20, _NOT_EXACT),
-    _plant(checkpoint_with_a_broken_seal, "maps", 40, _NOT_EXACT),
-    _plant(checkpoints_need_not_follow, "maps", 20, _NOT_EXACT),
-    _plant(checkpoint_forgets_discards, "maps", 20, _NOT_EXACT),
-    _plant(edges_read_without_the_lock, "threads", 40, "is not what was asked for|was read as it was at no LSN"),
-    _plant(maps_dropped_too_early, "threads", 10, "is not what was asked for|was read as it was at no LSN"),
-    _plant(
-        writes_together_noted_in_another_order, "threads", 10, "was read as it was at no LSN|is not what was asked for"
-    ),
-    _plant(discard_leaves_its_edges, "threads", 10, "were journaled"),
-    _plant(promises_what_came_meanwhile, "threads", 30, "was durable|was promised|is missing or damaged"),
-    _plant(session_of_an_object_not_compared, "pair", 60, "an old object was acknowledged"),
-    _plant(cut_inside_a_stretch, "store", 60, "no state that may be shown"),
-    _plant(gap_object_opens_no_gap, "pair", 10, "I5"),
+    _plant(checkpoint_of_another_history, "maps", _NOT_EXACT),
+    _plant(checkpoint_with_a_broken_seal, "maps", _NOT_EXACT),
+    _plant(checkpoints_need_not_follow, "maps", _NOT_EXACT),
+    _plant(checkpoint_forgets_discards, "maps", _NOT_EXACT),
+    _plant(edges_read_without_the_lock, "threads", "is not what was asked for|was read as it was at no LSN"),
+    _plant(maps_dropped_too_early, "threads", "is not what was asked for|was read as it was at no LSN"),
+    _plant(writes_together_noted_in_another_order, "threads", "was read as it was at no LSN|is not what was asked for"),
+    _plant(discard_leaves_its_edges, "threads", "were journaled"),
+    _plant(promises_what_came_meanwhile, "threads", "was durable|was promised|is missing or damaged"),
+    _plant(session_of_an_object_not_compared, "pair", "an old object was acknowledged"),
+    _plant(cut_inside_a_stretch, "store", "no state that may be shown"),
+    _plant(gap_object_opens_no_gap, "pair", "I5"),
     _plant_for(_FOLDED, folds_through_points, "cannot be those of a stretch|points never vanish"),
     _plant_for(_FOLDED, folds_without_skipping, "I9: disk"),
-    _plant(acknowledges_without_a_row, "pair", 10, "what was acknowledged is not there|refused although"),
+    _plant(acknowledges_without_a_row, "pair", "what was acknowledged is not there|refused although"),
 )

@@ -44,6 +44,7 @@ from tests.planted import Plant
 from tests.proof.sim.steps import Steps
 
 LEVEL = "sim"
+_CASES = 5_000
 
 
 def acknowledges_before_durable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,27 +316,27 @@ class _UnsyncedFile:
         return
 
 
-def _plant(apply: Callable[[pytest.MonkeyPatch], None], cases: int, shows: str) -> Plant:
+def _plant(apply: Callable[[pytest.MonkeyPatch], None], shows: str) -> Plant:
     text = (apply.__doc__ or "").strip()
-    return Plant(f"{LEVEL}: {apply.__name__.replace('_', ' ')}", text, LEVEL, cases, apply, shows)
+    return Plant(f"{LEVEL}: {apply.__name__.replace('_', ' ')}", text, LEVEL, _CASES, apply, shows)
 
 
 PLANTS: tuple[Plant, ...] = (
-    _plant(acknowledges_before_durable, 100, "can still be lost"),
-    _plant(forgets_the_objects_name, 100, "I3:"),
-    _plant(accepts_a_gap, 250, "a history has no gap"),
-    _plant(stores_an_lsn_twice, 1_500, "I3:"),
-    _plant(accepts_an_old_epoch, 1_500, "I6:"),
-    _plant(lets_two_sessions_write, 1_500, "I6:"),
-    _plant(trims_before_acknowledged, 1_500, "I4:"),
-    _plant(trims_on_unsaved_positions, 1_500, "I4:"),
-    _plant(frees_what_the_store_has_lost, 1_500, "I4:"),
-    _plant(ships_before_it_is_saved, 1_500, "not drained.*(diverged|log object)|I3:|I4:"),
-    _plant(frees_what_is_still_read, 1_500, "I9:"),
-    _plant(ships_what_is_not_durable, 100, "I1:|not durable here"),
-    _plant(lists_before_the_object, 1_500, "no such object"),
-    _plant(lists_points_inside_a_gap, 500, "I5:"),
-    _plant(resumes_at_the_wrong_lsn, 1_500, "not drained"),
-    _plant(forgets_sealed_segments, 1_500, "not drained|I2:"),
-    _plant(saves_positions_before_images, 1_500, "I9:"),
+    _plant(acknowledges_before_durable, "can still be lost"),
+    _plant(forgets_the_objects_name, "I3:"),
+    _plant(accepts_a_gap, "a history has no gap"),
+    _plant(stores_an_lsn_twice, "I3:"),
+    _plant(accepts_an_old_epoch, "I6:"),
+    _plant(lets_two_sessions_write, "I6:"),
+    _plant(trims_before_acknowledged, "I4:"),
+    _plant(trims_on_unsaved_positions, "I4:"),
+    _plant(frees_what_the_store_has_lost, "I4:"),
+    _plant(ships_before_it_is_saved, "not drained.*(diverged|log object)|I3:|I4:"),
+    _plant(frees_what_is_still_read, "I9:"),
+    _plant(ships_what_is_not_durable, "I1:|not durable here"),
+    _plant(lists_before_the_object, "no such object"),
+    _plant(lists_points_inside_a_gap, "I5:"),
+    _plant(resumes_at_the_wrong_lsn, "not drained"),
+    _plant(forgets_sealed_segments, "not drained|I2:"),
+    _plant(saves_positions_before_images, "I9:"),
 )

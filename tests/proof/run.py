@@ -85,9 +85,11 @@ def run_level(
     only: str | None = None,
     part: Part = WHOLE,
     violations_max: int = VIOLATIONS_MAX,
+    is_enough: Callable[[Violation], bool] = lambda violation: False,
     progress: Callable[[Found], None] = lambda found: None,
 ) -> Found:
-    """Run `wanted` cases, or as many as fit in the time, or the case labelled `only`."""
+    """Run `wanted` cases, or as many as fit in the time, or the case labelled `only`; no more after a violation that is
+    enough."""
     found = Found()
     started = time.monotonic()
     round_end = level.round if wanted is not None and wanted * part.parts >= level.submission else 0
@@ -98,6 +100,8 @@ def run_level(
         found.seconds = time.monotonic() - started
         progress(found)
         if only is not None or len(found.violations) >= violations_max:
+            break
+        if found.violations and is_enough(found.violations[-1]):
             break
         if wanted is not None and found.notes.cases >= wanted and number + part.parts >= round_end:
             break
