@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from asrfs.errors import FormatError
 from asrfs.format.log_object import (
+    FRAME_RAW_BYTES,
     OBJECT_HEADER_BYTES,
     SEAL_BYTES,
     Bytes,
@@ -120,7 +121,7 @@ def restored(
     Raises FormatError where a frame is not as long as the object's table says, or `received` does not fit.
     """
     table = FrameTable(header, received, where)
-    if omitted and not 0 <= omitted[0] <= omitted[-1] < header.frame_count:
+    if omitted and (omitted[-1] >= header.frame_count or header.frame_raw_bytes > FRAME_RAW_BYTES):
         raise FormatError(f"{where}: LSN {header.first_lsn} has no frame {omitted[-1]} that could be left out")
     missing = sum(table.extent(frame)[1] for frame in omitted)
     if len(received) + missing != header.object_length:

@@ -23,7 +23,9 @@ COMPARES_MAX = 64
 MATCHES_MAX = 16
 """Of one session, unanswered."""
 MATCH_CHUNKS_MAX = 8192
-OMITTED_BYTES_MAX = 8192
+"""Of one MATCH: bounds what answering it costs."""
+OMITTED_BYTES_MAX = 128
+"""Bits for so many frames that may be left out of a log object: bounds what completing one costs."""
 
 Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 """LSNs and times: what the store's catalog can hold. The peer's word goes there, so the decoder takes no other."""
@@ -230,10 +232,13 @@ def region_of(compare: Compare) -> Region:
 
 
 def check_match(match: Match) -> None:
-    """Raise ProtocolError unless each chunk has a digest."""
+    """Raise ProtocolError unless each chunk has a digest, and there are not too many."""
+    total = 0
     for disk in match.disks:
         chunks = sum(count for _, count in disk.runs)
-        if not 0 < chunks <= MATCH_CHUNKS_MAX or len(disk.digests) != chunks * CHUNK_DIGEST_BYTES:
+        total += chunks
+        is_sound = bool(disk.runs) and all(count for _, count in disk.runs) and total <= MATCH_CHUNKS_MAX
+        if not is_sound or len(disk.digests) != chunks * CHUNK_DIGEST_BYTES:
             raise ProtocolError(f"{len(disk.digests)} bytes of digests came for {chunks} chunks of a disk")
 
 

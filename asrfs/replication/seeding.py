@@ -17,7 +17,7 @@ import trio
 from asrfs.format.omission import frames_within, without_frames
 from asrfs.model.digest_tree import bitmap_of, numbers_of
 from asrfs.protocol.frames import ProtocolError
-from asrfs.protocol.messages import ChunksOfDisk, Match, Matched, ObjectBegin
+from asrfs.protocol.messages import OMITTED_BYTES_MAX, ChunksOfDisk, Match, Matched, ObjectBegin
 from asrfs.replication.object_builder import BuiltObject, Filled
 
 ASK_AGAIN_S = 5.0
@@ -88,7 +88,8 @@ class Outgoing:
             seeds.note(slot, has=bool(bitmap))
             equal += [asked[number] for number in numbers]
         chunks = self._filled.chunks
-        self._omitted = frames_within(self._filled.header, [chunks[place].position for place in sorted(equal)])
+        frames = frames_within(self._filled.header, [chunks[place].position for place in sorted(equal)])
+        self._omitted = [frame for frame in frames if frame < 8 * OMITTED_BYTES_MAX]
         self.ready.set()
 
     def wire(self) -> tuple[ObjectBegin, list[memoryview]]:

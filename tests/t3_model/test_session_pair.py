@@ -134,6 +134,16 @@ ILLEGAL: list[tuple[str, Callable[[], tuple[SessionPair, Role]], Message]] = [
         lambda: (greeted(), "store"),
         Match(number=1, disks=(ChunksOfDisk(name="root", runs=((0, 4),), digests=bytes(48)),)),
     ),
+    (
+        "no chunks",
+        lambda: (greeted(), "store"),
+        Match(number=1, disks=(ChunksOfDisk(name="root", runs=((0, 3), (7, 0)), digests=bytes(48)),)),
+    ),
+    (
+        "too many chunks",
+        lambda: (greeted(), "store"),
+        Match(number=1, disks=(ChunksOfDisk(name="root", runs=((0, 5000),), digests=bytes(80000)),) * 2),
+    ),
     ("a region of no disk", lambda: (greeted(), "store"), msgspec.structs.replace(COMPARE, first=2)),
     ("the store says goodbye", lambda: (greeted(), "host"), GOODBYE),
 ]
