@@ -31,7 +31,7 @@ from asrfs.consistency.maker import PointMaker, PointRequest
 from asrfs.consistency.points import Point, PointLog
 from asrfs.consistency.scheduler import Scheduler
 from asrfs.daemon.agent_groups import AgentGroups
-from asrfs.daemon.agent_healing import AgentHealing
+from asrfs.daemon.agent_healing import AgentHealing, open_map
 from asrfs.daemon.agent_hydration import AgentHydration
 from asrfs.daemon.agent_images import StateImages
 from asrfs.daemon.agent_log import start_agent_log
@@ -47,7 +47,7 @@ from asrfs.daemon.health import process_alarms
 from asrfs.daemon.housekeeping import Housekeeping
 from asrfs.daemon.point_processes import PointProcesses
 from asrfs.daemon.settings_in_force import SettingsInForce
-from asrfs.daemon.state import CONFIGURATION_FILE, DIRTY_MAP_FILE, POINTS_FILE, StateDirectory
+from asrfs.daemon.state import CONFIGURATION_FILE, POINTS_FILE, StateDirectory
 from asrfs.daemon.verification import Verification
 from asrfs.errors import AsrfsError, RefusedError, TemporaryError
 from asrfs.format.record import RecordHeader
@@ -58,7 +58,6 @@ from asrfs.replication.alarms import Alarms, in_order
 from asrfs.replication.applier import Applier
 from asrfs.replication.applier_task import ApplierTask
 from asrfs.replication.configuration_keeper import ConfigurationKeeper
-from asrfs.replication.lost_map import open_dirty_map
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.ticker import Ticker
@@ -97,10 +96,8 @@ class Agent:
         self._server = DiskServerClient(state.socket_path("disk_server"))
         self._readers: list[JournalReader] = []
         self._oldest = OldestUnacknowledged(self._reader())
-        trimmer = Trimmer(journal, machine_id)
-        self._dirty = dirty = open_dirty_map(
-            self._files, DIRTY_MAP_FILE, journal, self._machine, self._positions.current
-        )
+        self._trimmer = trimmer = Trimmer(journal, machine_id)
+        self._dirty = dirty = open_map(state, self._positions.current)
         self._ticker = Ticker(self._server, self._progress, self._alarms, lambda: self._settings.current.object_age)
         self._applier = ApplierTask(
             Applier(self._reader(), self._positions, self._images, self._on_marker),
@@ -134,6 +131,7 @@ class Agent:
             shipper=self._shipper,
             comparing=compare,
             threads=self._threads,
+            cut_bytes=trimmer.cut_bytes,
         )
         self._groups = self._make_groups()
         self._scheduler = Scheduler(
@@ -335,6 +333,7 @@ class Agent:
             now_ns=SystemClock().time_ns(),
             first_unacknowledged_ns=self._oldest.time_ns(progress.acknowledged, progress.durable),
             oldest_segment=self._housekeeping.oldest_segment,
+            cut_bytes=self._trimmer.cut_bytes(0),
             quota_bytes=self._healing.quota.quota_bytes,
             healing=self._healing.standing(machine, filled_per_s),
             is_fenced=self._healing.rejoiner.fence is not None,

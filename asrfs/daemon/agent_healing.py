@@ -21,13 +21,14 @@ from asrfs.journal.reader import JournalReader
 from asrfs.model.dirty_map import Reason
 from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.model.names import id_bytes
+from asrfs.model.positions import Positions
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.comparer import Comparer, Comparison
 from asrfs.replication.dirty_map_file import DirtyMapFile
 from asrfs.replication.disk_server import DiskServer
 from asrfs.replication.filler import Filler
 from asrfs.replication.lost_map import ALARM as LOST_MAP_ALARM
-from asrfs.replication.lost_map import lost_text, unknown_slots
+from asrfs.replication.lost_map import lost_text, open_dirty_map, unknown_slots
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.quota import Quota
@@ -59,6 +60,7 @@ class AgentHealing:
         shipper: Shipper,
         comparing: Callable[[], AbstractAsyncContextManager[Comparer]],
         threads: trio.CapacityLimiter,
+        cut_bytes: Callable[[int], int],
     ) -> None:
         self._state = state
         self._dirty = dirty
@@ -85,6 +87,7 @@ class AgentHealing:
             state.load_machine,
             self._set_gaps,
             settings().quota_bytes(sum(disk.size_bytes for disk in machine.live_disks()), ROOM_UNKNOWN),
+            cut_bytes=cut_bytes,
         )
 
         async def make_point(note: str) -> int:
@@ -228,6 +231,12 @@ class AgentHealing:
 
     def _set_gaps(self, slots: Collection[int], gap: bool) -> MachineConfig:
         return self._state.edit_machine(lambda machine: with_gaps(machine, slots, gap))
+
+
+def open_map(state: StateDirectory, positions: Positions) -> DirtyMapFile:
+    """The dirty map of a machine, made anew where it is lost. Blocks."""
+    files, journal = DirectoryStorage(state.root), DirectoryStorage(state.journal)
+    return open_dirty_map(files, DIRTY_MAP_FILE, journal, state.load_machine(), positions)
 
 
 def _pass_over(_done: int, _total: int) -> None:

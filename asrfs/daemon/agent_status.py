@@ -16,7 +16,6 @@ from asrfs.daemon.state import DIRTY_MAP_FILE, HYDRATION_FILE, StateDirectory
 from asrfs.errors import AsrfsError
 from asrfs.fuse.mount import FILESYSTEM_TYPE, mount_at
 from asrfs.journal.reader import JournalReader
-from asrfs.journal.segments import list_journal
 from asrfs.model.hydration import NO_TURN
 from asrfs.model.machine import MachineConfig
 from asrfs.model.names import id_bytes
@@ -28,6 +27,7 @@ from asrfs.replication.hydration_file import load_turn
 from asrfs.replication.lost_map import find_dirty_map
 from asrfs.replication.progress import bytes_between
 from asrfs.replication.rejoiner import WHAT_TO_DO
+from asrfs.replication.trimmer import Trimmer
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.system_clock import SystemClock
 
@@ -40,9 +40,9 @@ FENCED = "this host was superseded: another side of the machine goes on, and its
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What status is made of. `first_unacknowledged_ns`: time of the first durable record the store does not have.
-
-    `hydration`: by slot, of disks that have a base.
+    """What status is made of. `cut_bytes`: of the journal's segments that are shorter than its places count.
+    `first_unacknowledged_ns`: time of the first durable record the store does not have. `hydration`: by slot, of disks
+    that have a base.
     """
 
     machine: MachineConfig
@@ -55,6 +55,7 @@ class Facts:
     now_ns: int
     first_unacknowledged_ns: int | None
     oldest_segment: int
+    cut_bytes: int = 0
     quota_bytes: int
     healing: Healing
     is_fenced: bool
@@ -104,7 +105,10 @@ def status(facts: Facts) -> dict[str, Any]:
             "seconds": max(0, durable.time_ns - since_ns) / NS_PER_S if is_behind and since_ns else 0.0,
         },
         "achieved_rpo_seconds": rpo_s,
-        "journal": {"bytes": journal_bytes(facts.oldest_segment, durable), "quota_bytes": facts.quota_bytes},
+        "journal": {
+            "bytes": max(0, journal_bytes(facts.oldest_segment, durable) - facts.cut_bytes),
+            "quota_bytes": facts.quota_bytes,
+        },
         "link": facts.link,
         "link_reason": facts.link_reason,
         "processes": dict(facts.processes),
@@ -146,14 +150,14 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
         except AsrfsError:
             pass  # it is just starting or ending
     journal = DirectoryStorage(state.journal)
-    segments = list_journal(journal).segments
+    trimmer = Trimmer(journal, id_bytes(machine.id))
+    oldest_segment = trimmer.look()
     reader = JournalReader(journal, id_bytes(machine.id))
     first_unacknowledged_ns = oldest_unacknowledged_ns(reader, positions.acknowledged, durable)
     reader.close()
     processes = state.processes()
-    oldest_segment = segments[0] if segments else 0
     settings = state.load_settings()
-    used = journal_bytes(oldest_segment, durable)
+    used = journal_bytes(oldest_segment, durable) - trimmer.cut_bytes(0)
     total_bytes, free_bytes = space_of(state.journal)
     quota_bytes = settings.quota_bytes(provisioned_bytes(machine), used + free_bytes)
     found = find_dirty_map(DirectoryStorage(state.root), DIRTY_MAP_FILE, journal, machine, positions)
@@ -174,6 +178,7 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
         now_ns=SystemClock().time_ns(),
         first_unacknowledged_ns=first_unacknowledged_ns,
         oldest_segment=oldest_segment,
+        cut_bytes=trimmer.cut_bytes(0),
         quota_bytes=quota_bytes,
         healing=standing_of(found.map, found.given_up, machine),
         is_fenced=state.is_fenced(),

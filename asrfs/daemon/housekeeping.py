@@ -64,9 +64,9 @@ class Housekeeping:
         return self.trimmer.prepare(time.monotonic())
 
     def _look(self) -> None:
-        self.oldest_segment = self.trimmer.oldest_segment()
+        self.oldest_segment = self.trimmer.look()
         total_bytes, free_bytes = space_of(self.state.journal)
-        used = journal_bytes(self.oldest_segment, self.progress.durable)
+        used = journal_bytes(self.oldest_segment, self.progress.durable) - self.trimmer.cut_bytes(0)
         provisioned = provisioned_bytes(self.state.load_machine())
         self.quota.quota_bytes = self.settings().quota_bytes(provisioned, used + free_bytes)
         self.alarms.hold("journal-over-quota", quota_alarms(used, self.quota.quota_bytes))

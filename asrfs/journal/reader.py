@@ -69,8 +69,8 @@ class JournalReader:
     """See the module. One reader belongs to one thread; `close` it."""
 
     def __init__(self, storage: Storage, machine_id: bytes, *, check_payloads: bool = True) -> None:
-        self._storage = storage
-        self._machine_id = machine_id
+        self.storage = self._storage = storage
+        self.machine_id = self._machine_id = machine_id
         self._check_payloads = check_payloads
         self._file: File | None = None
         self._number = 0

@@ -56,6 +56,8 @@ from asrfs.storage.interface import File, Storage, read_whole
 
 _PIECE_BYTES = 4 << 20
 _MOVES_MAX = 5
+WASTE_SHARE = 16
+"""What is left of a segment's room is given back where it is more than this part of it."""
 """How often a scan begins again because the agent freed a segment under it; it has at most one trim in hand."""
 
 
@@ -154,6 +156,7 @@ class _Recovery:
         self, storage: Storage, positions: Positions, machine_id: bytes, segment_bytes: int, by_indexes: bool
     ) -> None:
         self._storage = storage
+        self._waste_bytes_max = segment_bytes // WASTE_SHARE
         self._by_indexes = by_indexes
         self._machine_id = machine_id
         self._segment_bytes = segment_bytes
@@ -359,13 +362,19 @@ class _Recovery:
     # ---- changing ----
 
     def _finish(self) -> None:
-        """Make what was found durable, then cut what follows it, then make the names durable."""
+        """Make what was found durable, then cut what follows it, then make the names durable.
+
+        No segment that is found gets another record, so what is left of the last one's room is given back: a disk
+        server that dies often would fill the journal's quota with nothing.
+        """
         for segment in self._found.segments:
             if segment.number in self._found.tables:
                 continue  # it was durable when its index was made
             file = self._storage.open(segment_name(segment.number), write=True)
             try:
                 self._write_again(file, segment)
+                if segment.end > SEGMENT_HEADER_BYTES and self._segment_bytes - segment.end > self._waste_bytes_max:
+                    file.truncate(segment.end)
                 file.datasync()
             finally:
                 file.close()

@@ -2,7 +2,7 @@
 where it is, and what it lacks is in the dirty map (I4, I8).
 
     disks entered in the map, saved ─▶ gap True in machine.json ─▶ DISK records of that ─▶ sync: all of this is given up
-        ─▶ extents of every record behind the last acknowledged one marked ─▶ map saved ─▶ (trimmer) segments freed
+        ─▶ extents of what lies behind the last acknowledged record marked ─▶ map saved ─▶ (trimmer) segments freed
 
 All that is durable is given up at once, the open segment too: else a record that closes an older gap, and lies behind
 what is given up, would close this one. A kill between any two steps leaves a disk in the map, or with a gap, of which
@@ -24,8 +24,10 @@ from asrfs.errors import AsrfsError, NoSpaceError, TemporaryError
 from asrfs.format.record import Kind
 from asrfs.format.segment import SEGMENT_BYTES
 from asrfs.journal.columns import Columns
+from asrfs.journal.index_reader import stretches
 from asrfs.journal.reader import JournalReader, Slabs
 from asrfs.model.dirty_map import DirtyMap, Reason
+from asrfs.model.extents import BLOCK_BYTES
 from asrfs.model.machine import NO_SLOT, DiskConfig, DiskRecord, MachineConfig, decode_disk
 from asrfs.model.positions import Cursor
 from asrfs.replication.alarms import Alarms
@@ -45,7 +47,8 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Quota:
-    """`quota_bytes` may be changed at any time. `reader` is this one's own and need not check payloads.
+    """`quota_bytes` may be changed at any time. `cut_bytes`: by how much segments from one on are shorter than places
+    in the journal count them. `reader` is this one's own and need not check payloads.
 
     `machine` reads `machine.json`, `set_gaps` sets `gap` of some disks in it; both block.
     """
@@ -61,6 +64,7 @@ class Quota:
     set_gaps: SetGaps
     quota_bytes: int
     segment_bytes: int = SEGMENT_BYTES
+    cut_bytes: Callable[[int], int] = lambda first_segment: 0
 
     async def run(self) -> None:
         """Give up whenever the store is too far behind, for ever."""
@@ -82,7 +86,7 @@ class Quota:
         """Whether what only the store still needs would take more than the quota. Of a segment that is needed in part
         all is kept."""
         needed = self.dirty.given_up.needed_behind(self.positions.current.acknowledged)
-        waiting = bytes_between(needed, self.progress.durable)
+        waiting = bytes_between(needed, self.progress.durable) - self.cut_bytes(needed.segment)
         return waiting > 0 and waiting + self.segment_bytes > self.quota_bytes
 
     async def give_up(self) -> bool:
@@ -105,10 +109,7 @@ class Quota:
                 return False
             if not given_up.covers(acknowledged.lsn):
                 given_up = given_up._replace(since_lsn=acknowledged.lsn).opened(acknowledged.lsn)
-            through, last = await self._in_thread(mark_records, self.reader, start, host.durable.lsn, dirty.map)
-            boot = machine.boot_document()
-            records = {disk.slot: DiskRecord.of(disk, boot) for disk in machine.disks} | last
-            disks = tuple(with_gap(records[slot]) for slot in sorted(records))
+            through, disks = await self._in_thread(self._mark, start, host.durable.lsn, following)
             given_up = given_up._replace(through=through, disks=disks)
             await self._in_thread(self.dirty.save, given_up)
         structlog.get_logger("asrfs.quota").warning(
@@ -116,6 +117,21 @@ class Quota:
         )
         self.progress.wake()
         return True
+
+    def _mark(self, start: Cursor, until_lsn: int, machine: MachineConfig) -> tuple[Cursor, tuple[DiskRecord, ...]]:
+        """Mark records: the place behind the last, and the disks as they are there. `machine`: as it was later.
+
+        What a machine says of its disks it says before the history does, which is harmless except for a disk that is
+        being removed: then the history itself is asked, which takes reading all of it.
+        """
+        boot = machine.boot_document()
+        records = {disk.slot: DiskRecord.of(disk, boot) for disk in machine.disks}
+        if any(disk.removed and not disk.released for disk in machine.disks):
+            through, last = mark_records(self.reader, start, until_lsn, self.dirty.map)
+            records |= last
+        else:
+            through = mark_segments(self.reader, start, until_lsn, self.dirty.map)
+        return through, tuple(with_gap(records[slot]) for slot in sorted(records))
 
     def _is_open(self, disk: DiskConfig) -> bool:
         return disk.gap and Reason.GIVEN_UP in self.dirty.map.reasons(disk.slot)
@@ -163,6 +179,25 @@ def mark_records(
                 disks[record.slot] = record
         cursor = batch.cursor
     return cursor, disks
+
+
+def mark_segments(reader: JournalReader, cursor: Cursor, until_lsn: int, dirty: DirtyMap) -> Cursor:
+    """Mark the same extents as `mark_records`, by the indexes of sealed segments as far as there are any.
+
+    Returns the place behind the last record. Raises IntegrityError, OSError.
+    """
+    for stretch in stretches(reader.storage, reader.machine_id, cursor, until_lsn):
+        if stretch.known is None:
+            cursor, _ = mark_records(reader, cursor, stretch.last_lsn, dirty)
+            continue
+        disks, cursor = stretch.known
+        for disk in disks:
+            if disk.slot in dirty:
+                starts, ends = (np.array(column, np.int64) for column in (disk.zero_starts, disk.zero_ends))
+                blocks = np.array(disk.blocks, np.int64)
+                dirty.mark_all(disk.slot, blocks * BLOCK_BYTES, np.full(len(blocks), BLOCK_BYTES))
+                dirty.mark_all(disk.slot, starts * BLOCK_BYTES, (ends - starts) * BLOCK_BYTES)
+    return cursor
 
 
 def _mark_part(part: Columns, dirty: DirtyMap) -> None:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from itertools import pairwise
 from typing import NamedTuple
 
-from asrfs.journal.segments import list_journal
+from asrfs.format.segment import SEGMENT_BYTES
+from asrfs.journal.segments import list_journal, segment_name
 from asrfs.journal.spares import prepare_spare, trim
 from asrfs.model.dirty_map import GivenUp
 from asrfs.replication.positions_file import PositionsFile
@@ -26,6 +28,10 @@ RATE_WINDOW_S = 10.0
 RECYCLE_S = 2.0
 """About the time from a segment's end until it is freed. Only for this long new spares have to be made: making one
 costs as much writing as filling it, and under steady writing segments come back as fast as they are used."""
+
+
+CHANGING = 3
+"""So many of the newest segments may still be cut: the open one by the next start; another lies ready behind it."""
 
 
 class Limit(NamedTuple):
@@ -53,9 +59,12 @@ def freeable(positions: PositionsFile, given_up: GivenUp, dropped: Limit) -> Lim
 class Trimmer:
     """For the journal at the root of `storage`. Times are monotonic seconds."""
 
-    def __init__(self, storage: Storage, machine_id: bytes) -> None:
+    def __init__(self, storage: Storage, machine_id: bytes, segment_bytes: int = SEGMENT_BYTES) -> None:
         self._storage = storage
         self._machine_id = machine_id
+        self._segment_bytes = segment_bytes
+        self._short: dict[int, int] = {}
+        self._cut: dict[int, int] = {}
         self._seen: deque[tuple[float, int]] = deque()
         self._seen_lock = threading.Lock()
 
@@ -89,7 +98,27 @@ class Trimmer:
         consumed = recent[-1] - recent[0] if recent else 0
         return min(SPARES_MAX, max(SPARES_MIN, consumed))
 
-    def oldest_segment(self) -> int:
-        """Number of the oldest segment kept, 0 when there is none."""
+    def look(self) -> int:
+        """See how long the segments are; the number of the oldest one kept, 0 when there is none. One thread at a time.
+        Raises OSError."""
         segments = list_journal(self._storage).segments
+        known = {number: short for number, short in self._short.items() if number not in segments[-CHANGING:]}
+        self._short = {number: known[number] if number in known else self._short_by(number) for number in segments}
+        unused = {one: (following - one - 1) * self._segment_bytes for one, following in pairwise(segments)}
+        self._cut = {number: short + unused.get(number, 0) for number, short in self._short.items()}
         return segments[0] if segments else 0
+
+    def cut_bytes(self, first_segment: int) -> int:
+        """By how much all segments from this one on are shorter than places in the journal count them, numbers that
+        no segment has included, as they were when `look` was called last."""
+        return sum(cut for number, cut in self._cut.items() if cut and number >= first_segment)
+
+    def _short_by(self, number: int) -> int:
+        try:
+            file = self._storage.open(segment_name(number))
+        except FileNotFoundError:
+            return 0
+        try:
+            return max(0, self._segment_bytes - file.size())
+        finally:
+            file.close()

@@ -7,13 +7,12 @@ from collections.abc import Callable
 import pytest
 
 from asrfs.format.record import Kind
-from asrfs.journal.reader import JournalReader
 from asrfs.model.dirty_map import DirtyMap, GivenUp
-from asrfs.model.machine import DiskConfig, DiskRecord, decode_disk
+from asrfs.model.machine import DiskConfig, DiskRecord, MachineConfig, decode_disk
 from asrfs.model.positions import Cursor
-from asrfs.replication import quota
 from asrfs.replication.dirty_map_file import DirtyMapFile
 from asrfs.replication.filler import Filler
+from asrfs.replication.quota import Quota
 from tests.planted import Plant
 
 _GIVING_UP = ("given_up_and_healed", "given_up_again_while_it_heals", "given_up_although_its_gap_was_closing")
@@ -33,20 +32,20 @@ def frees_before_the_map_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def leaves_a_closing_record_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Records are given up only to before one that closes an older gap: it closes the new one, too."""
-    real = quota.mark_records
+    real = Quota._mark
 
-    def mark_records(
-        reader: JournalReader, cursor: Cursor, until_lsn: int, dirty: DirtyMap
-    ) -> tuple[Cursor, dict[int, DiskRecord]]:
-        records = reader.read(cursor, until_lsn, 1 << 30).records
+    def mark(
+        asked: Quota, start: Cursor, until_lsn: int, machine: MachineConfig
+    ) -> tuple[Cursor, tuple[DiskRecord, ...]]:
+        records = asked.reader.read(start, until_lsn, 1 << 30).records
         closing = [
             header.lsn
             for header, payload in records
-            if cursor.lsn and header.kind == Kind.DISK and not decode_disk(bytes(payload)).gap
+            if start.lsn and header.kind == Kind.DISK and not decode_disk(bytes(payload)).gap
         ]
-        return real(reader, cursor, min([lsn - 1 for lsn in closing if lsn > cursor.lsn + 1] or [until_lsn]), dirty)
+        return real(asked, start, min([lsn - 1 for lsn in closing if lsn > start.lsn + 1] or [until_lsn]), machine)
 
-    monkeypatch.setattr(quota, "mark_records", mark_records)
+    monkeypatch.setattr(Quota, "_mark", mark)
 
 
 def frees_without_marking(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,3 +144,16 @@ def test_every_requirement_is_used() -> None:
     assert len(names) > 5
     text = "\n".join(source for _, source in sources(*PACKAGES))
     assert [n for n in names if not re.search(rf"^\s*(?:import|from) {n}\b", text, re.MULTILINE)] == []
+
+
+def test_tests_that_the_page_on_healing_names_are_there() -> None:
+    """A name without a layer is of the layer of its column."""
+    missing = []
+    rows = [line.split("|")[1:4] for line in (ROOT / "docs/healing.md").read_text().splitlines() if "`test_" in line]
+    for row in rows:
+        for layer, cell in zip(("", "t4_sim", "t5_system"), row, strict=True):
+            for file, test in re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", cell):
+                path = ROOT / "tests" / (file if "/" in file else f"{layer}/{file}")
+                if not path.is_file() or (test and f"def {test}(" not in path.read_text()):
+                    missing.append(f"{file}::{test}")
+    assert rows and not missing

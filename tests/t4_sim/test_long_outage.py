@@ -93,7 +93,7 @@ class Day:
                 epoch=1,
                 now_ns=self.time_ns(),
                 first_unacknowledged_ns=self._oldest.time_ns(host.progress.acknowledged, durable),
-                oldest_segment=host.trimmer.oldest_segment(),
+                oldest_segment=host.trimmer.look(),
                 quota_bytes=QUOTA_BYTES,
                 healing=standing_of(
                     host.dirty.map, host.dirty.given_up, machine, host.resyncer.phase, host.resyncer.failure

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.proof.kernel.flapping import Relay
-from tests.t5_system.test_resync import DISK_MIB, MIB, Writer, export, is_state
+from tests.t5_system.test_resync import DISK_MIB, MIB, SEGMENT_MIB, Writer, export, is_state
 from tests.t5_system.test_resync import lab as lab
 from tests.waiting import wait_until
 from tools.lab import Lab
@@ -225,6 +225,49 @@ def _reinstall(lab: Lab) -> None:
     for name in ("run", "log"):
         shutil.rmtree(lab.state / name)
         (lab.state / name).mkdir(mode=0o700)
+
+
+@pytest.mark.timeout(300)
+def test_what_was_overwritten_in_a_long_backlog_is_sent_once(lab: Lab, link: Relay, rng: random.Random) -> None:
+    """900 MiB behind, the same 12 MiB of the disk again and again; from 512 MiB on every single write is sent."""
+    writer = Writer(lab, rng)
+    lab.asrfs("set", "journal_quota=4G")
+    link.cut()
+    points: list[tuple[str, bytes]] = []
+    for _ in range(3):
+        for _ in range(25):
+            writer.write(0, 12)
+        point = lab.asrfs("point", "create", "--name", f"point{len(points)}")
+        points.append((point["id"], bytes(writer.content)))
+    sent_before = link.bytes_sent
+    link.mend()
+    healed(lab)
+    sent = link.bytes_sent - sent_before
+    assert sent < 650 * MIB, f"{sent} bytes of 900 MiB were sent"
+    for id, content in points:
+        assert exported(lab, "disk", id) == content, "I5, I9: every point is there, and exact"
+    writer.close()
+
+
+@pytest.mark.timeout(300)
+def test_a_disk_server_that_dies_often_does_not_use_the_quota_up(lab: Lab, link: Relay, rng: random.Random) -> None:
+    """Each death begins another segment of 64 MiB; the quota is 256."""
+    writer = Writer(lab, rng)
+    link.cut()
+    for number in range(8):
+        writer.write(number, 1)
+        killed = lab.kill("disk_server")
+        wait_until(lambda killed=killed: lab.pid("disk_server") not in (0, killed), what="the next disk server")  # type: ignore[misc]
+    writer.write(8, 1)
+    status = lab.status()
+    assert status["state"] == "protected", "nothing was given up"
+    assert status["journal"]["bytes"] < 140 * MIB
+    segments = (lab.state / "journal").glob("*.segment")
+    assert sum(each.stat().st_blocks * 512 for each in segments) < 3 * SEGMENT_MIB * MIB, "so is the space"
+    link.mend()
+    lab.asrfs("drain", "--timeout", "60s")
+    assert exported(lab, "disk") == bytes(writer.content)
+    writer.close()
 
 
 RETURNS: dict[str, Callable[[Lab], Any]] = {"forced off": lambda lab: None, "forced off and reinstalled": _reinstall}

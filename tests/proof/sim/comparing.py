@@ -104,10 +104,10 @@ class WatchedComparer(Comparer):
             assert lsn in (0, told), f"I9: compared at LSN {lsn} here and at LSN {told} there"
         if setbacks == self._host.store.setbacks and not self._host.store.in_doubt:
             with self._host.watch.checking():
-                self._check(disk, seen, told, chunks)
+                self._check(disk, region, seen, told, chunks)
         return chunks
 
-    def _check(self, disk: DiskConfig, seen: tuple[int, int], told: int, chunks: Sequence[int]) -> None:
+    def _check(self, disk: DiskConfig, region: Region, seen: tuple[int, int], told: int, chunks: Sequence[int]) -> None:
         host, slot = self._host, disk.slot
         first, last = seen
         ours, theirs = host.model.disks_at(first)[slot], self._replica(told, slot)
@@ -115,7 +115,7 @@ class WatchedComparer(Comparer):
         for record in host.model.records[first:last]:
             if record.slot == slot and record.length:
                 moved.extend(range(record.offset // CHUNK, (record.offset + record.length - 1) // CHUNK + 1))
-        for chunk in set(range(-(-disk.size_bytes // CHUNK))) - set(moved):
+        for chunk in set(range(region.first_leaf, region.first_leaf + region.leaves)) - set(moved):
             extent = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
             is_different, where = ours[extent] != theirs[extent], f"chunk {chunk} of {host.name}'s disk {slot}"
             at = f"between LSN {first} and {last} here, at LSN {told} there"

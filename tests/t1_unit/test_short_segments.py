@@ -1,0 +1,157 @@
+"""A disk server that dies leaves its segment short: what is left of the room is given back, and counts for nothing."""
+
+from __future__ import annotations
+
+import random
+
+import trio
+
+from asrfs.format.segment import POSITION_SHIFT, SEGMENT_HEADER_BYTES
+from asrfs.journal.segments import list_journal, segment_name
+from asrfs.model.positions import Cursor
+from asrfs.replication.progress import Progress
+from asrfs.replication.trimmer import Trimmer
+from tests.fakes.applied_world import AppliedWorld
+from tests.fakes.crash_storage import CrashStorage, Fate
+from tests.fakes.healing_host import HealingHost
+from tests.fakes.journal_world import MACHINE_ID, JournalWorld
+
+BLOCK = 4096
+ROOM = 40 * (BLOCK + 64)
+SEGMENT_BYTES = SEGMENT_HEADER_BYTES + ROOM
+
+
+def size_of(world: JournalWorld, number: int) -> int:
+    file = world.journal_storage.open(segment_name(number))
+    try:
+        return file.size()
+    finally:
+        file.close()
+
+
+def world_with(writes: int, rng: random.Random) -> JournalWorld:
+    world = JournalWorld(CrashStorage(), segment_bytes=SEGMENT_BYTES, seed=1)
+    for _ in range(writes):
+        world.disks[0].write(rng.randrange(10) * BLOCK, rng.randbytes(BLOCK))
+    world.sync()
+    return world
+
+
+def test_what_a_death_leaves_of_a_segment_is_given_back(rng: random.Random) -> None:
+    world = world_with(3, rng)
+    number = world.journal.segment
+    assert size_of(world, number) == SEGMENT_BYTES
+    for _ in range(3):
+        world = world.restart()
+        world.check()
+        assert size_of(world, number) == SEGMENT_HEADER_BYTES + 3 * (BLOCK + 64)
+    world.disks[0].write(0, rng.randbytes(BLOCK))
+    world.sync()
+    world.check()
+    assert world.journal.segment > number, "nothing is added to it"
+    world.close()
+
+
+def test_a_segment_of_which_everything_is_applied_is_no_other(rng: random.Random) -> None:
+    world = world_with(3, rng)
+    number = world.journal.segment
+    applied = AppliedWorld(world, rng)
+    applied.apply_all()
+    assert applied.positions.saved.applied.lsn == 3
+    world = world.restart()
+    assert size_of(world, number) == SEGMENT_HEADER_BYTES + 3 * (BLOCK + 64)
+    world.disks[0].write(0, rng.randbytes(BLOCK))
+    world.sync()
+    world.check()
+    world = world.restart()
+    world.check()
+    world.close()
+
+
+def test_a_power_loss_while_it_is_given_back_loses_nothing(rng: random.Random) -> None:
+    for fate in Fate:
+        world = world_with(5, rng)
+        world.close()
+        for _ in range(2):
+            storage = world.storage.crash(fate, rng)
+            world = JournalWorld(storage, world.model.copy(), segment_bytes=SEGMENT_BYTES)
+            assert world.journal.appended_lsn == 5
+            world.check()
+            world.close()
+
+
+def test_a_segment_that_is_almost_full_stays_as_it_is(rng: random.Random) -> None:
+    """It will be a spare, and making one costs as much as filling it."""
+    world = world_with(39, rng)
+    number = world.journal.segment
+    world = world.restart()
+    assert size_of(world, number) == SEGMENT_BYTES
+    world.close()
+
+
+def test_a_short_segment_is_no_spare_when_it_is_freed(rng: random.Random) -> None:
+    world = world_with(3, rng)
+    number = world.journal.segment
+    world = world.restart()
+    world.disks[0].write(0, rng.randbytes(BLOCK))
+    world.sync()
+    world.apply()
+    listing = list_journal(world.journal_storage)
+    assert number not in listing.segments and not listing.spares
+    world.close()
+
+
+def test_numbers_that_no_segment_has_count_for_nothing() -> None:
+    """A disk server makes the next segment's file ahead; the one after it begins with a number of its own."""
+    storage = CrashStorage()
+    for number, size in ((3, SEGMENT_BYTES), (5, BLOCK), (9, SEGMENT_BYTES), (10, SEGMENT_BYTES)):
+        file = storage.create(segment_name(number))
+        file.truncate(size)
+        file.close()
+    trimmer = Trimmer(storage, MACHINE_ID, SEGMENT_BYTES)
+    assert trimmer.look() == 3
+    short = SEGMENT_BYTES - BLOCK
+    assert [trimmer.cut_bytes(first) for first in (3, 5, 9, 10)] == [
+        SEGMENT_BYTES + short + 3 * SEGMENT_BYTES,
+        short + 3 * SEGMENT_BYTES,
+        0,
+        0,
+    ]
+
+
+async def test_the_quota_is_of_bytes_and_not_of_lives(rng: random.Random) -> None:
+    world = world_with(2, rng)
+    looking = Trimmer(world.journal_storage, MACHINE_ID, SEGMENT_BYTES)
+    for _ in range(9):
+        looking.look()
+        world = world.restart()
+        looking._storage = world.journal_storage
+        world.disks[0].write(rng.randrange(10) * BLOCK, rng.randbytes(BLOCK))
+        world.sync()
+    trimmer = Trimmer(world.journal_storage, MACHINE_ID, SEGMENT_BYTES)
+    first = trimmer.look()
+    assert trimmer.look() == first, "what is known of all but the newest is not looked at again"
+    lives = len(list_journal(world.journal_storage).segments)
+    used = sum(size_of(world, number) for number in list_journal(world.journal_storage).segments)
+    assert lives == 10
+    looking.look()
+    assert looking.cut_bytes(first) == trimmer.cut_bytes(first), "also who saw them while they were long"
+    assert trimmer.cut_bytes(first) == 10 * SEGMENT_BYTES - used
+    assert trimmer.cut_bytes(first + 9) == 0, "the last one is as long as ever"
+    assert used < 3 * SEGMENT_BYTES
+
+    positions = AppliedWorld(world, rng).positions
+    host = HealingHost(world, positions, Progress(positions.current))
+    host.server.note()
+    host.quota.segment_bytes = 1 << POSITION_SHIFT
+    host.quota.quota_bytes = 4 << POSITION_SHIFT
+    assert host.progress.durable.segment - first >= 9 and host.quota.is_over(), "as places in the journal count"
+    real = Trimmer(world.journal_storage, MACHINE_ID)  # as if its segments were of the usual length
+    real.look()
+    host.quota.cut_bytes = real.cut_bytes
+    assert not host.quota.is_over()
+    host.progress.note_acknowledged(Cursor(lsn=1, segment=first, offset=SEGMENT_HEADER_BYTES + BLOCK + 64))
+    assert not host.quota.is_over()
+    await trio.lowlevel.checkpoint()
+    host.close()
+    world.close()
