@@ -32,6 +32,7 @@ class StateImages:
         self._version: tuple[int, int] = (0, 0)
         self._open: dict[int, OpenFile] = {}
         self._content: dict[int, Sequence[tuple[int, int]]] = {}
+        self._bases: dict[int, BaseFile] = {}
         recovered = state.load_recovered() if beside_server else None
         self._kept = {disk.slot for disk in recovered.disks} if recovered else set()
         files = DirectoryStorage(state.root)
@@ -50,7 +51,7 @@ class StateImages:
         if file is None:
             return None
         if config.base is not None:
-            return Image(KeptImage(file, self._content.get(slot)), config.size_bytes)
+            return Image(KeptImage(file, self._content.get(slot), self._base_of(config)), config.size_bytes)
         if slot in self._kept:
             return Image(KeptImage(file, None), config.size_bytes)
         return Image(file, config.size_bytes)
@@ -94,10 +95,19 @@ class StateImages:
         """No disk server takes this disk to have a base any more."""
         self._kept.discard(slot)
         self._content.pop(slot, None)
+        if (base := self._bases.pop(slot, None)) is not None:
+            base.close()
 
     def close(self) -> None:
+        for base in self._bases.values():
+            base.close()
         for slot in list(self._open):
             self.drop(slot)
+
+    def _base_of(self, config: DiskConfig) -> BaseFile:
+        if config.slot not in self._bases:
+            self._bases[config.slot] = base_of(config)
+        return self._bases[config.slot]
 
     def _opened(self, config: DiskConfig) -> OpenFile | None:
         file = self._open.get(config.slot)

@@ -14,6 +14,7 @@ import errno
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from operator import itemgetter
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from asrfs.storage.interface import File
 
 ZEROS = bytes(1 << 20)
 _WINDOW_BYTES = 256 << 20
+_WORTH_ASKING_BYTES = 64 << 20
 Extent = tuple[int, int]
 """`(offset, end)`."""
 
@@ -169,12 +171,14 @@ class BasedImage:
 class KeptImage:
     """Such an image as its writer has it: `File`, in which zeros never become holes over content of the base.
 
-    `content`: what the base may have content in, `(offset, end)` in order, all of it while that is not known.
+    `content`: what the base may have content in, `(offset, end)` in order. Where that is not known `base` is asked for
+    what is worth it; all of it may have content where that cannot be.
     """
 
-    def __init__(self, image: File, content: Sequence[Extent] | None) -> None:
+    def __init__(self, image: File, content: Sequence[Extent] | None, base: BaseFile | None = None) -> None:
         self.image = image
         self._content = content
+        self._base = base
 
     def punch(self, offset: int, length: int) -> None:
         end, at = offset + length, offset
@@ -189,6 +193,9 @@ class KeptImage:
 
     def _content_between(self, offset: int, end: int) -> list[Extent]:
         if self._content is None:
+            if self._base is not None and end - offset >= _WORTH_ASKING_BYTES:
+                with suppress(OSError):
+                    return joined(self._base.content(offset, end))
             return [(offset, end)]
         first = max(0, bisect_right(self._content, offset, key=itemgetter(0)) - 1)
         last = bisect_left(self._content, end, key=itemgetter(0))

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asrfs.daemon.base_readers import BaseReaders
+from asrfs.disk import overlay
 from asrfs.disk.base_file import BaseFile
 from asrfs.disk.interface import AbsentError, waiting
 from asrfs.disk.overlay import BasedImage, KeptImage, WholeView, cut_to, holes_of, joined
@@ -138,6 +139,19 @@ def test_where_base_is_zeros_holes_are_made() -> None:
     kept.write_at([b"x" * SIZE], 0)
     kept.punch(0, SIZE)
     assert list(holes_of(image, 0, SIZE)) == [(4 * BLOCK, 9 * BLOCK)]
+
+
+def test_long_discard_asks_a_base_that_is_not_known_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlay, "_WORTH_ASKING_BYTES", 8 * BLOCK)
+    content = bytearray(SIZE)
+    content[4 * BLOCK + 512 : 4 * BLOCK + 1024] = b"x" * 512
+    memory, base = memory_base(bytes(content))
+    image = empty_image()
+    KeptImage(image, None, base).punch(0, SIZE)
+    assert list(holes_of(image, 0, SIZE)) == [(0, 4 * BLOCK), (5 * BLOCK, SIZE)]
+    memory.away = True
+    KeptImage(image, None, base).punch(0, SIZE)
+    assert list(holes_of(image, 0, SIZE)) == []
 
 
 def test_reading_the_image_never_touches_the_base() -> None:

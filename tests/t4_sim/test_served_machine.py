@@ -14,11 +14,12 @@ import msgspec
 import pytest
 
 from asrfs.daemon import served_machine
+from asrfs.daemon.agent_hydration import without_base
 from asrfs.daemon.disks import add_sized, remove, resize
 from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.served_machine import FILL_BYTES_MAX, ServedMachine
-from asrfs.daemon.state import StateDirectory
-from asrfs.disk.interface import HeldError
+from asrfs.daemon.state import HYDRATION_FILE, StateDirectory
+from asrfs.disk.interface import AbsentError, HeldError, waiting
 from asrfs.errors import BadInputError, FormatError, IntegrityError, NotFoundError, RefusedError, TemporaryError
 from asrfs.format.record import Kind, RecordHeader
 from asrfs.journal.reader import JournalReader
@@ -28,6 +29,8 @@ from asrfs.model.machine import MachineConfig, decode_disk
 from asrfs.model.marker import MarkerRecord, decode_marker, encode_marker
 from asrfs.model.names import id_bytes
 from asrfs.model.positions import Cursor
+from asrfs.model.recovered import RecoveredDisk, RecoveredMachine
+from asrfs.replication.hydration_file import HydrationFile
 from asrfs.storage.directory import DirectoryStorage, open_path
 from asrfs.storage.system_clock import SystemClock
 from tests.waiting import wait_until
@@ -434,3 +437,83 @@ def test_an_end_in_a_hold_lets_go_and_keeps_what_was_written(state: StateDirecto
     machine.hold.end()
     assert machine.release({"id": HOLD})["holding"] is False
     assert read(serve(), "data", 0, 4096) == b"x" * 4096
+
+
+def test_disk_over_a_base(scratch: Path) -> None:
+    """Until it is whole: what is not here is told, never waited for; a doubt holds until something later is applied."""
+    size_bytes, block = 64 * 4096 + 512, 4096
+    content = os.urandom(size_bytes)
+    (scratch / "base").write_bytes(content)
+    disk = RecoveredDisk(slot=3, id="d" * 32, name="root", size_bytes=size_bytes, base=str(scratch / "base"))
+    described = RecoveredMachine(machine_id="a" * 32, name="db1", epoch=2, lsn=90, time_ns=1, disks=(disk,))
+    state = StateDirectory.create_recovered(str(scratch / "recovered"), described)
+    machine = ServedMachine(state, SystemClock())
+    try:
+        (served,) = machine.volume.disks.values()
+        assert (machine.journal.epoch, machine.journal.appended_lsn) == (2, 91)
+        buffer = memoryview(bytearray(block))
+        with pytest.raises(AbsentError):
+            served.read_into(block, buffer)
+        with pytest.raises(AbsentError):
+            served.write(block + 1, b"x")
+        assert machine.journal.appended_lsn == 91
+        waiting(lambda: served.read_into(block, buffer))
+        assert buffer == content[block : 2 * block]
+        served.write(block, b"y" * block)
+        served.write(block + 1, b"x")
+        lsn = machine.fill({"slot": 3, "offset": 0, "length": 4 * block})["lsn"]
+        assert machine.journal.appended_lsn == lsn == 94
+        served.read_into(3 * block, buffer)
+        assert buffer == content[3 * block : 4 * block]
+
+        image = open_path(state.image_path(state.load_machine().disk("root")), write=True)
+        image.write_at([b"torn" * 1024], 9 * block)
+        machine.verbs()["hydrating"]({"slot": 3, "applied_lsn": 90, "extents": [[9 * block, 10 * block]]})
+        waiting(lambda: served.read_into(9 * block, buffer))
+        assert buffer == content[9 * block : 10 * block]
+        machine.applied({"lsn": 90, "segment": 0})
+        with pytest.raises(AbsentError):
+            served.read_into(9 * block, buffer)
+        machine.applied({"lsn": 91, "segment": 0})
+        served.read_into(9 * block, buffer)
+        assert buffer == b"torn" * 1024
+        image.write_at([content], 0)
+        image.close()
+        state.edit_machine(lambda each: without_base(each, 3))
+        (scratch / "base").unlink()
+        machine.reconcile()
+        served.read_into(20 * block, buffer)
+        assert buffer == content[20 * block : 21 * block]
+        for bad in (
+            {"slot": "x", "applied_lsn": 1, "extents": []},
+            {"slot": 3, "applied_lsn": 1, "extents": [[0, 1]] * 5000},
+        ):
+            with pytest.raises(BadInputError):
+                machine.verbs()["hydrating"](bad)
+    finally:
+        machine.flush()
+        machine.close()
+
+
+def test_disk_server_that_starts_knows_what_is_in_doubt(scratch: Path) -> None:
+    size_bytes, block = 16 * 4096, 4096
+    content = os.urandom(size_bytes)
+    (scratch / "base").write_bytes(content)
+    disk = RecoveredDisk(slot=0, id="d" * 32, name="root", size_bytes=size_bytes, base=str(scratch / "base"))
+    described = RecoveredMachine(machine_id="a" * 32, name="db1", epoch=2, lsn=90, time_ns=1, disks=(disk,))
+    state = StateDirectory.create_recovered(str(scratch / "recovered"), described)
+    file = HydrationFile(DirectoryStorage(state.root), HYDRATION_FILE, lambda: 90)
+    file.begin("d" * 32, 0, [(0, 2 * block)])
+    image = open_path(state.image_path(state.load_machine().disk("root")), write=True)
+    image.write_at([b"torn" * 1024], 0)
+    image.close()
+    machine = ServedMachine(state, SystemClock())
+    try:
+        found = memoryview(bytearray(size_bytes))
+        waiting(lambda: machine.volume.disks[2].read_into(0, found))
+        assert found == content
+    finally:
+        machine.flush()
+        machine.close()
+    apply_everything(state)
+    assert os.stat(state.image_path(state.load_machine().disk("root"))).st_blocks == 0, "it was not taken back"
