@@ -17,6 +17,7 @@ from tests.planted import (
     model,
     policies,
     quieting,
+    rejoining,
     security,
     simulation,
 )
@@ -24,6 +25,7 @@ from tests.planted import (
 PLANTS: tuple[Plant, ...] = (
     *crash.PLANTS,
     *healing.PLANTS,
+    *rejoining.PLANTS,
     *indexes.PLANTS,
     *failing.PLANTS,
     *fuzz.PLANTS,
