@@ -392,7 +392,8 @@ def test_i5_the_gap_stays_open_until_disks_were_compared_in_the_epoch_that_goes_
         await life.rejoin(2, 4)
         filler, map, progress = life.healing.filler, life.healing.dirty.map, life.healing.progress
         disks = life.healing.machine.load().live_disks()
-        assert not await filler.close([0, 1], "too early"), "I5: nothing is known of them"
+        with trio.fail_after(5):
+            assert not await filler.close([0, 1], "too early"), "I5: nothing is known of them"
         looked: list[int] = []
 
         async def find(_disks: object) -> dict[int, list[int]]:

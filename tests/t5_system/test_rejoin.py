@@ -18,9 +18,9 @@ import pytest
 
 from tools.lab import Lab, LabError, wait_until
 
+pytestmark = pytest.mark.timeout(300)
 MIB = 1 << 20
-DISK_MIB = 96
-SEGMENT_MIB = 64
+DISK_MIB = 64
 
 
 class Writer:
@@ -91,8 +91,8 @@ def until_whole(lab: Lab, epoch: int) -> None:
 
 
 def is_trimmed(lab: Lab) -> bool:
-    """Whether records that the store has were freed here."""
-    return bool(lab.status()["journal"]["bytes"] < 2 * SEGMENT_MIB * MIB)
+    """Whether the first records, which the store has, were freed here."""
+    return not (lab.state / "journal" / f"{1:016x}.segment").exists()
 
 
 def check_rebuilt(lab: Lab, expected: dict[str, bytes]) -> None:
@@ -116,14 +116,14 @@ def test_i5_and_i9_a_vault_that_was_set_back_is_healed_without_a_person(
     backup = lab.root / "vault.backup"
     copy(lab.vault, backup)
     lab.start_store()
-    for first in (5, 20, 30):
-        writer.write(first, 60)
+    for first in (5, 20):
+        writer.write(first, 40)
     lost: dict[str, Any] = lab.asrfs("point", "create", "--name", "lost", "--wait", "--timeout", "60s")
     wait_until(lambda: is_trimmed(lab), "what the store has is freed", 60)
     lab.kill_store()
     shutil.rmtree(lab.vault)
     backup.rename(lab.vault)
-    writer.write(90, 3)
+    writer.write(60, 3)
     lab.start_store()
     for _ in range(8 if kills else 0):
         time.sleep(rng.uniform(0.0, 0.4))  # sleep: somewhere in the middle of it
@@ -150,8 +150,8 @@ def test_i5_and_i9_a_vault_that_was_set_back_is_healed_without_a_person(
 
 def test_an_empty_vault_is_filled_again(lab: Lab, rng: random.Random) -> None:
     writer = Writer(lab, rng)
-    for first in (0, 20, 30):
-        writer.write(first, 60)
+    for first in (0, 20):
+        writer.write(first, 40)
     lab.asrfs("drain", "--timeout", "60s")
     wait_until(lambda: is_trimmed(lab), "what the store has is freed", 60)
     lab.kill_store()
