@@ -157,7 +157,7 @@ class AgentHealing:
 
         Returns when nothing is missing any more, or when what is left waits for its window.
         """
-        if not self.resyncer.is_enrolled():
+        if not self._shipper.is_enrolled:
             raise RefusedError("this machine is not enrolled with a store: use `asrfs enroll` first")
         timeout = request.get("timeout")
         before, started = self._filler.filled_bytes, trio.current_time()

@@ -332,8 +332,8 @@ def test_i6_a_fenced_machine_takes_no_changes_and_holds_nothing() -> None:
     rig.hold.fence(True)
     for change in (
         lambda: rig.disk.write(0, b"b" * BLOCK),
-        lambda: rig.disk.zero(0, 8),
-        lambda: rig.disk.discard(0, 8),
+        lambda: rig.disk.zero(0, BLOCK),
+        lambda: rig.disk.discard(0, BLOCK),
     ):
         with pytest.raises(OSError) as refused:
             change()
