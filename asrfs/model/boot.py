@@ -160,19 +160,6 @@ def decode_boot(document: bytes) -> BootSettings:
     return settings
 
 
-def convert_boot(document: object) -> BootSettings:
-    """The settings in a JSON document that is parsed already, such as part of another file; None is `NO_BOOT`. Raises
-    FormatError."""
-    if document is None:
-        return NO_BOOT
-    try:
-        settings = msgspec.convert(document, BootSettings)
-        check_boot(settings)
-    except (msgspec.MsgspecError, ValueError, RecursionError, BadInputError) as error:
-        raise FormatError(f"the boot settings cannot be used: {error}") from None
-    return settings
-
-
 def check_boot(settings: BootSettings) -> None:
     """Raise BadInputError for what cannot be carried out anywhere."""
     given = {"qemu": settings.qemu, "mount": settings.mount}

@@ -15,7 +15,6 @@ from asrfs.model.boot import (
     NO_BOOT,
     BootSettings,
     Network,
-    convert_boot,
     decode_boot,
     encode_boot,
     read_boot,
@@ -70,11 +69,6 @@ def test_both_kinds_are_read_and_survive_the_history() -> None:
     for settings in (qemu, mount, NO_BOOT):
         assert decode_boot(encode_boot(settings)) == settings
         assert read_boot(encode_boot(settings).decode(), "f") == settings, "JSON is taken, too"
-        assert convert_boot(json.loads(encode_boot(settings))) == settings
-    assert convert_boot(None) == NO_BOOT
-    for wrong in ([], {"kind": "qemu"}, {"kind": "none", "x": 1}):
-        with pytest.raises(FormatError):
-            convert_boot(wrong)
     assert decode_boot(b"") == NO_BOOT
 
 
