@@ -19,8 +19,8 @@ def resync(invocation: Invocation, now: bool, full_scan: bool, timeout: str | No
     """Send what the store lacks, and return when it lacks nothing any more.
 
     Where records were given up because the journal came to its quota, the chunks they changed are sent. `asrfs status`
-    shows how far it is. On a host that was set back, cloned or superseded (alarms diverged and fenced) --full-scan has this
-    host go on in a new epoch: every other host of this machine is fenced, its disks take no more writes.
+    shows how far it is. On a host that was set back, cloned or superseded (alarms diverged and fenced) --full-scan has
+    this host go on in a new epoch: every other host of this machine is fenced, its disks take no more writes.
     """
     seconds = None if timeout is None else parse_duration(timeout)
     state = invocation.open_state()
