@@ -99,7 +99,11 @@ def strike(lab: Lab, link: Relay, fault: str) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_whatever_dies_while_it_heals_it_goes_on_where_it_was(lab: Lab, link: Relay, rng: random.Random) -> None:
+@pytest.mark.parametrize("faults", [("agent", "store"), ("disk_server", "link")])
+def test_whatever_dies_while_it_heals_it_goes_on_where_it_was(
+    lab: Lab, link: Relay, faults: tuple[str, str], rng: random.Random
+) -> None:
+    """One when it has just begun, the other one when something is done."""
     writer = Writer(lab, rng)
     writer.write(0, 8)
     before = lab.asrfs("point", "create", "--name", "before", "--wait")
@@ -109,7 +113,6 @@ def test_whatever_dies_while_it_heals_it_goes_on_where_it_was(lab: Lab, link: Re
     lab.asrfs("set", "bandwidth_limit=10M")
     sent_before, written = link.bytes_sent, 0
     link.mend()
-    faults = ["agent", "disk_server", "store", "link"]
     left = missing + 1
     for fault in faults:
         left = some_done(lab, left, fault)
