@@ -111,7 +111,7 @@ def welcomed(machine: Enrolled) -> tuple[RawClient, Welcome]:
 
 
 def test_a_host_may_append_and_nothing_else() -> None:
-    """The protocol has no word by which a host deletes, shortens or changes the time of anything: COMPARE and MATCH ask."""
+    """No word of the protocol lets a host delete, shorten or change the time of anything: COMPARE and MATCH ask."""
     said = {speaks.type.name for following in TABLE.values() for speaks in following if speaks.role == "host"}
     assert said == HOST_SAYS
 
