@@ -314,9 +314,10 @@ def test_what_is_large_waits_for_its_window(lab: Lab, link: Relay, rng: random.R
     run(["fallocate", "--punch-hole", "--offset", str(8 * MIB), "--length", "2G", str(lab.disks / "large.img")])
     writer = Writer(lab, rng)
     over_quota(lab, link, writer, 4, 300)
-    sent_before = link.bytes_sent
     link.mend()
     wait_until(lambda: "asrfs resync --now" in lab.status()["reason"], 60, what="healing to wait for its window")
+    lab.asrfs("drain", "--timeout", "60s")
+    sent_before = link.bytes_sent
     writer.write(0, 3)
     lab.asrfs("drain", "--timeout", "60s")
     status = lab.status()
