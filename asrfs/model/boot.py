@@ -162,6 +162,10 @@ def decode_boot(document: bytes) -> BootSettings:
 
 def check_boot(settings: BootSettings) -> None:
     """Raise BadInputError for what cannot be carried out anywhere."""
+    try:
+        encode_boot(settings)
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say
+        raise BadInputError("it has a character that is none") from None
     given = {"qemu": settings.qemu, "mount": settings.mount}
     for kind, part in given.items():
         if part is not None and settings.kind != kind:

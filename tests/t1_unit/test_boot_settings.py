@@ -158,3 +158,11 @@ def test_the_examples_of_the_manual_are_taken() -> None:
     manual = (Path(__file__).parents[2] / "docs/boot.md").read_text()
     kinds = [read_boot(example, "docs/boot.md").kind for example in re.findall(r"```toml\n(.*?)```", manual, re.DOTALL)]
     assert kinds == ["qemu", "mount"]
+
+
+def test_half_of_a_surrogate_pair_is_refused() -> None:
+    """Nothing can write it."""
+    with pytest.raises(BadInputError, match="a character that is none"):
+        read_boot('kind = "mount"\n[[mount.filesystems]]\ndisk = "root"\npath = "/a\ud800"\n', "f")
+    with pytest.raises(FormatError):
+        decode_boot(b'{"kind": "mount", "mount": {"filesystems": [{"disk": "root", "path": "/a\\ud800"}]}}')
