@@ -131,7 +131,7 @@ class Agent:
             shipper=self._shipper,
             comparing=compare,
             threads=self._threads,
-            cut_bytes=trimmer.cut_bytes,
+            trimmer=trimmer,
         )
         self._groups = self._make_groups()
         self._scheduler = Scheduler(

@@ -35,6 +35,7 @@ from asrfs.replication.quota import Quota
 from asrfs.replication.rejoiner import Rejoiner
 from asrfs.replication.resyncer import HealingRules, Resyncer
 from asrfs.replication.shipper import Shipper
+from asrfs.replication.trimmer import Trimmer
 from asrfs.storage.directory import DirectoryStorage, OpenFile
 from asrfs.storage.system_clock import SystemClock
 
@@ -60,7 +61,7 @@ class AgentHealing:
         shipper: Shipper,
         comparing: Callable[[], AbstractAsyncContextManager[Comparer]],
         threads: trio.CapacityLimiter,
-        cut_bytes: Callable[[int], int],
+        trimmer: Trimmer,
     ) -> None:
         self._state = state
         self._dirty = dirty
@@ -87,7 +88,8 @@ class AgentHealing:
             state.load_machine,
             self._set_gaps,
             settings().quota_bytes(sum(disk.size_bytes for disk in machine.live_disks()), ROOM_UNKNOWN),
-            cut_bytes=cut_bytes,
+            cut_bytes=trimmer.cut_bytes,
+            look=trimmer.look,
         )
 
         async def make_point(note: str) -> int:

@@ -48,7 +48,8 @@ T = TypeVar("T")
 @dataclass(slots=True)
 class Quota:
     """`quota_bytes` may be changed at any time. `cut_bytes`: by how much segments from one on are shorter than places
-    in the journal count them. `reader` is this one's own and need not check payloads.
+    in the journal count them, as `look`, which blocks, has seen it last. `reader` is this one's own and need not check
+    payloads.
 
     `machine` reads `machine.json`, `set_gaps` sets `gap` of some disks in it; both block.
     """
@@ -65,6 +66,7 @@ class Quota:
     quota_bytes: int
     segment_bytes: int = SEGMENT_BYTES
     cut_bytes: Callable[[int], int] = lambda first_segment: 0
+    look: Callable[[], object] = lambda: None
 
     async def run(self) -> None:
         """Give up whenever the store is too far behind, for ever."""
@@ -73,6 +75,9 @@ class Quota:
                 self.alarms.clear(ALARM)
             await self.progress.wait_until(lambda: self.progress.is_known and self.is_over())
             try:
+                await self._in_thread(self.look)
+                if not self.is_over():
+                    continue
                 if await self.give_up():
                     self.alarms.clear(ALARM)
                     continue

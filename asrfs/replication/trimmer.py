@@ -63,7 +63,8 @@ class Trimmer:
         self._storage = storage
         self._machine_id = machine_id
         self._segment_bytes = segment_bytes
-        self._short: dict[int, int] = {}
+        self._look_lock = threading.Lock()
+        self._settled: dict[int, int] = {}
         self._cut: dict[int, int] = {}
         self._seen: deque[tuple[float, int]] = deque()
         self._seen_lock = threading.Lock()
@@ -99,14 +100,15 @@ class Trimmer:
         return min(SPARES_MAX, max(SPARES_MIN, consumed))
 
     def look(self) -> int:
-        """See how long the segments are; the number of the oldest one kept, 0 when there is none. One thread at a time.
-        Raises OSError."""
-        segments = list_journal(self._storage).segments
-        known = {number: short for number, short in self._short.items() if number not in segments[-CHANGING:]}
-        self._short = {number: known[number] if number in known else self._short_by(number) for number in segments}
-        unused = {one: (following - one - 1) * self._segment_bytes for one, following in pairwise(segments)}
-        self._cut = {number: short + unused.get(number, 0) for number, short in self._short.items()}
-        return segments[0] if segments else 0
+        """See how long the segments are; the number of the oldest one kept, 0 when there is none. Raises OSError."""
+        with self._look_lock:
+            segments = list_journal(self._storage).segments
+            short = {each: self._settled[each] if each in self._settled else self._short_by(each) for each in segments}
+            # Whoever was seen while it could still be cut is looked at again, however many came since.
+            self._settled = {number: short[number] for number in segments[:-CHANGING]}
+            unused = {one: (following - one - 1) * self._segment_bytes for one, following in pairwise(segments)}
+            self._cut = {number: by + unused.get(number, 0) for number, by in short.items()}
+            return segments[0] if segments else 0
 
     def cut_bytes(self, first_segment: int) -> int:
         """By how much all segments from this one on are shorter than places in the journal count them, numbers that

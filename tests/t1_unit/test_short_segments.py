@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import trio
 
 from asrfs.format.segment import POSITION_SHIFT, SEGMENT_HEADER_BYTES
@@ -119,11 +120,13 @@ def test_numbers_that_no_segment_has_count_for_nothing() -> None:
     ]
 
 
-async def test_the_quota_is_of_bytes_and_not_of_lives(rng: random.Random) -> None:
+@pytest.mark.parametrize("lives_between_looks", [1, 5])
+async def test_the_quota_is_of_bytes_and_not_of_lives(rng: random.Random, lives_between_looks: int) -> None:
     world = world_with(2, rng)
     looking = Trimmer(world.journal_storage, MACHINE_ID, SEGMENT_BYTES)
-    for _ in range(9):
-        looking.look()
+    for life in range(9):
+        if life % lives_between_looks == 0:
+            looking.look()
         world = world.restart()
         looking._storage = world.journal_storage
         world.disks[0].write(rng.randrange(10) * BLOCK, rng.randbytes(BLOCK))
@@ -150,6 +153,16 @@ async def test_the_quota_is_of_bytes_and_not_of_lives(rng: random.Random) -> Non
     real.look()
     host.quota.cut_bytes = real.cut_bytes
     assert not host.quota.is_over()
+    seldom = Trimmer(world.journal_storage, MACHINE_ID)
+    host.quota.cut_bytes, host.quota.look = seldom.cut_bytes, seldom.look
+    assert host.quota.is_over(), "as was seen last"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(host.quota.run)
+        with trio.fail_after(10):
+            while host.quota.is_over():
+                await trio.sleep(0.001)
+        nursery.cancel_scope.cancel()
+    assert not host.dirty.given_up.gaps, "who is not over it in truth gives nothing up"
     host.progress.note_acknowledged(Cursor(lsn=1, segment=first, offset=SEGMENT_HEADER_BYTES + BLOCK + 64))
     assert not host.quota.is_over()
     await trio.lowlevel.checkpoint()
