@@ -30,6 +30,18 @@ AWAY_S_MAX = 60.0
 """For so long the store may be away before writes go on without it."""
 LOOK_EVERY_S = 1.0
 
+
+class DiffersError(IntegrityError):
+    """Host and store are not the same."""
+
+    def __init__(self, found: Comparison, lsn: int) -> None:
+        super().__init__(
+            f"{found.chunks_different} of {found.chunks_compared} chunks differ between host and store at LSN {lsn}: "
+            "`asrfs resync --full-scan` on the host heals that"
+        )
+        self.found = found
+
+
 Fencing = Callable[[], Awaitable[None]]
 
 
@@ -100,7 +112,14 @@ class HandingOver:
         except (AsrfsError, OSError) as error:
             await self.rejoiner.take_back(word.id)
             why = foreign_line(str(error)) or type(error).__name__
-            return HandedOver(id=word.id, outcome="failed", error=why)
+            found = error.found if isinstance(error, DiffersError) else Comparison()
+            return HandedOver(
+                id=word.id,
+                outcome="failed",
+                chunks_compared=found.chunks_compared,
+                chunks_different=found.chunks_different,
+                error=why,
+            )
         return _handed_over(word.id, handed)
 
     async def _within(self, seconds_max: float, failover: str) -> Handed:
@@ -141,10 +160,7 @@ class HandingOver:
         await self.settle(lsn)
         found = await self.compare()
         if found.chunks_different:
-            raise IntegrityError(
-                f"{found.chunks_different} of {found.chunks_compared} chunks differ between host and store at LSN "
-                f"{lsn}: `asrfs resync --full-scan` on the host heals that"
-            )
+            raise DiffersError(found, lsn)
         if rejoiner.progress.epoch != epoch:
             raise RefusedError("this host went on in a new epoch meanwhile")
         return Handed(lsn=lsn, chunks_compared=found.chunks_compared)
