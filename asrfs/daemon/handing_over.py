@@ -87,7 +87,10 @@ class HandingOver:
 
     async def _obey(self, word: Handover) -> None:
         log = structlog.get_logger("asrfs.handover").bind(failover=word.id)
+        fence = self.rejoiner.fence
         try:
+            if fence is not None and not fence.handover:
+                raise RefusedError("this host was superseded, and has nothing to hand over or to take back")
             if word.wanted == "take-back":
                 await self.rejoiner.take_back(word.id)
                 log.warning("taken back")
