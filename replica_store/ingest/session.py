@@ -255,7 +255,7 @@ class StoreSession:
 
     async def _receive(self, arriving: trio.MemorySendChannel[ObjectReceived], nursery: trio.Nursery) -> None:
         """Until the host has closed or said goodbye; then nothing more is waiting to come."""
-        async with arriving:
+        with arriving:  # at once: an error must be known before the task behind finds that nothing more comes
             while await self._receive_once(arriving, nursery):
                 pass
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import msgspec
 
-from asrfs.errors import NotFoundError, foreign_line
+from asrfs.errors import IntegrityError, NotFoundError, foreign_line
 from asrfs.protocol.frames import ProtocolError
 from asrfs.protocol.messages import HandedOver, Handover
 from replica_store.vault.operations import (
@@ -38,13 +38,17 @@ def wanted_of(found: Operation, now_ns: int) -> Handover | None:
 
 
 def handovers_wanted(vault: Vault, now_ns: int) -> dict[str, Handover]:
-    """By machine, of several failovers the oldest's. Raises AsrfsError."""
+    """By machine, of several failovers the oldest's. A row that nobody sealed wants nothing. Raises AsrfsError."""
     wanted: dict[str, Handover] = {}
     for found in asking(vault.catalog):
-        if found.machine_id not in wanted and wanted_of(found, now_ns) is not None:
+        if found.machine_id in wanted or wanted_of(found, now_ns) is None:
+            continue
+        try:
             word = wanted_of(sealed_operation(vault, found.id), now_ns)
-            if word is not None:
-                wanted[found.machine_id] = word
+        except IntegrityError:  # whoever acts on it is told so
+            continue
+        if word is not None:
+            wanted[found.machine_id] = word
     return wanted
 
 
