@@ -19,6 +19,7 @@ import trio
 
 from asrfs.consistency.maker import PointMaker, PointRequest
 from asrfs.daemon.handing_over import Fencing, HandingOver
+from asrfs.daemon.handover_hooks import HandoverHooks
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import AsrfsError, RefusedError, foreign_line
 from asrfs.model.marker import FAILED_CHARACTERS_MAX, MarkerRecord, encode_marker
@@ -112,6 +113,7 @@ def make_handing_over(
         rejoiner=rejoiner,
         outlet=shipper.source.outlet,
         check=check,
+        hooks=HandoverHooks(state, threads),
         drain=drain,
         fence_and_mark=FencedInstant(maker, lambda: rejoiner.fence is not None),
         settle=settle,

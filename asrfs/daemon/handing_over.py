@@ -1,6 +1,6 @@
 """Making way for a planned failover, when the store says so, and taking that back.
 
-    HANDOVER ─▶ drain ─▶ quiet ─▶ fenced.json, fence ─▶ marker at LSN n ─▶ thaw ─▶ drain and apply to n
+    HANDOVER ─▶ hooks ─▶ drain ─▶ quiet ─▶ fenced.json, fence ─▶ marker at LSN n ─▶ thaw ─▶ drain and apply to n
         ─▶ compare all disks ─▶ answer written down ─▶ HANDED_OVER n ─▶ … commit, or HANDOVER take-back
 
 Behind the fence no guest writes, so n has everything, and what is equal then is equal for good. Until the answer is
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import structlog
 import trio
@@ -45,16 +46,31 @@ class DiffersError(IntegrityError):
 Fencing = Callable[[], Awaitable[None]]
 
 
+class Stopping(Protocol):
+    """What stops the machine, and starts it again."""
+
+    @property
+    def is_stopped(self) -> bool: ...
+
+    async def stop(self, failover: str) -> None:
+        """Raises AsrfsError, OSError."""
+
+    async def start_again(self, failover: str) -> None:
+        """If it was stopped."""
+
+
 @dataclass(slots=True)
 class HandingOver:
-    """`check` raises RefusedError where no disk could be handed over; `drain` returns when the store has what was
-    appended at the call; `fence_and_mark` fences by the function given, while all is quiet, and returns the LSN of a
-    marker behind that; `settle` waits until that LSN is acknowledged and applied; `compare` compares all disks.
+    """`check` raises RefusedError where no disk could be handed over; `hooks` stop what uses the disks; `drain` returns
+    when the store has what was appended at the call; `fence_and_mark` fences by the function given, while all is quiet,
+    and returns the LSN of a marker behind that; `settle` waits until that LSN is acknowledged and applied; `compare`
+    compares all disks.
     """
 
     rejoiner: Rejoiner
     outlet: Outlet
     check: Callable[[], None]
+    hooks: Stopping
     drain: Callable[[], Awaitable[None]]
     fence_and_mark: Callable[[str, Fencing], Awaitable[int]]
     settle: Callable[[int], Awaitable[None]]
@@ -92,14 +108,15 @@ class HandingOver:
             if fence is not None and not fence.handover:
                 raise RefusedError("this host was superseded, and has nothing to hand over or to take back")
             if word.wanted == "take-back":
-                await self.rejoiner.take_back(word.id)
+                await self._take_back(word.id)
                 log.warning("taken back")
                 answer = HandedOver(id=word.id, outcome="taken-back")
             else:
                 log.warning("the machine is to be handed over")
                 answer = await self._hand_over(word)
                 log.warning("answered", outcome=answer.outcome, lsn=answer.lsn, error=answer.error)
-            await self.outlet.say(answer)
+            if word.id:  # else nobody asked
+                await self.outlet.say(answer)
         except (AsrfsError, OSError) as error:  # the store says it again
             log.warning("not answered", reason=str(error))
 
@@ -113,7 +130,7 @@ class HandingOver:
             handed = await self._within(word.seconds_max, word.id)
             await self.rejoiner.handed(word.id, handed)
         except (AsrfsError, OSError) as error:
-            await self.rejoiner.take_back(word.id)
+            await self._take_back(word.id)
             why = foreign_line(str(error)) or type(error).__name__
             found = error.found if isinstance(error, DiffersError) else Comparison()
             return HandedOver(
@@ -157,6 +174,8 @@ class HandingOver:
             raise RefusedError("this host goes on in a new epoch, or makes way for another failover already")
         self.check()
         epoch = rejoiner.progress.epoch
+        if rejoiner.fence is None:
+            await self.hooks.stop(failover)
         await self.drain()  # so that little is left to send while nothing can be written
         why = f"this host makes way for planned failover {failover[:12]}"
         lsn = await self.fence_and_mark(failover, lambda: rejoiner.hand_over(failover, why))
@@ -167,6 +186,11 @@ class HandingOver:
         if rejoiner.progress.epoch != epoch:
             raise RefusedError("this host went on in a new epoch meanwhile")
         return Handed(lsn=lsn, chunks_compared=found.chunks_compared)
+
+    async def _take_back(self, failover: str) -> None:
+        await self.rejoiner.take_back(failover)
+        if self.rejoiner.fence is None:
+            await self.hooks.start_again(failover)
 
     async def _until_away(self) -> bool:
         """Until there was no connection to the store for too long."""
@@ -184,11 +208,11 @@ class HandingOver:
             await trio.sleep(LOOK_EVERY_S)  # sleep: a look now and then
             fence = self.rejoiner.fence
             is_ours = fence is not None and bool(fence.handover) and fence.handed is None
+            is_ours = is_ours or (fence is None and self.hooks.is_stopped)
             if not is_ours or self._doing is not None or self._wanted is not None:
                 since = trio.current_time()
             elif trio.current_time() >= since + AWAY_S_MAX:
-                assert fence is not None
-                self.heard(Handover(id=fence.handover, wanted="take-back"))
+                self.heard(Handover(id=fence.handover if fence is not None else "", wanted="take-back"))
 
 
 def _handed_over(failover: str, handed: Handed) -> HandedOver:

@@ -70,6 +70,28 @@ class Quiet:
         machine.outcome = Outcome(marker=machine.marker)
 
 
+class Services:
+    """What uses the disks."""
+
+    def __init__(self, order: list[str]) -> None:
+        self.is_stopped = False
+        self.fails = False
+        self._order = order
+
+    async def stop(self, failover: str) -> None:
+        await trio.lowlevel.checkpoint()
+        self._order.append("stopped")
+        self.is_stopped = True
+        if self.fails:
+            raise TemporaryError("hook stop: exit code 1")
+
+    async def start_again(self, failover: str) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.is_stopped:
+            self._order.append("started")
+        self.is_stopped = False
+
+
 class Host:
     """One life of a host that may be asked to make way."""
 
@@ -78,6 +100,7 @@ class Host:
         self.rejoiner = self.life.rejoiner
         self.server = self.life.healing.server
         self.quiet = Quiet()
+        self.services = Services(self.quiet.order)
         self.said: list[HandedOver] = []
         self.different = 0
         self.outlet = Outlet()
@@ -96,6 +119,7 @@ class Host:
             rejoiner=self.rejoiner,
             outlet=self.outlet,
             check=self._check,
+            hooks=self.services,
             drain=self._drain,
             fence_and_mark=FencedInstant(maker, lambda: self.rejoiner.fence is not None),
             settle=self._settle,
@@ -193,7 +217,7 @@ async def test_i6_fenced_before_the_marker_and_equal_before_it_is_said(
         said = await answer(host, wanted())
         assert (said.outcome, said.chunks_compared, said.chunks_different) == ("handed-over", CHUNKS, 0)
         host.check_handed(said.lsn)
-        assert host.quiet.order == ["frozen", "marked", "thawed"] and min(host.compared_at) >= said.lsn
+        assert host.quiet.order == ["stopped", "frozen", "marked", "thawed"] and min(host.compared_at) >= said.lsn
         marker = decode_marker(host.world.model.records[said.lsn - 1].content)
         last = decode_marker(host.world.model.records[said.lsn].content)
         assert (marker.name, marker.consistency, marker.unfinished) == (f"handover-{FAILOVER[:12]}", "filesystem", True)
@@ -206,6 +230,7 @@ async def test_i6_fenced_before_the_marker_and_equal_before_it_is_said(
         assert not host.write(rng), "only the store's word counts now"
         assert (await answer(host, wanted("take-back"))).outcome == "taken-back"
         assert host.write(rng) and not host.world.storage.exists("fenced.json")
+        assert host.quiet.order[-1] == "started"
         assert HANDOVER_ALARM not in host.rejoiner.alarms
         assert (await answer(host, wanted("take-back"))).outcome == "taken-back", "asked again, too"
         again = await answer(host, wanted(failover=OTHER))
@@ -241,6 +266,28 @@ async def test_what_differs_is_not_handed_over_and_the_host_writes_again(
         said = await answer(host, wanted())
         assert (said.outcome, said.chunks_different) == ("failed", 3) and "3 of 16 chunks differ" in said.error
         assert host.write(rng) and not host.world.storage.exists("fenced.json")
+
+
+async def test_a_machine_that_cannot_be_stopped_is_started_again(
+    host: Host, rng: random.Random, autojump_clock: trio.testing.MockClock
+) -> None:
+    host.services.fails = True
+    async with serving(host):
+        said = await answer(host, wanted())
+        assert (said.outcome, said.error) == ("failed", "hook stop: exit code 1")
+        assert host.quiet.order == ["stopped", "started"] and host.write(rng)
+
+
+async def test_i8_a_machine_that_was_stopped_for_nobody_is_started_again(
+    host: Host, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Killed between its hooks and its fence."""
+    host.services.is_stopped = True
+    async with serving(host):
+        await pass_time(AWAY_S_MAX - 5)
+        assert host.quiet.order == []
+        await pass_time(10)
+        assert host.quiet.order == ["started"] and host.said == []
 
 
 async def test_what_is_not_whole_is_refused_before_anything_is_fenced(

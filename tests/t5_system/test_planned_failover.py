@@ -112,8 +112,7 @@ def is_refused(lab: Lab) -> bool:
     try:
         write(lab, b"late" * 1024)
     except OSError as error:
-        assert error.errno == errno.EROFS
-        return True
+        return error.errno == errno.EROFS
     return False
 
 
@@ -162,6 +161,41 @@ def test_i6_and_i9_a_machine_is_handed_over_under_load_and_nothing_is_lost(
     assert is_refused(lab), "fenced for good"
     machine = lab.replica_store("machine", "show", lab.machine)
     assert (machine["state"], machine["epoch"]) == ("committed", 2)
+
+
+def add_hook(lab: Lab, name: str, script: str) -> None:
+    path = lab.root / f"{name}.sh"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o700)
+    lab.asrfs("hooks", "add", "handover", path, "--name", name)
+
+
+def test_a_machine_is_stopped_before_it_is_handed_over_and_started_again_when_it_is_back(
+    lab: Lab, failovers: FailoversUnderTest, rng: random.Random
+) -> None:
+    fill(lab, rng)
+    (lab.root / "mounted").mkdir()
+    lab.attach("files", "--format", "ext4", "--on", lab.root / "mounted")
+    (lab.root / "mounted" / "file").write_text("content")
+    said = lab.root / "said"
+    stop = f"umount {lab.root}/mounted"
+    device = next(line.split()[0] for line in Path("/proc/mounts").read_text().splitlines() if str(lab.root) in line)
+    start = f"mount {device} {lab.root}/mounted"
+    add_hook(lab, "files", f'echo "$ASRFS_PHASE" >> {said}; [ $ASRFS_PHASE = handover ] && {stop} || {start}')
+    document = planned(failovers, lab)
+    assert said.read_text() == "handover\n" and not (lab.root / "mounted" / "file").exists()
+    assert document["disks"][0]["name"] == "files"
+    check_nothing_lost(lab, document)
+    failovers.ask("cancel", document["id"])
+    wait_until(lambda: (lab.root / "mounted" / "file").exists(), seconds_max=30.0, what="it is mounted again")
+    assert said.read_text() == "handover\ntake-back\n"
+    (lab.root / "mounted" / "file").write_text("and it goes on")
+    os.sync()
+    add_hook(lab, "stubborn", "[ $ASRFS_PHASE = take-back ]")
+    line = failovers.refused(1, "planned", lab.machine, "--point", "latest")
+    assert "hook stubborn: exit code 1" in line
+    assert (lab.root / "mounted" / "file").read_text() == "and it goes on"
+    lab.asrfs("detach", "files")
 
 
 def test_a_cancelled_handover_gives_the_machine_back_and_the_next_one_loses_nothing_either(
