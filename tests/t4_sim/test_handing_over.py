@@ -96,6 +96,7 @@ class Host:
     """One life of a host that may be asked to make way."""
 
     def __init__(self, world: JournalWorld, rng: random.Random) -> None:
+        self._rng = rng
         self.life = Life(world, rng)
         self.rejoiner = self.life.rejoiner
         self.server = self.life.healing.server
@@ -110,7 +111,7 @@ class Host:
         maker = PointMaker(
             machine_name="web1",
             quiescer=self.quiet,  # type: ignore[arg-type]
-            mark=self.server.marker,
+            mark=self._mark,
             note=self._pass_point,
             epoch=lambda: 1,
             deadline_s=lambda: 7.0,
@@ -157,6 +158,12 @@ class Host:
     def _check(self) -> None:
         if self.refuses is not None:
             raise self.refuses
+
+    async def _mark(self, payload: bytes) -> tuple[int, int]:
+        """Guests write whenever they can."""
+        place = await self.server.marker(payload)
+        self.write(self._rng)
+        return place
 
     async def _drain(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -376,6 +383,7 @@ def test_i2_i6_and_i8_killed_or_without_power_at_any_step(rng: random.Random) ->
         async def say(word: object) -> None:
             await host.say(word)
             told_from.append(len(looks))
+            host.world._look("answer", "said")
 
         host.world.looks = looks
         host.world.storage.after_operation = host.world._look
