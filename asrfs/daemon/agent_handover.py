@@ -18,6 +18,7 @@ import structlog
 import trio
 
 from asrfs.consistency.maker import PointMaker, PointRequest
+from asrfs.daemon.agent_verbs import through_a_restart
 from asrfs.daemon.handing_over import Fencing, HandingOver
 from asrfs.daemon.handover_hooks import HandoverHooks
 from asrfs.daemon.state import StateDirectory
@@ -96,7 +97,7 @@ def make_handing_over(
             raise RefusedError("the replica is not whole: `asrfs status` says what is missing, heal it first")
 
     async def drain() -> None:
-        await settled((await server.sync()).durable.lsn)
+        await settled((await through_a_restart(server.sync)).durable.lsn)
 
     async def settle(lsn: int) -> None:
         await settled(lsn)

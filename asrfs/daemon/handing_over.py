@@ -20,6 +20,7 @@ from typing import Protocol
 import structlog
 import trio
 
+from asrfs.daemon.agent_verbs import through_a_restart
 from asrfs.errors import AsrfsError, IntegrityError, RefusedError, TemporaryError, foreign_line
 from asrfs.model.rejoining import Handed
 from asrfs.protocol.messages import HandedOver, Handover
@@ -178,7 +179,11 @@ class HandingOver:
             await self.hooks.stop(failover)
         await self.drain()  # so that little is left to send while nothing can be written
         why = f"this host makes way for planned failover {failover[:12]}"
-        lsn = await self.fence_and_mark(failover, lambda: rejoiner.hand_over(failover, why))
+
+        async def fence() -> None:
+            await through_a_restart(lambda: rejoiner.hand_over(failover, why))
+
+        lsn = await self.fence_and_mark(failover, fence)
         await self.settle(lsn)
         found = await self.compare()
         if found.chunks_different:
@@ -188,7 +193,7 @@ class HandingOver:
         return Handed(lsn=lsn, chunks_compared=found.chunks_compared)
 
     async def _take_back(self, failover: str) -> None:
-        await self.rejoiner.take_back(failover)
+        await through_a_restart(lambda: self.rejoiner.take_back(failover))
         if self.rejoiner.fence is None:
             await self.hooks.start_again(failover)
 

@@ -299,6 +299,10 @@ def _answer(invocation: Invocation, found: Operation, *, judged: bool = True) ->
         out.print()
         rows = [(disk["name"], disk["path"], disk["filesystem"], disk["fsck"]) for disk in whole["disks"]]
         out.print(table(("DISK", "FILE", "FILESYSTEM", "FSCK"), rows))
+        if (proof := whole["proof"]) is not None:
+            out.print(
+                f"nothing was lost: up to LSN {proof['lsn']} {proof['chunks_compared']} chunks were compared, 0 differ"
+            )
         for warning in whole["warnings"]:
             out.print(f"warning: {warning}")
 

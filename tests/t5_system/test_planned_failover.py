@@ -224,6 +224,23 @@ def test_a_cancelled_handover_gives_the_machine_back_and_the_next_one_loses_noth
     failovers.ask("commit", again["id"])
 
 
+def test_i7_a_person_can_have_the_host_go_on_and_then_nothing_is_committed(
+    lab: Lab, failovers: FailoversUnderTest, rng: random.Random
+) -> None:
+    """Whoever cannot reach the store's command line."""
+    fill(lab, rng)
+    document = planned(failovers, lab)
+    assert is_refused(lab)
+    lab.asrfs("resync", "--full-scan")
+    write(lab, b"at home" * 512)
+    lab.asrfs("drain", "--timeout", "60s")
+    assert "has taken its machine back" in failovers.refused(4, "commit", document["id"])
+    failovers.ask("cancel", document["id"])
+    status = lab.status()
+    assert (status["state"], status["epoch"]) == ("protected", 2) and "handed-over" not in alarms(lab)
+    check_nothing_lost(lab, planned(failovers, lab))
+
+
 def test_what_differs_is_found_and_the_host_writes_on(
     lab: Lab, failovers: FailoversUnderTest, rng: random.Random
 ) -> None:
