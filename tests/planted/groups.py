@@ -64,7 +64,7 @@ def turns_are_not_held(patch: pytest.MonkeyPatch) -> None:
 
 
 def discards_are_not_held(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("asrfs.journal.hold._CHANGES", frozenset((Kind.WRITE, Kind.ZERO)))
+    patch.setattr("asrfs.journal.hold.CHANGES", frozenset((Kind.WRITE, Kind.ZERO)))
 
 
 def late_release_counts(patch: pytest.MonkeyPatch) -> None:

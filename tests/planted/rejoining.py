@@ -87,32 +87,32 @@ def gap_closed_without_comparing(patch: pytest.MonkeyPatch) -> None:
 
 def compared_with_another_history(patch: pytest.MonkeyPatch) -> None:
     """What was found before an epoch began is believed of it, too."""
-    sound = Filler.compare
+    sound = Filler.find_out
 
-    async def compare(self: Filler, disks: Any, find: Any) -> None:
+    async def find_out(self: Filler, disks: Any) -> None:
         async def found_first(disks: Any) -> Any:
-            found = await find(disks)
+            found = await compare(disks)
             epoch.append(self.progress.epoch)
             self.progress.epoch = epoch[0]
             return found
 
-        epoch = [self.progress.epoch]
-        await sound(self, disks, found_first)
-        self.progress.epoch = epoch[-1]
+        compare, self.compare, epoch = self.compare, found_first, [self.progress.epoch]
+        await sound(self, disks)
+        self.compare, self.progress.epoch = compare, epoch[-1]
 
-    patch.setattr(Filler, "compare", compare)
+    patch.setattr(Filler, "find_out", find_out)
 
 
 def compared_before_it_was_applied(patch: pytest.MonkeyPatch) -> None:
     """Images are read although records that were given up are not in them."""
-    sound = Filler.compare
+    sound = Filler.find_out
 
-    async def compare(self: Filler, disks: Any, find: Any) -> None:
+    async def find_out(self: Filler, disks: Any) -> None:
         applied, self.progress.applied = self.progress.applied, self.progress.durable
-        await sound(self, disks, find)
+        await sound(self, disks)
         self.progress.applied = applied
 
-    patch.setattr(Filler, "compare", compare)
+    patch.setattr(Filler, "find_out", find_out)
 
 
 def strange_disks_kept(patch: pytest.MonkeyPatch) -> None:

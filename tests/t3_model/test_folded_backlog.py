@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable
 from contextlib import closing
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,12 @@ def fill(pair: ReplicatedWorld, rng: random.Random, records: int) -> None:
     pair.host.sync()
 
 
+def folded_lsns(pair: ReplicatedWorld) -> int:
+    """How many have no state at the store."""
+    stretches = [row for row in pair.store.vault.objects_of(MACHINE_ID.hex(), 1 << 62) if row.is_stretch]
+    return sum(row.last_lsn - row.first_lsn for row in stretches)
+
+
 def check_every_state(pair: ReplicatedWorld) -> tuple[int, int]:
     """How many LSNs have a state and how many have none."""
     vault, frames = pair.store.vault, FrameCache(pair.store.vault)
@@ -82,7 +89,9 @@ def test_i5_i9_a_folded_backlog_is_exact_wherever_there_is_a_state(
     scratch: Path, rng: random.Random, bytes_max: int
 ) -> None:
     pair = ReplicatedWorld.new(VaultWorld.new(scratch / "vault", rng.getrandbits(30)), rng)
-    for folded_share in (1.0, 0.5, 1.0):
+    for number, folded_share in enumerate(chain((1.0, 0.5), repeat(1.0, 10))):
+        if number >= 3 and folded_lsns(pair) > 20:
+            break
         pair.folded_share = folded_share
         fill(pair, rng, 120)
         pair.ship(bytes_max=bytes_max)

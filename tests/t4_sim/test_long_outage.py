@@ -98,6 +98,7 @@ class Day:
                 healing=standing_of(
                     host.dirty.map, host.dirty.given_up, machine, host.resyncer.phase, host.resyncer.failure
                 ),
+                is_fenced=False,
                 link=host.shipper._link.state,
                 link_reason=host.shipper._link.reason,
                 policy=Policy(),

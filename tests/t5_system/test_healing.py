@@ -23,7 +23,7 @@ from tests.proof.kernel.flapping import Relay
 from tests.t5_system.test_resync import DISK_MIB, MIB, SEGMENT_MIB, Writer, export, is_state
 from tests.t5_system.test_resync import lab as lab
 from tests.waiting import wait_until
-from tools.lab import Lab
+from tools.lab import Lab, run
 
 OTHER = 37 * MIB
 RUNS_REPEATED_MIB = 64
@@ -99,7 +99,11 @@ def strike(lab: Lab, link: Relay, fault: str) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_whatever_dies_while_it_heals_it_goes_on_where_it_was(lab: Lab, link: Relay, rng: random.Random) -> None:
+@pytest.mark.parametrize("faults", [("agent", "store"), ("disk_server", "link")])
+def test_whatever_dies_while_it_heals_it_goes_on_where_it_was(
+    lab: Lab, link: Relay, faults: tuple[str, str], rng: random.Random
+) -> None:
+    """One when it has just begun, the other one when something is done."""
     writer = Writer(lab, rng)
     writer.write(0, 8)
     before = lab.asrfs("point", "create", "--name", "before", "--wait")
@@ -109,7 +113,6 @@ def test_whatever_dies_while_it_heals_it_goes_on_where_it_was(lab: Lab, link: Re
     lab.asrfs("set", "bandwidth_limit=10M")
     sent_before, written = link.bytes_sent, 0
     link.mend()
-    faults = ["agent", "disk_server", "store", "link"]
     left = missing + 1
     for fault in faults:
         left = some_done(lab, left, fault)
@@ -296,3 +299,51 @@ def test_a_host_that_was_forced_off_sends_what_is_new_and_nothing_else(
     sent = link.bytes_sent - sent_before
     assert 5 * MIB <= sent < 6 * MIB, f"{sent} bytes were sent where five MiB were new"
     assert exported(lab, "disk") == bytes(writer.content) == (lab.disks / "disk.img").read_bytes(), "I2, I9"
+
+
+@pytest.mark.timeout(300)
+def test_what_is_large_waits_for_its_window(lab: Lab, link: Relay, rng: random.Random) -> None:
+    """More than 1 GiB: 2 GiB of a third disk are discarded, which marks them and costs nothing to send."""
+    lab.asrfs("disk", "add", "large", "--size", "3G")
+    wait_until(lambda: (lab.disks / "large.img").exists(), what="the third disk")
+    content = write_other(lab, rng, "large", at=5 * MIB)[: 8 * MIB]
+    lab.asrfs("drain", "--timeout", "60s")
+    hour = time.localtime().tm_hour
+    lab.asrfs("set", f"resync_window={(hour + 3) % 24:02}:00-{(hour + 4) % 24:02}:00")
+    link.cut()
+    run(["fallocate", "--punch-hole", "--offset", str(8 * MIB), "--length", "2G", str(lab.disks / "large.img")])
+    writer = Writer(lab, rng)
+    over_quota(lab, link, writer, 4, 300)
+    link.mend()
+    wait_until(lambda: "asrfs resync --now" in lab.status()["reason"], 60, what="healing to wait for its window")
+    lab.asrfs("drain", "--timeout", "60s")
+    sent_before = link.bytes_sent
+    writer.write(0, 3)
+    lab.asrfs("drain", "--timeout", "60s")
+    status = lab.status()
+    assert status["state"] == "resync-required" and status["resync"]["bytes_left"] > 2 << 30
+    assert link.bytes_sent - sent_before < 8 * MIB, "new writes are sent meanwhile, and nothing else"
+    lab.asrfs("set", "resync_window=always")
+    healed(lab)
+    assert exported(lab, "disk") == bytes(writer.content), "I9"
+    large = exported(lab, "large")
+    assert large[: 8 * MIB] == content and not large[8 * MIB :].strip(b"\0"), "I9: the third disk"
+    writer.close()
+
+
+@pytest.mark.timeout(300)
+def test_a_job_that_fails_is_tried_again_after_a_minute(lab: Lab, link: Relay, rng: random.Random) -> None:
+    """The first copy of an adopted disk, whose image cannot be found when it is to be read."""
+    image, elsewhere = lab.root / "adopted.raw", lab.root / "elsewhere.raw"
+    image.write_bytes(content := rng.randbytes(3 * MIB) + bytes(5 * MIB))
+    link.cut()
+    lab.asrfs("disk", "add", "adopted", "--image", image)
+    wait_until(lambda: (lab.disks / "adopted.img").exists(), what="the adopted disk")
+    image.rename(elsewhere)
+    link.mend()
+    wait_until(lambda: str(image) in lab.status()["reason"], 60, what="the first try to fail")
+    failed_at = time.monotonic()
+    elsewhere.rename(image)
+    healed(lab)
+    assert 40 < time.monotonic() - failed_at < 100, "after one minute, and nobody asked for it"
+    assert exported(lab, "adopted") == content, "I9"
