@@ -175,11 +175,10 @@ def test_a_machine_is_stopped_before_it_is_handed_over_and_started_again_when_it
 ) -> None:
     fill(lab, rng)
     (lab.root / "mounted").mkdir()
-    lab.attach("files", "--format", "ext4", "--on", lab.root / "mounted")
+    device = lab.attach("files", "--format", "ext4", "--on", lab.root / "mounted")
     (lab.root / "mounted" / "file").write_text("content")
     said = lab.root / "said"
     stop = f"umount {lab.root}/mounted"
-    device = next(line.split()[0] for line in Path("/proc/mounts").read_text().splitlines() if str(lab.root) in line)
     start = f"mount {device} {lab.root}/mounted"
     add_hook(lab, "files", f'echo "$ASRFS_PHASE" >> {said}; [ $ASRFS_PHASE = handover ] && {stop} || {start}')
     document = planned(failovers, lab)
