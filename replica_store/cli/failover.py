@@ -39,6 +39,7 @@ _POINT = click.option(
 _ACCEPT = click.option("--accept-damage", is_flag=True, help="Take a point that verification has flagged all the same.")
 _STATE = click.option("--state", metavar="DIR", help="State directory of the recovered machine; new or empty.")
 _MOUNT = click.option("--mount", metavar="DIR", help="Where its disks appear as DISK.img; new or empty.")
+_NO_BOOT = click.option("--no-boot", is_flag=True, help="Bring the disks back and start nothing on them.")
 _CHECK = click.option("--check", "check_command", metavar="CMD", help="Run by sh when the disks are there; 0 is good.")
 
 
@@ -54,6 +55,7 @@ def failover() -> None:
 @_MOUNT
 @click.option("--ttl", metavar="D", default=format_duration(TTL_S), show_default=True, help="Cleaned up after so long.")
 @_CHECK
+@_NO_BOOT
 @click.option("--space-limit", metavar="SIZE", help="Cleaned up when it takes more than this.")
 @_ACCEPT
 @pass_invocation
@@ -65,6 +67,7 @@ def test(
     mount: str | None,
     ttl: str,
     check_command: str | None,
+    no_boot: bool,
     space_limit: str | None,
     accept_damage: bool,
 ) -> None:
@@ -80,6 +83,7 @@ def test(
         mount=mount,
         check_command=check_command,
         accept_damage=accept_damage,
+        boots=not no_boot,
         ttl_s=parse_duration(ttl),
         space_limit_bytes=None if space_limit is None else parse_size(space_limit),
     )
@@ -92,6 +96,7 @@ def test(
 @_STATE
 @_MOUNT
 @_CHECK
+@_NO_BOOT
 @_ACCEPT
 @pass_invocation
 def unplanned(
@@ -101,6 +106,7 @@ def unplanned(
     state: str | None,
     mount: str | None,
     check_command: str | None,
+    no_boot: bool,
     accept_damage: bool,
 ) -> None:
     """In earnest, its host being lost: MACHINE goes on here from a point, commit pending.
@@ -114,6 +120,7 @@ def unplanned(
         mount=mount,
         check_command=check_command,
         accept_damage=accept_damage,
+        boots=not no_boot,
     )
     _answer(invocation, _failovers(invocation).unplanned(wanted))
 

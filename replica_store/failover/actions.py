@@ -23,7 +23,7 @@ from asrfs.errors import AsrfsError, BadInputError, RefusedError
 from asrfs.model.clock import Clock
 from asrfs.model.protection_states import ProtectionEvent, next_state
 from asrfs.model.quantities import NS_PER_SECOND, format_duration, format_size
-from replica_store.failover import network, places, undoing
+from replica_store.failover import network, places, processes, undoing
 from replica_store.failover.choice import RESERVE_BYTES, Chosen, check_space, choose, free_bytes
 from replica_store.failover.mounts import allocated_bytes
 from replica_store.failover.preparation import Stopwatch, Told, bring_back, prepare
@@ -54,7 +54,8 @@ _LOCK_S_MAX = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is asked for; directories None: the failover's own."""
+    """What is asked for; directories None: the failover's own. `boots`: start the machine as its history says. `plan`:
+    id of the run of a plan for which it is done."""
 
     machine: str
     selector: str
@@ -64,17 +65,28 @@ class Wanted:
     accept_damage: bool = False
     ttl_s: float = TTL_S
     space_limit_bytes: int | None = None
+    boots: bool = True
+    plan: str | None = None
 
 
 class Failovers:
     """The failovers of the vault at `root`. `told`: called with the name of each step before it begins; `begun_s`: how
-    long ago the command began that is carried out."""
+    long ago the command began that is carried out. `seconds_max`: for making a machine ready; what is not ready by then
+    is taken back."""
 
-    def __init__(self, root: str, clock: Clock, told: Told = lambda step: None, begun_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        root: str,
+        clock: Clock,
+        told: Told = lambda step: None,
+        begun_s: float = 0.0,
+        seconds_max: float | None = None,
+    ) -> None:
         self._root = os.path.abspath(root)
         self._clock = clock
         self._told = told
         self._begun_s = begun_s
+        self._seconds_max = seconds_max
 
     # ---- beginning --------------------------------------------------------------------------------------------
 
@@ -121,6 +133,8 @@ class Failovers:
             data_loss_s=chosen.data_loss_s,
             disks=chosen.disk_names,
             warnings=chosen.warnings,
+            boots=wanted.boots,
+            plan=wanted.plan,
         ).to("preparing", now_ns, f"{kind} failover to {wanted.selector} was asked for")
 
         def check(vault: Vault) -> Operation:
@@ -157,19 +171,22 @@ class Failovers:
     def _prepare(self, begun: Operation, chosen: Chosen, watch: Stopwatch) -> Operation:
         is_test = begun.kind == "test"
         epoch = chosen.machine.epoch if is_test else chosen.machine.epoch + 1
-        ready = prepare(self._root, begun, chosen, epoch, watch, examined=is_test)
+        with processes.within(self._seconds_max):
+            ready = prepare(self._root, begun, chosen, epoch, watch, examined=is_test)
         state: OperationState = "serving" if is_test else "commit-pending"
         self._told("report")
 
         def finish(vault: Vault, before: Operation) -> Operation:
             if before.state != "preparing":
                 raise RefusedError(f"failover {begun.id[:12]} is {before.state} meanwhile")
+            text = f"it serves LSN {begun.point.lsn}, {sum(step.seconds for step in ready.steps):.2f} s after"
             return msgspec.structs.replace(
-                before.to(state, self._clock.time_ns(), f"it serves LSN {begun.point.lsn}, {ready.rto_s:.2f} s after"),
+                before.to(state, self._clock.time_ns(), text),
                 steps=ready.steps,
                 rto_s=ready.rto_s,
                 examined=ready.examined,
                 checked=ready.checked,
+                booted=ready.booted,
             )
 
         return change(self._root, begun.id, finish)
@@ -197,8 +214,16 @@ class Failovers:
                 with Vault.open(self._root) as vault:
                     chosen = choose(vault, found.machine, f"lsn:{found.point.lsn}", accept_damage=True)
                 return self._prepare(found, chosen, Stopwatch(self._told, [Step("start", self._begun_s)]))
-            bring_back(self._root, found)
+            found = self._back(found)
             return self._commit(found) if found.epoch is not None and found.state != "committed" else found
+
+    def _back(self, found: Operation) -> Operation:
+        """Start what is missing of it, and note how it runs. The caller has its lock."""
+        with processes.within(self._seconds_max):
+            after = bring_back(self._root, found)
+        if after.booted == found.booted:
+            return found
+        return change(self._root, found.id, lambda vault, before: msgspec.structs.replace(before, booted=after.booted))
 
     def change_point(self, text: str, selector: str, *, accept_damage: bool = False) -> Operation:
         """Another point for a failover that is not committed; what was written since it began is given up."""

@@ -52,10 +52,22 @@ def document(operation: Operation) -> dict[str, Any]:
         "check": None
         if checked is None
         else {"command": checked.command, "exit_code": checked.exit_code, "output": checked.output},
+        "boot": None
+        if operation.booted is None
+        else {"kind": operation.booted.kind, "runs": not operation.booted.failure, "failure": operation.booted.failure},
         "begun": format_time(operation.begun_ns),
         "expires": None if operation.expires_ns is None else format_time(operation.expires_ns),
         "epoch": operation.epoch,
         "remains": operation.remains,
+        "plan": operation.plan,
+        "reprotection": None
+        if operation.reprotection is None
+        else {
+            "store": operation.reprotection.store,
+            "begun": format_time(operation.reprotection.begun_ns),
+            "enrolled": operation.reprotection.enrolled,
+            "done": None if operation.reprotection.done_ns is None else format_time(operation.reprotection.done_ns),
+        },
         "warnings": list(operation.warnings),
         "log": [
             {"time": format_time(cause.time_ns), "state": cause.state, "cause": cause.text}
@@ -65,7 +77,7 @@ def document(operation: Operation) -> dict[str, Any]:
 
 
 def verdict(operation: Operation) -> AsrfsError | None:
-    """What of the recovered machine is not as it should be: a filesystem, else what the check command said."""
+    """What of the recovered machine is not as it should be: a filesystem, what the check command said, its start."""
     for each in operation.examined:
         if each.result == "damaged":
             return IntegrityError(
@@ -77,6 +89,11 @@ def verdict(operation: Operation) -> AsrfsError | None:
         last = (checked.output.strip().splitlines() or ["it said nothing"])[-1]
         return TemporaryError(
             f"the check command of failover {operation.id[:12]} ended with exit code {checked.exit_code}: {last[:200]}"
+        )
+    if operation.booted is not None and operation.booted.failure:
+        return TemporaryError(
+            f"the disks of failover {operation.id[:12]} are there, but the machine does not run: "
+            f"{operation.booted.failure}; `replica-store failover resume {operation.id[:12]}` starts it again"
         )
     return None
 

@@ -23,8 +23,10 @@ from replica_store.vault.objects import Objects
 from replica_store.vault.vault import Vault, lock_descriptions
 
 Kind = Literal["test", "unplanned", "planned", "failback"]
-OperationState = Literal["preparing", "serving", "commit-pending", "committed", "cancelled", "cleaned"]
+OperationState = Literal["preparing", "serving", "commit-pending", "committed", "returned", "cancelled", "cleaned"]
 ENDED: tuple[OperationState, ...] = ("cancelled", "cleaned")
+"""What these left is taken away by whoever comes next. Of `returned` ones only a person does that: they hold what may
+be the only copy of something."""
 
 LOCK_S_MAX = 10.0
 _PREFIX = "operations/"
@@ -69,6 +71,23 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True):
     output: str
 
 
+class Booted(msgspec.Struct, frozen=True, kw_only=True):
+    """How the start of the recovered machine went. `failure`: why it does not run, empty if it does."""
+
+    kind: str
+    failure: str = ""
+
+
+class Reprotection(msgspec.Struct, frozen=True, kw_only=True):
+    """The other direction. `store`: the management address of the other store; `enrolled`: the recovered machine has
+    its certificate; `done_ns`: since when the other store has all of it, None until then."""
+
+    store: str
+    begun_ns: int
+    enrolled: bool = False
+    done_ns: int | None = None
+
+
 class Cause(msgspec.Struct, frozen=True, kw_only=True):
     """A change of state, and why."""
 
@@ -92,7 +111,8 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """One failover. `remains`: processes, mounts or directories of it are there, or may be.
 
     `begun_s`: when its present preparation began is in the first of `steps`; `rto_s` is their sum once it was ready.
-    `epoch`: what commit raised the machine to.
+    `epoch`: what commit raised the machine to; `closed_serial`: of the certificate that was good until then. `plan`: id
+    of the run of a plan it belongs to. `boots`: the machine is started as its boot settings say.
     """
 
     id: str
@@ -116,6 +136,11 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     checked: Checked | None = None
     warnings: tuple[str, ...] = ()
     epoch: int | None = None
+    plan: str | None = None
+    boots: bool = True
+    booted: Booted | None = None
+    closed_serial: str | None = None
+    reprotection: Reprotection | None = None
     causes: tuple[Cause, ...] = ()
 
     def to(self, state: OperationState, time_ns: int, text: str) -> Operation:
@@ -196,7 +221,7 @@ def _operation(catalog: Catalog, *row: object) -> Operation:
 
 def holder(found: Iterable[Operation]) -> Operation | None:
     """The newest failover of a machine that holds its protection: it is failed over, or committed elsewhere."""
-    holding = [each for each in found if each.kind != "test" and each.state not in ENDED]
+    holding = [each for each in found if each.kind != "test" and each.state not in (*ENDED, "returned")]
     return holding[-1] if holding else None
 
 

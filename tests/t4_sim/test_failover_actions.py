@@ -82,8 +82,12 @@ class Recovery:
         self.fails = False
         self.there: set[str] = set()
         monkeypatch.setattr(actions, "prepare", self._prepare)
-        monkeypatch.setattr(actions, "bring_back", lambda root, found: self.there.add(found.id))
+        monkeypatch.setattr(actions, "bring_back", self._bring_back)
         monkeypatch.setattr(undoing, "discard", lambda found: self.there.discard(found.id))
+
+    def _bring_back(self, root: str, found: Operation) -> Operation:
+        self.there.add(found.id)
+        return found
 
     def _prepare(
         self, root: str, begun: Operation, disks: object, epoch: int, watch: Stopwatch, *, examined: bool
