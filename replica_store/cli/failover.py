@@ -1,7 +1,7 @@
 """`replica-store failover`: a machine brought back from a point, for trial or in earnest.
 
-    test MACHINE --point P          cleanup ID                    beside the machine, which goes on
-    unplanned MACHINE --point P     change-point ID --point P · cancel ID · commit ID
+    test MACHINE|PLAN --point P          cleanup ID                    beside the machine, which goes on
+    unplanned MACHINE|PLAN --point P     change-point ID --point P · cancel ID · commit ID
     list · show ID · report · resume ID
 
 Works on the vault itself, whether it is served or not. What is started outlives the command.
@@ -23,6 +23,7 @@ from asrfs.model.quantities import format_duration, parse_duration, parse_size
 from asrfs.storage.system_clock import SystemClock
 from asrfs.terminal.output import pairs, table
 from replica_store.cli.invocation import Invocation, pass_invocation
+from replica_store.cli.plan_runs import carry_out, only_machine, planned, selector_of
 from replica_store.failover.actions import TTL_S, Failovers, Wanted
 from replica_store.failover.report import document, drills, verdict
 from replica_store.vault.operations import ENDED, Operation, operation, operations
@@ -35,6 +36,12 @@ _POINT = click.option(
     metavar="SELECTOR",
     required=True,
     help="latest, latest-processed, latest-application, a point's id or name, lsn:N or time:T.",
+)
+_POINT_OR_PLANS = click.option(
+    "--point",
+    "selector",
+    metavar="SELECTOR",
+    help="As of `export`; of a plan for machines of which it says nothing else, instead of its own.",
 )
 _ACCEPT = click.option("--accept-damage", is_flag=True, help="Take a point that verification has flagged all the same.")
 _STATE = click.option("--state", metavar="DIR", help="State directory of the recovered machine; new or empty.")
@@ -49,8 +56,8 @@ def failover() -> None:
 
 
 @failover.command()
-@click.argument("machine")
-@_POINT
+@click.argument("name", metavar="MACHINE|PLAN")
+@_POINT_OR_PLANS
 @_STATE
 @_MOUNT
 @click.option("--ttl", metavar="D", default=format_duration(TTL_S), show_default=True, help="Cleaned up after so long.")
@@ -61,8 +68,8 @@ def failover() -> None:
 @pass_invocation
 def test(
     invocation: Invocation,
-    machine: str,
-    selector: str,
+    name: str,
+    selector: str | None,
     state: str | None,
     mount: str | None,
     ttl: str,
@@ -71,14 +78,20 @@ def test(
     space_limit: str | None,
     accept_damage: bool,
 ) -> None:
-    """Try it: MACHINE at a point, beside the protected one, with disks and a network of its own.
+    """Try it: MACHINE at a point, or all of PLAN, beside the protected ones, with disks and a network of its own.
 
     Replication, points and epochs are not touched. fsck and CMD say whether it is good; CMD has ASRFS_MOUNT and
     ASRFS_STATE, and runs in the machine's network. Exit code 5 if a filesystem is damaged, 1 if CMD fails.
     """
+    failovers = _failovers(invocation)
+    if (plan := planned(invocation, name, selector)) is not None:
+        only_machine(state=state, mount=mount, check=check_command, space_limit=space_limit)
+        return carry_out(
+            invocation, plan, "test", accept_damage=accept_damage, boots=not no_boot, ttl_s=parse_duration(ttl)
+        )
     wanted = Wanted(
-        machine=machine,
-        selector=selector,
+        machine=name,
+        selector=selector_of(selector),
         state=state,
         mount=mount,
         check_command=check_command,
@@ -87,12 +100,12 @@ def test(
         ttl_s=parse_duration(ttl),
         space_limit_bytes=None if space_limit is None else parse_size(space_limit),
     )
-    _answer(invocation, _failovers(invocation).test(wanted))
+    _answer(invocation, failovers.test(wanted))
 
 
 @failover.command()
-@click.argument("machine")
-@_POINT
+@click.argument("name", metavar="MACHINE|PLAN")
+@_POINT_OR_PLANS
 @_STATE
 @_MOUNT
 @_CHECK
@@ -101,28 +114,32 @@ def test(
 @pass_invocation
 def unplanned(
     invocation: Invocation,
-    machine: str,
-    selector: str,
+    name: str,
+    selector: str | None,
     state: str | None,
     mount: str | None,
     check_command: str | None,
     no_boot: bool,
     accept_damage: bool,
 ) -> None:
-    """In earnest, its host being lost: MACHINE goes on here from a point, commit pending.
+    """In earnest, its host being lost: MACHINE, or each of PLAN, goes on here from a point, commit pending.
 
     Until `commit` the point can be changed and all can be cancelled; then what was written here is given up.
     """
+    failovers = _failovers(invocation)
+    if (plan := planned(invocation, name, selector)) is not None:
+        only_machine(state=state, mount=mount, check=check_command)
+        return carry_out(invocation, plan, "unplanned", accept_damage=accept_damage, boots=not no_boot)
     wanted = Wanted(
-        machine=machine,
-        selector=selector,
+        machine=name,
+        selector=selector_of(selector),
         state=state,
         mount=mount,
         check_command=check_command,
         accept_damage=accept_damage,
         boots=not no_boot,
     )
-    _answer(invocation, _failovers(invocation).unplanned(wanted))
+    _answer(invocation, failovers.unplanned(wanted))
 
 
 @failover.command("change-point")

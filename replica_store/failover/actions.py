@@ -385,6 +385,7 @@ def _is_same(found: Operation, wanted: Wanted) -> bool:
     return (
         found.state == "preparing"
         and found.kind == "unplanned"
+        and found.plan == wanted.plan
         and found.point.selector == wanted.selector
         and (wanted.state is None or os.path.realpath(wanted.state) == found.places.state)
         and (wanted.mount is None or os.path.realpath(wanted.mount) == found.places.mount)

@@ -7,7 +7,9 @@ from statistics import median
 from typing import Any
 
 from asrfs.errors import AsrfsError, IntegrityError, TemporaryError
-from asrfs.model.quantities import format_time
+from asrfs.model.quantities import NS_PER_SECOND, format_time
+from replica_store.failover.plan import Pause
+from replica_store.failover.plan_journal import PlanJournal
 from replica_store.vault.operations import Operation
 
 TREND_LEAST = 3
@@ -74,6 +76,53 @@ def document(operation: Operation) -> dict[str, Any]:
             for cause in operation.causes
         ],
     }
+
+
+def plan_document(journal: PlanJournal, found: Iterable[Operation]) -> dict[str, Any]:
+    """A run of a plan as commands print it. `found`: its failovers; those that a later one replaced are left out.
+
+    `rto_seconds`: from its beginning to the end of its last step, pauses and all; None until it is done.
+    """
+    head, run = journal.head, journal.run
+    times = [event.time_ns for event in journal.events]
+    newest = {each.machine: each for each in found}
+    losses = [each.data_loss_s for each in newest.values() if each.data_loss_s is not None]
+    is_done = run.state == "done"
+    return {
+        "id": head.id,
+        "plan": head.plan.name,
+        "kind": head.kind,
+        "state": run.state,
+        "begun": format_time(min(times)) if times else None,
+        "ended": format_time(max(times)) if times and is_done else None,
+        "rto_seconds": round((max(times) - min(times)) / NS_PER_SECOND, 4) if times and is_done else None,
+        "data_loss_seconds": max(losses, default=None),
+        "waits_for": [step.item.text for step in run.pauses() if isinstance(step.item, Pause)],
+        "steps": [
+            {
+                "name": step.id,
+                "state": run.standing[step.id].state,
+                "critical": step.is_critical,
+                "seconds": round(run.standing[step.id].seconds, 4),
+                "text": run.standing[step.id].text,
+            }
+            for step in run.steps
+        ],
+        "machines": [document(each) for each in newest.values()],
+    }
+
+
+def plan_verdict(journal: PlanJournal) -> AsrfsError | None:
+    """What has stopped a plan."""
+    head, run = journal.head, journal.run
+    for step in run.steps:
+        standing = run.standing[step.id]
+        if standing.state == "failed" and step.is_critical:
+            return TemporaryError(
+                f"plan {head.plan.name} stopped at {step.id}: {standing.text}; see to it, then go on with "
+                f"`replica-store plan resume {head.id[:12]}`"
+            )
+    return None
 
 
 def verdict(operation: Operation) -> AsrfsError | None:
