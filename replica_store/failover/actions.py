@@ -41,6 +41,7 @@ from replica_store.vault.operations import (
     sealed_operation,
 )
 from replica_store.vault.protection import protection_of
+from replica_store.vault.returning import close_side
 from replica_store.vault.vault import Vault, lock_descriptions
 
 TTL_S = 24 * 3600.0
@@ -276,7 +277,7 @@ class Failovers:
 
         def finish(vault: Vault, before: Operation) -> Operation:
             after = before.to("committed", now, f"it was committed: epoch {epoch}")
-            return msgspec.structs.replace(after, epoch=epoch)
+            return close_side(vault, msgspec.structs.replace(after, epoch=epoch))
 
         return change(self._root, found.id, finish)
 
