@@ -21,9 +21,9 @@ import msgspec
 
 from asrfs.errors import AsrfsError, BadInputError, RefusedError
 from asrfs.model.clock import Clock
-from asrfs.model.protection_states import ProtectionEvent, next_state
+from asrfs.model.protection_states import ProtectionEvent
 from asrfs.model.quantities import NS_PER_SECOND, format_duration, format_size
-from replica_store.failover import network, places, processes, undoing
+from replica_store.failover import leaving, network, places, processes, undoing
 from replica_store.failover.choice import RESERVE_BYTES, Chosen, check_space, choose, free_bytes
 from replica_store.failover.mounts import allocated_bytes
 from replica_store.failover.preparation import Stopwatch, Told, bring_back, prepare
@@ -40,7 +40,7 @@ from replica_store.vault.operations import (
     operations,
     sealed_operation,
 )
-from replica_store.vault.protection import protection_of
+from replica_store.vault.protection import check_event
 from replica_store.vault.returning import close_side
 from replica_store.vault.vault import Vault, lock_descriptions
 
@@ -142,8 +142,7 @@ class Failovers:
             others = operations(vault.catalog)
             places.check_not_taken(where, others)
             if kind != "test":
-                event = ProtectionEvent.UNPLANNED_FAILOVER
-                next_state(protection_of(vault, vault.machine(wanted.machine)), event, wanted.machine)
+                check_event(vault, vault.machine(wanted.machine), ProtectionEvent.UNPLANNED_FAILOVER)
             return made
 
         with places.take_lock(where):
@@ -211,6 +210,8 @@ class Failovers:
             found = self._find(found.id)
             if found.state in ENDED:
                 return undoing.tidy(self._root, found) if found.remains else found
+            if found.state == "returned":
+                raise RefusedError(f"failover {found.id[:12]} is returned: resume is refused; allowed: cleanup")
             if found.state == "preparing":
                 with Vault.open(self._root) as vault:
                     chosen = choose(vault, found.machine, f"lsn:{found.point.lsn}", accept_damage=True)
@@ -289,10 +290,13 @@ class Failovers:
         return self._end(text, "cancelled", "it was cancelled", self._allow_cancel)
 
     def cleanup(self, text: str, cause: str = "it was cleaned up") -> Operation:
-        """End a test failover; nothing of it is left but its report."""
+        """End a test failover, or what a machine that came back has left where it ran; nothing of it is left but its
+        report. Raises RefusedError, also where that might be the only copy of something."""
+        if (found := self._find(text)).state == "returned":
+            leaving.check_left_behind(found)
 
         def allow(vault: Vault, before: Operation) -> None:
-            if before.kind != "test":
+            if before.kind != "test" and before.state != "returned":
                 raise RefusedError(
                     f"failover {before.id[:12]} is no test, it is {before.state}: cleanup is refused; allowed: "
                     + ("nothing that ends it" if before.state == "committed" else "cancel, commit")
@@ -327,7 +331,7 @@ class Failovers:
         if found.kind == "test":
             raise RefusedError(f"failover {found.id[:12]} is a test: {event} is refused; allowed: cleanup")
         machine = vault.machine(found.machine)
-        next_state(protection_of(vault, machine), event, machine.name)
+        check_event(vault, machine, event)
         holding = holder(operations(vault.catalog, machine.id))
         if holding is None or holding.id != found.id:
             raise RefusedError(f"failover {found.id[:12]} is {found.state}: {event} is refused; allowed: nothing")

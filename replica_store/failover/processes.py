@@ -115,12 +115,16 @@ def run(
     seconds_max: float = TOOL_S_MAX,
     more: dict[str, str] | None = None,
     part: Part = "tool",
+    said: bytes = b"",
 ) -> tuple[int, str]:
-    """Run a tool to its end: exit code and output. Raises AsrfsError if its exit code is not one of the accepted."""
+    """Run a tool to its end: exit code and output. `said`: its input, for what nobody else is to see.
+
+    Raises AsrfsError if its exit code is not one of the accepted.
+    """
     seconds_max = _time_left(seconds_max)
-    tool = _spawn(words, subprocess.STDOUT, environment(operation_id, part) | (more or {}))
+    tool = _spawn(words, subprocess.STDOUT, environment(operation_id, part) | (more or {}), is_told=bool(said))
     try:
-        output, _ = tool.communicate(timeout=seconds_max)
+        output, _ = tool.communicate(said or None, timeout=seconds_max)
     except BaseException as error:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(tool.pid, signal.SIGKILL)
@@ -137,11 +141,13 @@ def run(
     return tool.returncode, text
 
 
-def _spawn(words: Sequence[str], errors: IO[bytes] | int, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+def _spawn(
+    words: Sequence[str], errors: IO[bytes] | int, variables: dict[str, str], *, is_told: bool = False
+) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
             words,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if is_told else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
             start_new_session=True,
