@@ -47,6 +47,7 @@ from replica_store.ingest.configurations import AGAIN_S, Configurations
 from replica_store.ingest.greeting import (
     check_hello,
     check_identity,
+    check_not_replaced,
     check_position,
     granted_before,
     refusal_code,
@@ -197,7 +198,9 @@ class StoreSession:
     def _authorised(self, hello: Hello) -> MachineRow:
         """Blocks."""
         catalog = self._store.vault.catalog
-        machine = check_identity(self._identity, catalog.machine_by_id(self._identity.machine_id))
+        row = catalog.machine_by_id(self._identity.machine_id)
+        check_not_replaced(self._identity, row, hello)
+        machine = check_identity(self._identity, row)
         check_side(catalog, machine, hello.epoch)
         return machine
 

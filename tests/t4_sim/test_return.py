@@ -113,6 +113,8 @@ async def test_i6_and_i7_the_side_that_went_on_comes_back_and_the_other_never_do
 
         world.certificates[history.machine_id] = old_certificate
         refused = await greet(world, history, old)
+        assert isinstance(refused, Refused) and refused.code == "fenced", "also when the other side has enrolled since"
+        refused = await greet(world, history, returning_hello(history, old.epoch))
         assert isinstance(refused, Refused) and refused.code == "authentication"
         root, machine_id = world.path, history.machine_id
         before = world.vault.catalog.table("operations")
