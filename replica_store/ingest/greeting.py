@@ -19,8 +19,8 @@ class DivergedError(RefusedError):
 
 
 def check_not_replaced(identity: MachineIdentity, machine: MachineRow | None, hello: Hello) -> None:
-    """Raise FencedError for a side that was left behind before another one enrolled: that its certificate is good no more
-    would not stop it (I6). The certificate is of the vault's authority."""
+    """Raise FencedError for a side that was left behind before another one enrolled: that its certificate is good no
+    more would not stop it (I6). The certificate is of the vault's authority."""
     if machine is not None and not machine.revoked and machine.serial != identity.serial and not hello.rejoin:
         _check_not_superseded(hello, machine.epoch)
 
