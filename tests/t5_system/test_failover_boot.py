@@ -1,4 +1,4 @@
-"""A failed over machine is started as its history says: in a test apart from everything, in earnest where it belongs."""
+"""A failed over machine is started as its history says: a test apart from everything, in earnest where it belongs."""
 
 from __future__ import annotations
 
