@@ -151,13 +151,18 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
 
 def is_sound(operation: Operation) -> bool:
     """Whether it is such as this program writes, wherever it was found."""
+    other = operation.reprotection
+    times_ns = [operation.point.time_ns, operation.begun_ns]
+    times_ns += [] if other is None else [other.begun_ns, other.done_ns or 0]
     return (
         is_id(operation.id)
         and is_id(operation.machine_id)
         and is_name(operation.machine)
         and operation.generation > 0
         and operation.point.lsn > 0
-        and all(0 <= time_ns < 1 << 63 for time_ns in (operation.point.time_ns, operation.begun_ns))
+        and all(0 <= time_ns < 1 << 63 for time_ns in times_ns)
+        and (operation.plan is None or is_id(operation.plan))
+        and (other is None or other.store.isprintable())
         and all(_is_place(path) for path in (operation.places.directory, operation.places.state))
         and all(_is_place(path) for path in (operation.places.mount, *operation.places.made))
     )

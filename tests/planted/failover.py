@@ -154,7 +154,7 @@ PLANTS = tuple(
             "a token of before the commit is good after it",
             f"{_RETURN}test_a_token_of_before_the_commit_is_no_proof_of_intent",
             tokens_of_before_the_commit,
-            "BadInputError|DID NOT RAISE|Error",
+            "certificate request cannot be read",
         ),
         (
             "returned-is-swept",
