@@ -36,7 +36,7 @@ VERBS: dict[str, Callable[[Failovers, str], Operation]] = {
 }
 STATES = {
     "test": ("preparing", "serving", "cleaned"),
-    "unplanned": ("preparing", "commit-pending", "committed", "cancelled"),
+    "unplanned": ("preparing", "commit-pending", "committed", "returned", "cancelled"),
 }
 LEADS_TO = {
     ("test", "preparing", "cleanup"): "cleaned",
@@ -53,6 +53,7 @@ LEADS_TO = {
     ("unplanned", "commit-pending", "commit"): "committed",
     ("unplanned", "commit-pending", "resume"): "commit-pending",
     ("unplanned", "committed", "resume"): "committed",
+    ("unplanned", "returned", "cleanup"): "cleaned",
     ("unplanned", "cancelled", "resume"): "cancelled",
 }
 """Everything else is refused."""
@@ -134,6 +135,9 @@ def begun(failovers: Failovers, root: str, kind: str, state: str) -> Operation:
     found: Operation = getattr(failovers, kind)(wanted())
     if state == "preparing":
         return change(root, found.id, lambda vault, before: before.to("preparing", 0, "it died"))
+    if state == "returned":
+        committed = failovers.commit(found.id)
+        return change(root, committed.id, lambda vault, before: before.to("returned", 0, "the machine came back"))
     ways = {"cleaned": failovers.cleanup, "cancelled": failovers.cancel, "committed": failovers.commit}
     return ways[state](found.id) if state in ways else found
 
@@ -167,7 +171,8 @@ def test_every_verb_in_every_state(
     if kind == "test":
         assert standing(root) == before == "protected"
     else:
-        states = {"commit-pending": "failed-over", "committed": "committed", "cancelled": "protected"}
+        states = {"commit-pending": "failed-over", "committed": "committed"}
+        states |= {"cancelled": "protected", "cleaned": "protected"}
         assert standing(root) == states[expected]
     rebuild(root)
     with Vault.open(root) as vault:
