@@ -39,8 +39,8 @@ class Site:
         committed: dict[str, Any] = self.failovers.ask("commit", document["id"])
         return committed
 
-    def reprotect(self, machine: str, other: Site) -> dict[str, Any]:
-        words = ("--store", other.lab.manage, "--token", other.token(machine), "--wait", "--timeout", "90s")
+    def reprotect(self, machine: str, other: Site, token: str, *options: str) -> dict[str, Any]:
+        words = ("--store", other.lab.manage, "--token", token, "--timeout", "90s", *options)
         done = self.failovers.run("reprotect", machine, *words)
         assert done.returncode == 0, done.stderr
         document: dict[str, Any] = json.loads(done.stdout)
@@ -134,7 +134,7 @@ def test_i6_i7_and_i9_out_and_home_again(there: Site, home: Site, rng: random.Ra
     out = there.take_over(machine)
     disk.change(Path(out["disks"][0]["path"]))
     assert there.state(machine) == "committed"
-    other = there.reprotect(machine, home)
+    other = there.reprotect(machine, home, home.token(machine), "--wait")
     assert other["protection"] == "protected" == there.state(machine) == home.state(machine)
     assert other["host"]["epoch"] > out["epoch"]
     refused = there.failovers.refused(4, "unplanned", machine, "--point", "latest")
@@ -146,7 +146,7 @@ def test_i6_i7_and_i9_out_and_home_again(there: Site, home: Site, rng: random.Ra
     back = home.take_over(machine)
     disk.change(Path(back["disks"][0]["path"]))
     wait_until(lambda: is_read_only(Path(out["disks"][0]["path"])), "the side that was left behind is fenced", 60)
-    again = home.reprotect(machine, there)
+    again = home.reprotect(machine, there, there.token(machine), "--wait")
     assert again["protection"] == "protected" == there.state(machine)
     assert [each["state"] for each in there.failovers.ask("list")] == ["returned"]
     disk.change(Path(back["disks"][0]["path"]))
@@ -158,3 +158,23 @@ def test_i6_i7_and_i9_out_and_home_again(there: Site, home: Site, rng: random.Ra
     there.failovers.ask("cleanup", out["id"])
     assert there.failovers.leftovers() == ""
     assert there.failovers.ask("test", machine, "--point", "latest")["lsn"] > out["lsn"]
+
+
+def test_the_old_disks_are_seeds(there: Site, home: Site, rng: random.Random) -> None:
+    machine, disk = there.lab.machine, Disk(rng)
+    disk.change(there.lab.disks / "disk.img")
+    there.lab.asrfs("drain", "--timeout", "60s")
+    there.lab.stop_host()
+    out = there.take_over(machine)
+    disk.change(Path(out["disks"][0]["path"]))
+
+    token = home.token(machine)
+    paused = there.reprotect(machine, home, token, "--paused")
+    assert (paused["protection"], paused["host"]["link"]) == ("reprotecting", "paused")
+    (old,) = (there.lab.state / "images").iterdir()
+    home.lab.replica_store("seed", machine, "disk", "--image", old)
+    host_of(out, "resume")
+    again = there.reprotect(machine, home, token, "--wait")
+    assert again["protection"] == "protected", "the token is used up, and not asked for again"
+    host_of(out, "drain", "--timeout", "60s")
+    assert home.export(machine) == disk.content
