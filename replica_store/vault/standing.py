@@ -71,7 +71,10 @@ def standing_of(vault: Vault, machine: MachineRow, now_ns: int) -> Standing:
     rules, _ = follow_policy(book.texts(policy.policy) or {})
     rpo_s = achieved_rpo_s(received, last.last_time_ns, link, now_ns) if last else None
     said = None if machine.revoked else rpo_text(rpo_s, rules)
-    alarms = () if said is None else (StandingAlarm("rpo", *said),)
+    alarms: tuple[StandingAlarm, ...] = () if said is None else (StandingAlarm("rpo", *said),)
+    alarms += point_alarms(machine, points, vault.catalog.appeared(machine.id), rules, now_ns)
+    if holding is not None and holding.state == "committed":
+        alarms = ()  # nothing is to come: it runs elsewhere, and whoever protects it there has the alarms
     return Standing(
         id=machine.id,
         name=machine.name,
@@ -89,7 +92,7 @@ def standing_of(vault: Vault, machine: MachineRow, now_ns: int) -> Standing:
         enrolled_ns=machine.enrolled_ns,
         disks=tuple(disk for disk in vault.disks_at(machine.id, received) if not disk.removed),
         policy=policy,
-        alarms=(*alarms, *point_alarms(machine, points, vault.catalog.appeared(machine.id), rules, now_ns)),
+        alarms=alarms,
     )
 
 
