@@ -41,11 +41,11 @@ def start(operation: Operation, settings: BootSettings) -> Booted:
         words += ["--disk", f"{name}={operation.places.mount}/{name}.img"]
     words += ["--root", root, "--test"] if is_test else []
     health_s = settings.health.timeout_s if settings.health is not None else 0.0
+    inside = processes.inside(operation.places.namespace, words)
     try:
-        inside = processes.inside(operation.places.namespace, words)
         processes.run(operation.id, inside, seconds_max=START_S_MAX + health_s, part="boot")
     except AsrfsError as error:
-        return Booted(kind=settings.kind, failure=str(error))
+        return Booted(kind=settings.kind, failure=str(error).removeprefix(f"{processes.shown(inside)}: "))
     write_atomically(storage, READY_FILE, b"")
     return Booted(kind=settings.kind)
 

@@ -102,7 +102,7 @@ class Starting:
             self._child.kill()
             self._child.wait()
             raise TemporaryError(
-                f"{_shown(self._words)} was not ready within {seconds_max:.3g} s: see {self._log}"
+                f"{shown(self._words)} was not ready within {seconds_max:.3g} s: see {self._log}"
             ) from None
         raise _failure(self._words, code, _tail(self._log, self._begin))
 
@@ -130,7 +130,7 @@ def run(
             os.killpg(tool.pid, signal.SIGKILL)
         tool.wait()
         if isinstance(error, subprocess.TimeoutExpired):
-            raise TemporaryError(f"{_shown(words)} did not end within {seconds_max:.3g} s") from None
+            raise TemporaryError(f"{shown(words)} did not end within {seconds_max:.3g} s") from None
         raise
     finally:
         assert tool.stdout is not None
@@ -185,7 +185,7 @@ def end(operation_id: str, part: Part | None, *, gently_s: float = 0.0) -> None:
             return
         _signal_all(operation_id, part, signal.SIGKILL, _DEATH_S_MAX)
     if left := find(operation_id, part):
-        raise TemporaryError(f"process {left[0].pid} ({_shown(left[0].words)}) does not end: try again")
+        raise TemporaryError(f"process {left[0].pid} ({shown(left[0].words)}) does not end: try again")
 
 
 def stop_supervisor(operation_id: str, part: Part, seconds_max: float) -> bool:
@@ -291,15 +291,15 @@ def _failure(words: Sequence[str], code: int, said: str) -> AsrfsError:
     lines = [line for line in said.splitlines() if line.strip()]
     ours = [line.partition("error: ")[2] for line in lines if line.startswith("asrfs: error: ")]
     text = (ours or lines or [f"ended with exit code {code}"])[-1]
-    return error_class(code if ours else None)(f"{_shown(words)}: {foreign_line(text)}")
+    return error_class(code if ours else None)(f"{shown(words)}: {foreign_line(text)}")
 
 
-def _shown(words: Sequence[str]) -> str:
+def shown(words: Sequence[str]) -> str:
     """A command as people know it."""
-    shown = list(words)
-    if shown[:1] == [sys.executable] and shown[1:2] == ["-m"]:
-        shown = [
-            {"asrfs.cli.main": "asrfs", "replica_store.cli.main": "replica-store"}.get(shown[2], shown[2]),
-            *shown[3:],
+    told = list(words)
+    if told[:1] == [sys.executable] and told[1:2] == ["-m"]:
+        told = [
+            {"asrfs.cli.main": "asrfs", "replica_store.cli.main": "replica-store"}.get(told[2], told[2]),
+            *told[3:],
         ]
-    return " ".join(shown)[:300]
+    return " ".join(told)[:300]
