@@ -19,11 +19,12 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 
+from asrfs.errors import AsrfsError
 from asrfs.model.quantities import format_duration, parse_duration, parse_size
 from asrfs.storage.system_clock import SystemClock
 from asrfs.terminal.output import pairs, table
 from replica_store.cli.invocation import Invocation, pass_invocation
-from replica_store.cli.plan_runs import carry_out, only_machine, planned, selector_of
+from replica_store.cli.plan_runs import carry_out, members_of, only_machine, planned, selector_of
 from replica_store.failover.actions import TTL_S, Failovers, Wanted
 from replica_store.failover.report import document, drills, verdict
 from replica_store.vault.operations import ENDED, Operation, operation, operations
@@ -156,24 +157,33 @@ def change_point(invocation: Invocation, id: str, selector: str, accept_damage: 
 @click.argument("id")
 @pass_invocation
 def cancel(invocation: Invocation, id: str) -> None:
-    """Take failover ID back, which is not committed. What was written since it began is given up."""
-    _answer(invocation, _failovers(invocation).cancel(id))
+    """Take failover ID back, which is not committed. What was written since it began is given up.
+
+    ID may be the run of a plan: that is all its machines.
+    """
+    _act(invocation, id, Failovers.cancel)
 
 
 @failover.command()
 @click.argument("id")
 @pass_invocation
 def commit(invocation: Invocation, id: str) -> None:
-    """Failover ID is for good: the machine's old side can add nothing to its history any more."""
-    _answer(invocation, _failovers(invocation).commit(id))
+    """Failover ID is for good: the machine's old side can add nothing to its history any more.
+
+    ID may be the run of a plan: that is all its machines.
+    """
+    _act(invocation, id, Failovers.commit)
 
 
 @failover.command()
 @click.argument("id")
 @pass_invocation
 def cleanup(invocation: Invocation, id: str) -> None:
-    """End test failover ID. Its report stays."""
-    _answer(invocation, _failovers(invocation).cleanup(id), judged=False)
+    """End test failover ID, or what one whose machine came back has left here. Its report stays.
+
+    ID may be the run of a plan: that is all its machines.
+    """
+    _act(invocation, id, Failovers.cleanup, judged=False)
 
 
 @failover.command()
@@ -263,6 +273,24 @@ def _failovers(invocation: Invocation) -> Failovers:
     failovers = Failovers(str(invocation.vault), SystemClock(), told, _seconds_since_start())
     failovers.sweep()
     return failovers
+
+
+def _act(invocation: Invocation, id: str, verb: Callable[[Failovers, str], Operation], *, judged: bool = True) -> None:
+    """What is asked for one failover, or for each of a plan's run: all are tried, and the first that fails is told."""
+    failovers, members = _failovers(invocation), members_of(invocation, id)
+    if members is None:
+        return _answer(invocation, verb(failovers, id), judged=judged)
+    done, failures = [], []
+    for each in members:
+        try:
+            done.append(verb(failovers, each))
+        except AsrfsError as error:
+            failures.append(error)
+    rows = [(each.id[:12], each.machine, each.state) for each in done]
+    documents = [document(each) for each in done]
+    invocation.answer(documents, lambda out: out.print(table(("ID", "MACHINE", "STATE"), rows)))
+    if failures:
+        raise failures[0]
 
 
 def _seconds_since_start() -> float:

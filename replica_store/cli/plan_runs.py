@@ -18,6 +18,7 @@ from replica_store.failover.plan_journal import PlanJournal
 from replica_store.failover.plan_run import Event
 from replica_store.failover.plan_runs import PlanRuns
 from replica_store.failover.report import plan_document, plan_verdict
+from replica_store.vault.operations import ENDED, operations
 
 
 def planned(invocation: Invocation, name: str, selector: str | None) -> Plan | None:
@@ -62,6 +63,19 @@ def plan_runs(invocation: Invocation) -> PlanRuns:
             sys.stderr.flush()
 
     return PlanRuns(str(invocation.vault), SystemClock(), report)
+
+
+def members_of(invocation: Invocation, id: str) -> list[str] | None:
+    """Ids of the failovers of a plan's run that have not ended, None if this is no run's id."""
+    runs = plan_runs(invocation)
+    with invocation.open_vault() as vault:
+        if any(each.id.startswith(id) for each in operations(vault.catalog)):
+            return None  # whatever became of a run's file, a failover can be acted on
+    try:
+        run_id = runs.journal(id).head.id
+    except NotFoundError:
+        return None
+    return [each.id for each in runs.operations(run_id) if each.state not in ENDED]
 
 
 def carry_out(

@@ -235,6 +235,11 @@ def test_bad_input(runs: PlanRuns, plan: Plan, root: str, capsys: pytest.Capture
     document = json.loads(capsys.readouterr().out)
     assert document["state"] == "done" and run_cli(root, "plan", "runs", document["id"]) == 0
     assert run_cli(root, "plan", "resume", document["id"]) == 4
+    capsys.readouterr()
+    assert run_cli(root, "failover", "commit", document["id"]) == 4
+    assert run_cli(root, "failover", "cleanup", document["id"][:12]) == 0
+    (cleaned,) = json.loads(capsys.readouterr().out.partition("]\n")[2])
+    assert (cleaned["plan"], cleaned["state"]) == (document["id"], "cleaned")
 
 
 def run_cli(root: str, *words: str) -> int:
