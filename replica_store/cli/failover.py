@@ -177,13 +177,14 @@ def commit(invocation: Invocation, id: str) -> None:
 
 @failover.command()
 @click.argument("id")
+@click.option("--yes", is_flag=True, help="Also what no store has, of a machine that was left behind.")
 @pass_invocation
-def cleanup(invocation: Invocation, id: str) -> None:
+def cleanup(invocation: Invocation, id: str, yes: bool) -> None:
     """End test failover ID, or what one whose machine came back has left here. Its report stays.
 
     ID may be the run of a plan: that is all its machines.
     """
-    _act(invocation, id, Failovers.cleanup, judged=False)
+    _act(invocation, id, lambda failovers, each: failovers.cleanup(each, gives_up=yes), judged=False)
 
 
 @failover.command()

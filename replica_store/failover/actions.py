@@ -289,11 +289,11 @@ class Failovers:
         up."""
         return self._end(text, "cancelled", "it was cancelled", self._allow_cancel)
 
-    def cleanup(self, text: str, cause: str = "it was cleaned up") -> Operation:
+    def cleanup(self, text: str, cause: str = "it was cleaned up", *, gives_up: bool = False) -> Operation:
         """End a test failover, or what a machine that came back has left where it ran; nothing of it is left but its
-        report. Raises RefusedError, also where that might be the only copy of something."""
+        report. Raises RefusedError, also where that might be the only copy of something, unless one `gives_up` that."""
         if (found := self._find(text)).state == "returned":
-            leaving.check_left_behind(found)
+            leaving.check_left_behind(found, gives_up=gives_up)
 
         def allow(vault: Vault, before: Operation) -> None:
             if before.kind != "test" and before.state != "returned":

@@ -31,9 +31,9 @@ def status_of(found: Operation) -> dict[str, Any]:
     return document
 
 
-def check_left_behind(found: Operation) -> None:
+def check_left_behind(found: Operation, *, gives_up: bool) -> None:
     """Raise RefusedError unless a returned failover's machine is one that may be removed: it has learnt that it was
-    left behind, and all that it ever wrote is at a store (I7)."""
+    left behind, and all that it ever wrote is at a store (I7), or `gives_up`: a person says that the rest may go."""
     state = found.places.state
     if not os.path.isdir(state):
         return
@@ -42,9 +42,8 @@ def check_left_behind(found: Operation) -> None:
             f"the machine in {state} does not know that another side of it goes on, and may be the one that does: let "
             "it reach its store, which tells it, or see for yourself and remove it"
         )
-    lag = status_of(found)["lag"]
-    if lag["records"]:
+    if not gives_up and (records := status_of(found)["lag"]["records"]):
         raise RefusedError(
-            f"the machine in {state} has {lag['records']} records that no store has: see whether they are wanted, and "
-            "remove it yourself"
+            f"the machine in {state} has {records} records that no store has; points that it made since it was left "
+            "behind count, too: see whether they are wanted, and repeat with --yes if not"
         )

@@ -31,6 +31,8 @@ from replica_store.vault.vault import Vault
 
 MANAGE_PORT_DEFAULT = 443
 CONNECT_S_MAX = 120.0
+REFUSED_S = 5.0
+"""It may be the store of before that refused."""
 LOOK_EVERY_S = 0.5
 ASK_EVERY_S = 5.0
 
@@ -147,7 +149,8 @@ class Reprotecting:
 
     def _connect(self, found: Operation) -> None:
         """Until the other store has welcomed it, in its new epoch."""
-        deadline = time.monotonic() + CONNECT_S_MAX
+        begun = time.monotonic()
+        deadline = begun + CONNECT_S_MAX
         while True:
             status = status_of(found)
             is_rejoined = found.epoch is None or status["epoch"] > found.epoch
@@ -158,7 +161,8 @@ class Reprotecting:
                 raise RefusedError(
                     f"it is enrolled, and shipping is paused: `asrfs resume --state {found.places.state}`"
                 )
-            if status["link"] == "refused" or time.monotonic() > deadline:
+            is_over = status["link"] == "refused" and time.monotonic() > begun + REFUSED_S
+            if is_over or time.monotonic() > deadline:
                 raise TemporaryError(f"it is enrolled, and not connected yet, which it tries by itself: {reason}")
             time.sleep(LOOK_EVERY_S)
 

@@ -54,6 +54,7 @@ class Host:
         monkeypatch.setattr(reprotect, "has_bases", self._has_bases)
         monkeypatch.setattr(reprotect, "LOOK_EVERY_S", 0.0)
         monkeypatch.setattr(reprotect, "ASK_EVERY_S", 0.0)
+        monkeypatch.setattr(reprotect, "REFUSED_S", 0.0)
         monkeypatch.setattr(reprotect, "asrfs", self.asrfs)
         monkeypatch.setattr(leaving, "asrfs", self.asrfs)
 
@@ -277,6 +278,7 @@ def test_i7_what_it_left_is_removed_by_a_person_and_only_if_nothing_is_lost(
     host.records_left = 5
     with pytest.raises(RefusedError, match="5 records that no store has"):
         failovers.cleanup(committed.id)
+    leaving.check_left_behind(returned, gives_up=True)
     host.records_left = 0
     again = failovers.unplanned(Wanted(machine=MACHINE, selector="latest"))
     assert again.places.state != returned.places.state

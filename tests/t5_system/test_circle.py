@@ -110,6 +110,10 @@ def host_of(document: dict[str, Any], *words: str) -> Any:
     return run_json(command("asrfs.cli.main", "--state", document["state_directory"], "--json", *words))
 
 
+def is_fenced(status: dict[str, Any]) -> bool:
+    return "fenced" in [alarm["id"] for alarm in status["alarms"]]
+
+
 def is_read_only(path: Path) -> bool:
     try:
         fd = os.open(path, os.O_WRONLY)
@@ -145,7 +149,8 @@ def test_i6_i7_and_i9_out_and_home_again(there: Site, home: Site, rng: random.Ra
 
     back = home.take_over(machine)
     disk.change(Path(back["disks"][0]["path"]))
-    wait_until(lambda: is_read_only(Path(out["disks"][0]["path"])), "the side that was left behind is fenced", 60)
+    wait_until(lambda: is_fenced(host_of(out, "status")), "the side that was left behind is fenced", 60)
+    assert is_read_only(Path(out["disks"][0]["path"]))
     again = home.reprotect(machine, there, there.token(machine), "--wait")
     assert again["protection"] == "protected" == there.state(machine)
     assert [each["state"] for each in there.failovers.ask("list")] == ["returned"]
@@ -154,7 +159,8 @@ def test_i6_i7_and_i9_out_and_home_again(there: Site, home: Site, rng: random.Ra
     assert there.export(machine) == disk.content == Path(back["disks"][0]["path"]).read_bytes()
 
     there.lab.start_host()
-    wait_until(lambda: is_read_only(there.lab.disks / "disk.img"), "the old primary is fenced", 60)
+    wait_until(lambda: is_fenced(there.lab.status()), "the old primary is fenced", 60)
+    assert is_read_only(there.lab.disks / "disk.img")
     there.failovers.ask("cleanup", out["id"])
     assert there.failovers.leftovers() == ""
     assert there.failovers.ask("test", machine, "--point", "latest")["lsn"] > out["lsn"]
