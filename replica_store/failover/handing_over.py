@@ -14,7 +14,6 @@ from asrfs.model.quantities import NS_PER_SECOND, format_duration
 from replica_store.vault.operations import HandoverAsked, Operation, operation
 from replica_store.vault.vault import Vault
 
-HANDOVER_S = 3600
 PRESENT_S_MAX = 10.0
 """For so long a command waits for a host that has just connected: links are written down every few seconds."""
 AWAY_S_MAX = 30.0

@@ -360,7 +360,7 @@ def test_i8_what_nobody_carries_on_with_is_cancelled_in_time(
         says(root, died, outcome="handed-over", lsn=lsn, chunks_compared=4)
         assert told(root, clock) is None
     assert not failovers.is_anything_due()
-    clock.advance(handing_over.HANDOVER_S + 1)
+    clock.advance(HANDOVER_S + 1)
     assert told(root, clock) is None, "asked no more"
     assert failovers.is_anything_due()
     (ended,) = failovers.sweep()
@@ -370,7 +370,7 @@ def test_i8_what_nobody_carries_on_with_is_cancelled_in_time(
 
 def test_what_a_person_has_moved_is_theirs(failovers: Failovers, root: str, clock: ShiftedClock) -> None:
     found = failovers.planned(wanted())
-    clock.advance(handing_over.HANDOVER_S + 1)
+    clock.advance(HANDOVER_S + 1)
     assert not failovers.is_anything_due(), "commit pending has no end"
     failovers.change_point(found.id, f"lsn:{found.point.lsn - 1}")
     change(root, found.id, lambda vault, before: before.to("preparing", 0, "it died"))
@@ -464,7 +464,7 @@ def test_a_host_that_takes_too_long_is_not_waited_for(
 ) -> None:
     died = died_waiting(failovers, root)
     monkeypatch.setattr(handing_over, "_is_present", lambda root, machine, clock: True)
-    waiting(handing_over.HANDOVER_S - 30.0)
+    waiting(HANDOVER_S - 30.0)
     with pytest.raises(TemporaryError, match="was not handed over within 60m"):
         WAIT_ANSWER(root, died.id, clock)
 

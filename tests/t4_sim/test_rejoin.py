@@ -21,6 +21,7 @@ from asrfs.journal.reader import JournalReader
 from asrfs.model.dirty_map import Gap, GivenUp, Reason
 from asrfs.model.machine import DiskRecord, decode_disk
 from asrfs.model.positions import Cursor, Positions
+from asrfs.model.rejoining import REJOIN_FILE, RejoinOrder
 from asrfs.protocol.messages import PROTOCOL_VERSION, Welcome
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.dirty_map_file import load_dirty_map
@@ -28,6 +29,7 @@ from asrfs.replication.rejoiner import Rejoiner
 from asrfs.replication.rewind import cursor_at
 from asrfs.replication.shipper import HOPELESS_RETRY_S
 from asrfs.replication.trimmer import Trimmer, freeable
+from asrfs.storage.interface import write_atomically
 from tests.fakes.applied_world import AppliedWorld
 from tests.fakes.crash_storage import CrashStorage, Fate
 from tests.fakes.healing_host import HealingHost
@@ -291,6 +293,26 @@ async def test_i6_an_older_epoch_at_the_store_is_a_store_that_was_set_back(
             while not host.store.gaps:
                 await pass_time(1)
         assert host.store.epoch == 4
+        host.store.records[:] = host.appended()
+
+
+async def test_an_order_from_outside_says_what_the_epoch_must_be_above(autojump_clock: trio.testing.MockClock) -> None:
+    """As `asrfs enroll --above-epoch` leaves it: its first word to the store is that it rejoins, and above what."""
+    async with may_rejoin() as host:
+        order = RejoinOrder(id="e" * 32, by="person", why="reprotect", time_ns=1, above=7)
+        await rejoiner_of(host).reread()
+        assert rejoiner_of(host).order is None, "there is none yet"
+        write_atomically(host.world.storage, REJOIN_FILE, msgspec.json.encode(order))
+        await rejoiner_of(host).reread()
+        assert rejoiner_of(host).order == order
+        await host.store.hang_up()
+        with trio.fail_after(60):
+            while not host.store.gaps:
+                await pass_time(1)
+        assert [(hello.rejoin, hello.epoch) for hello in host.store.hellos] == [(False, 1), (True, 7)]
+        assert host.store.epoch == 8 == host.world.journal.epoch and rejoiner_of(host).order is None
+        await rejoiner_of(host).reread()
+        assert rejoiner_of(host).order is None, "once"
         host.store.records[:] = host.appended()
 
 
