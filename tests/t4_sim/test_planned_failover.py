@@ -19,6 +19,7 @@ from asrfs.protocol.messages import HandedOver, Handover, Heartbeat, Hello, Refu
 from replica_store.failover import handing_over
 from replica_store.failover.actions import Failovers
 from replica_store.failover.report import document
+from replica_store.failover.wanted import HANDOVER_S
 from replica_store.ingest.handovers import LOOK_EVERY_S
 from replica_store.vault.enrolment import put_description
 from replica_store.vault.epochs import raise_epoch
