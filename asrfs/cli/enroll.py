@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import click
 
 from asrfs.cli.agent import tell_agent_to_reload
 from asrfs.cli.invocation import Invocation, pass_invocation
 from asrfs.daemon.enroll import enroll as enroll_with
+from asrfs.errors import NotFoundError
+from asrfs.model.arrival import ARRIVAL_BYTES_MAX, Arrival, decode_arrival
 from asrfs.terminal.output import pairs
 
 
@@ -22,8 +25,17 @@ from asrfs.terminal.output import pairs
     metavar="N",
     help="Go on there in a new epoch, higher than N: done by `replica-store reprotect`.",
 )
+@click.option(
+    "--arrival",
+    "arrival_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="What the store it comes from says of it: done by `replica-store reprotect`.",
+)
 @pass_invocation
-def enroll(invocation: Invocation, store: str, token: str, instead: bool, above_epoch: int | None) -> None:
+def enroll(
+    invocation: Invocation, store: str, token: str, instead: bool, above_epoch: int | None, arrival_file: Path | None
+) -> None:
     """Register this machine with a store: keys and a certificate for a one-time token.
 
     A store that takes another one's place is sent everything, in a new epoch if need be.
@@ -31,7 +43,16 @@ def enroll(invocation: Invocation, store: str, token: str, instead: bool, above_
     if token == "-":
         asked = sys.stdin.isatty()
         token = click.prompt("token", hide_input=True, err=True) if asked else sys.stdin.readline().strip()
+    arrival = None if arrival_file is None else _arrival(arrival_file)
     state = invocation.open_state()
-    document = enroll_with(state, store, token, instead=instead, above_epoch=above_epoch)
+    document = enroll_with(state, store, token, instead=instead, above_epoch=above_epoch, arrival=arrival)
     tell_agent_to_reload(state)
     invocation.answer(document, lambda out: out.print(pairs(document)))
+
+
+def _arrival(file: Path) -> Arrival:
+    try:
+        with file.open("rb") as opened:
+            return decode_arrival(opened.read(ARRIVAL_BYTES_MAX + 1), str(file))
+    except OSError as error:
+        raise NotFoundError(f"{file}: {error.strerror}") from None

@@ -26,6 +26,7 @@ from asrfs.errors import (
     error_class,
     foreign_line,
 )
+from asrfs.model.arrival import Arrival
 from asrfs.model.names import is_id
 from asrfs.model.rejoining import REJOIN_FILE, RejoinOrder
 from asrfs.storage.directory import DirectoryStorage
@@ -52,12 +53,19 @@ _HEADERS = {"content-type": "application/json", "accept-encoding": "identity"}
 
 
 def enroll(
-    state: StateDirectory, store: str, token_text: str, *, instead: bool = False, above_epoch: int | None = None
+    state: StateDirectory,
+    store: str,
+    token_text: str,
+    *,
+    instead: bool = False,
+    above_epoch: int | None = None,
+    arrival: Arrival | None = None,
 ) -> dict[str, Any]:
     """Enrol the machine of `state` with the store whose management address is `store`; a document that says with whom.
 
     `instead`: it takes the place of another store that the machine was enrolled with; what is missing there is sent.
-    `above_epoch`: it goes on there in a new epoch, higher than that one, from the first word it says.
+    `above_epoch`: it goes on there in a new epoch, higher than that one, from the first word it says. `arrival`: what
+    the store says that it comes from.
     Raises BadInputError (token, address), AuthenticationError (fingerprint, used or expired token), RefusedError
     (enrolled with another store, superseded), TemporaryError (no answer).
     """
@@ -66,11 +74,17 @@ def enroll(
     if above_epoch is not None and state.is_fenced():
         raise RefusedError("this host was superseded, and another side of the machine goes on: enrol that one")
     with state.enrolment_lock():
-        return _enroll(state, host, port, token, None if instead else load_enrolment(state), above_epoch)
+        return _enroll(state, host, port, token, None if instead else load_enrolment(state), above_epoch, arrival)
 
 
 def _enroll(
-    state: StateDirectory, host: str, port: int, token: Token, known: Enrolment | None, above_epoch: int | None
+    state: StateDirectory,
+    host: str,
+    port: int,
+    token: Token,
+    known: Enrolment | None,
+    above_epoch: int | None,
+    arrival: Arrival | None,
 ) -> dict[str, Any]:
     machine = state.load_machine()
     if token.machine != machine.name:
@@ -80,7 +94,7 @@ def _enroll(
     check_fingerprint(certificate, token, where)
     _check_same_store(known, _server_names(certificate))
     key, request = make_key_and_request(machine.name, machine.id)
-    reply = _ask(where, certificate, token, machine.id, request)
+    reply = _ask(where, certificate, token, machine.id, request, arrival)
     enrolment = Enrolment(
         store_id=reply.store_id,
         server_name=reply.server_name,
@@ -114,13 +128,16 @@ def _order_rejoining(state: StateDirectory, where: str, above_epoch: int) -> Non
         raise NoSpaceError(f"cannot write {state.path(REJOIN_FILE)}: {error.strerror}") from None
 
 
-def _ask(where: str, certificate: bytes, token: Token, machine_id: str, request: bytes) -> EnrolReply:
+def _ask(
+    where: str, certificate: bytes, token: Token, machine_id: str, request: bytes, arrival: Arrival | None
+) -> EnrolReply:
     """Say the secret, get the certificate."""
     body = EnrolRequest(
         secret=encode_base64url(token.secret),
         machine=token.machine,
         machine_id=machine_id,
         csr=request.decode(),
+        arrival=arrival,
     )
     url = f"https://{where}{ENROL_PATH}"
     try:

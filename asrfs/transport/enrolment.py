@@ -20,6 +20,7 @@ from typing import Annotated
 import msgspec
 
 from asrfs.errors import AuthenticationError, BadInputError, TemporaryError
+from asrfs.model.arrival import Arrival
 from asrfs.model.names import check_name
 from asrfs.transport.tls import fingerprint, unverified_context
 
@@ -42,12 +43,14 @@ class Token(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EnrolRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """`secret` is base64url without padding, `csr` is PEM."""
+    """`secret` is base64url without padding, `csr` is PEM. `arrival`: of a machine that was failed over, what the store
+    says that it comes from."""
 
     secret: str
     machine: str
     machine_id: str
     csr: str
+    arrival: Arrival | None = None
 
 
 class EnrolReply(msgspec.Struct, frozen=True, kw_only=True):

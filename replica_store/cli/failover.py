@@ -1,7 +1,7 @@
 """`replica-store failover`: a machine brought back from a point, for trial or in earnest.
 
     test MACHINE|PLAN --point P          cleanup ID                    beside the machine, which goes on
-    planned MACHINE --point latest       its host hands it over, nothing is lost; then as unplanned
+    planned MACHINE|PLAN --point latest  its host hands it over, nothing is lost; then as unplanned
     unplanned MACHINE|PLAN --point P     change-point ID --point P · cancel ID · commit ID
     list · show ID · report · resume ID
 
@@ -10,12 +10,7 @@ Works on the vault itself, whether it is served or not. What is started outlives
 
 from __future__ import annotations
 
-import math
-import os
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -23,35 +18,31 @@ from rich.console import Console
 
 from asrfs.errors import AsrfsError
 from asrfs.model.quantities import format_duration, parse_duration, parse_size
-from asrfs.storage.system_clock import SystemClock
-from asrfs.terminal.output import pairs, table
+from asrfs.terminal.output import table
+from replica_store.cli.failing_over import (
+    ACCEPT,
+    CHECK,
+    COMMIT,
+    MOUNT,
+    NO_BOOT,
+    POINT,
+    POINT_OR_PLANS,
+    STATE,
+    TIMEOUT,
+    HandoverWords,
+    answer,
+    failovers_of,
+    hand_over,
+    seconds,
+)
 from replica_store.cli.invocation import Invocation, pass_invocation
 from replica_store.cli.plan_runs import carry_out, members_of, only_machine, plan_named, selector_of
 from replica_store.failover.actions import Failovers
-from replica_store.failover.report import document, drills, verdict
-from replica_store.failover.wanted import HANDOVER_S, TTL_S, Wanted
+from replica_store.failover.report import document, drills
+from replica_store.failover.wanted import TTL_S, Wanted
 from replica_store.vault.operations import ENDED, Operation, operation, operations
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-_POINT = click.option(
-    "--point",
-    "selector",
-    metavar="SELECTOR",
-    required=True,
-    help="latest, latest-processed, latest-application, a point's id or name, lsn:N or time:T.",
-)
-_POINT_OR_PLANS = click.option(
-    "--point",
-    "selector",
-    metavar="SELECTOR",
-    help="As of `export`; of a plan for machines of which it says nothing else, instead of its own.",
-)
-_ACCEPT = click.option("--accept-damage", is_flag=True, help="Take a point that verification has flagged all the same.")
-_STATE = click.option("--state", metavar="DIR", help="State directory of the recovered machine; new or empty.")
-_MOUNT = click.option("--mount", metavar="DIR", help="Where its disks appear as DISK.img; new or empty.")
-_NO_BOOT = click.option("--no-boot", is_flag=True, help="Bring the disks back and start nothing on them.")
-_CHECK = click.option("--check", "check_command", metavar="CMD", help="Run by sh when the disks are there; 0 is good.")
 
 
 @click.group()
@@ -61,14 +52,14 @@ def failover() -> None:
 
 @failover.command()
 @click.argument("name", metavar="MACHINE|PLAN")
-@_POINT_OR_PLANS
-@_STATE
-@_MOUNT
+@POINT_OR_PLANS
+@STATE
+@MOUNT
 @click.option("--ttl", metavar="D", default=format_duration(TTL_S), show_default=True, help="Cleaned up after so long.")
-@_CHECK
-@_NO_BOOT
+@CHECK
+@NO_BOOT
 @click.option("--space-limit", metavar="SIZE", help="Cleaned up when it takes more than this.")
-@_ACCEPT
+@ACCEPT
 @pass_invocation
 def test(
     invocation: Invocation,
@@ -87,7 +78,7 @@ def test(
     Replication, points and epochs are not touched. fsck and CMD say whether it is good; CMD has ASRFS_MOUNT and
     ASRFS_STATE, and runs in the machine's network. Exit code 5 if a filesystem is damaged, 1 if CMD fails.
     """
-    failovers = _failovers(invocation)
+    failovers = failovers_of(invocation)
     if (plan := plan_named(invocation, name, selector)) is not None:
         only_machine(state=state, mount=mount, check=check_command, space_limit=space_limit)
         return carry_out(
@@ -104,17 +95,17 @@ def test(
         ttl_s=parse_duration(ttl),
         space_limit_bytes=None if space_limit is None else parse_size(space_limit),
     )
-    _answer(invocation, failovers.test(wanted))
+    answer(invocation, failovers.test(wanted))
 
 
 @failover.command()
 @click.argument("name", metavar="MACHINE|PLAN")
-@_POINT_OR_PLANS
-@_STATE
-@_MOUNT
-@_CHECK
-@_NO_BOOT
-@_ACCEPT
+@POINT_OR_PLANS
+@STATE
+@MOUNT
+@CHECK
+@NO_BOOT
+@ACCEPT
 @pass_invocation
 def unplanned(
     invocation: Invocation,
@@ -130,7 +121,7 @@ def unplanned(
 
     Until `commit` the point can be changed and all can be cancelled; then what was written here is given up.
     """
-    failovers = _failovers(invocation)
+    failovers = failovers_of(invocation)
     if (plan := plan_named(invocation, name, selector)) is not None:
         only_machine(state=state, mount=mount, check=check_command)
         return carry_out(invocation, plan, "unplanned", accept_damage=accept_damage, boots=not no_boot)
@@ -143,56 +134,48 @@ def unplanned(
         accept_damage=accept_damage,
         boots=not no_boot,
     )
-    _answer(invocation, failovers.unplanned(wanted))
+    answer(invocation, failovers.unplanned(wanted))
 
 
 @failover.command()
-@click.argument("machine")
-@click.option("--point", "selector", metavar="latest", required=True, help="`latest`, for nothing is to be lost.")
-@_STATE
-@_MOUNT
-@_CHECK
-@_NO_BOOT
-@click.option(
-    "--timeout", metavar="D", default=format_duration(HANDOVER_S), show_default=True, help="Cancelled after so long."
-)
+@click.argument("name", metavar="MACHINE|PLAN")
+@click.option("--point", "selector", metavar="latest", help="`latest`, for nothing is to be lost; of a plan, too.")
+@STATE
+@MOUNT
+@CHECK
+@NO_BOOT
+@TIMEOUT
+@COMMIT
 @pass_invocation
 def planned(
     invocation: Invocation,
-    machine: str,
-    selector: str,
+    name: str,
+    selector: str | None,
     state: str | None,
     mount: str | None,
     check_command: str | None,
     no_boot: bool,
     timeout: str,
+    commits: bool,
 ) -> None:
-    """In earnest, its host being there: MACHINE goes on here with all that it wrote, commit pending.
+    """In earnest, its host being there: MACHINE goes on here with all that it wrote, commit pending; or all of PLAN.
 
     The host stops writing, sends what is left and compares all disks; only if none differs it is gone on from here.
     Until `commit` it can be cancelled: the host writes again, and what was written here is given up. Stop what uses the
     disks there first: who has a filesystem mounted finds it read-only.
     """
-    wanted = Wanted(
-        machine=machine,
-        selector=selector,
-        state=state,
-        mount=mount,
-        check_command=check_command,
-        boots=not no_boot,
-        handover_s=math.ceil(parse_duration(timeout)),
-    )
-    _answer(invocation, _failovers(invocation).planned(wanted))
+    asked = HandoverWords(name, selector, state, mount, check_command, no_boot, timeout, commits)
+    hand_over(invocation, "planned", asked)
 
 
 @failover.command("change-point")
 @click.argument("id")
-@_POINT
-@_ACCEPT
+@POINT
+@ACCEPT
 @pass_invocation
 def change_point(invocation: Invocation, id: str, selector: str, accept_damage: bool) -> None:
     """Another point for failover ID, which is not committed. What was written since it began is given up."""
-    _answer(invocation, _failovers(invocation).change_point(id, selector, accept_damage=accept_damage))
+    answer(invocation, failovers_of(invocation).change_point(id, selector, accept_damage=accept_damage))
 
 
 @failover.command()
@@ -234,7 +217,7 @@ def cleanup(invocation: Invocation, id: str, yes: bool) -> None:
 @pass_invocation
 def resume(invocation: Invocation, id: str) -> None:
     """Carry on with failover ID, which was interrupted, or start what is missing of it, as after a restart."""
-    _answer(invocation, _failovers(invocation).resume(id))
+    answer(invocation, failovers_of(invocation).resume(id))
 
 
 @failover.command()
@@ -244,7 +227,7 @@ def show(invocation: Invocation, id: str) -> None:
     """One failover, also one that has ended."""
     with invocation.open_vault() as vault:
         found = operation(vault.catalog, id)
-    _answer(invocation, found, judged=False)
+    answer(invocation, found, judged=False)
 
 
 @failover.command("list")
@@ -252,7 +235,7 @@ def show(invocation: Invocation, id: str) -> None:
 @pass_invocation
 def list_failovers(invocation: Invocation, everything: bool) -> None:
     """Failovers, oldest first."""
-    _failovers(invocation)
+    failovers_of(invocation)
     with invocation.open_vault() as vault:
         found = [each for each in operations(vault.catalog) if everything or each.remains or each.state not in ENDED]
     columns = ("ID", "KIND", "MACHINE", "LSN", "STATE", "RTO", "BEGUN", "ENDS", "MOUNT")
@@ -265,7 +248,7 @@ def list_failovers(invocation: Invocation, everything: bool) -> None:
                 each.machine,
                 each.point.lsn,
                 each.state,
-                _seconds(each.rto_s),
+                seconds(each.rto_s),
                 document(each)["begun"],
                 document(each)["expires"],
                 each.places.mount,
@@ -294,7 +277,7 @@ def report(invocation: Invocation, machine: str | None) -> None:
                 each["drills"],
                 each["passed"],
                 each["last"],
-                *(_seconds(each[f"{which}_rto_seconds"]) for which in ("last", "best", "median", "worst")),
+                *(seconds(each[f"{which}_rto_seconds"]) for which in ("last", "best", "median", "worst")),
                 None if each["trend"] is None else f"{each['trend']:+.0%}",
             )
             for each in documents
@@ -304,25 +287,11 @@ def report(invocation: Invocation, machine: str | None) -> None:
     invocation.answer(documents, render)
 
 
-def _failovers(invocation: Invocation) -> Failovers:
-    """Ready for a command; what is due is done first."""
-    invocation.open_vault().close()  # there is one, and it can be read
-
-    def told(step: str) -> None:
-        if sys.stderr is not None and sys.stderr.isatty():
-            sys.stderr.write(f"{step} …\n")
-            sys.stderr.flush()
-
-    failovers = Failovers(str(invocation.vault), SystemClock(), told, _seconds_since_start())
-    failovers.sweep()
-    return failovers
-
-
 def _act(invocation: Invocation, id: str, verb: Callable[[Failovers, str], Operation], *, judged: bool = True) -> None:
     """What is asked for one failover, or for each of a plan's run: all are tried, and the first that fails is told."""
-    failovers, members = _failovers(invocation), members_of(invocation, id)
+    failovers, members = failovers_of(invocation), members_of(invocation, id)
     if members is None:
-        return _answer(invocation, verb(failovers, id), judged=judged)
+        return answer(invocation, verb(failovers, id), judged=judged)
     done, failures = [], []
     for each in members:
         try:
@@ -334,38 +303,3 @@ def _act(invocation: Invocation, id: str, verb: Callable[[Failovers, str], Opera
     invocation.answer(documents, lambda out: out.print(table(("ID", "MACHINE", "STATE"), rows)))
     if failures:
         raise failures[0]
-
-
-def _seconds_since_start() -> float:
-    """Of this process: who waits for a machine waits for that, too."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    since_boot_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return round(max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot_s), 4)
-
-
-def _answer(invocation: Invocation, found: Operation, *, judged: bool = True) -> None:
-    """Print it; fail after that if the machine is not good."""
-    whole = document(found)
-
-    def render(out: Console) -> None:
-        shown = {key: value for key, value in whole.items() if value is not None and not isinstance(value, list | dict)}
-        out.print(pairs(shown))
-        out.print()
-        out.print(table(("STEP", "SECONDS"), [(step["name"], step["seconds"]) for step in whole["steps"]]))
-        out.print()
-        rows = [(disk["name"], disk["path"], disk["filesystem"], disk["fsck"]) for disk in whole["disks"]]
-        out.print(table(("DISK", "FILE", "FILESYSTEM", "FSCK"), rows))
-        if (proof := whole["proof"]) is not None:
-            out.print(
-                f"nothing was lost: up to LSN {proof['lsn']} {proof['chunks_compared']} chunks were compared, 0 differ"
-            )
-        for warning in whole["warnings"]:
-            out.print(f"warning: {warning}")
-
-    invocation.answer(whole, render)
-    if judged and (wrong := verdict(found)) is not None:
-        raise wrong
-
-
-def _seconds(value: float | None) -> str | None:
-    return None if value is None else f"{value:.2f} s"

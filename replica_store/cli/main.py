@@ -32,6 +32,7 @@ class StoreVerbs(frame.Verbs):
         "seed": "seed:seed",
         "failover": "failover:failover",
         "reprotect": "reprotect:reprotect",
+        "failback": "failback:failback",
         "export": "export:export",
         "mount": "mount:mount",
         "nbd": "nbd:nbd",

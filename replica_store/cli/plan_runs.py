@@ -47,7 +47,7 @@ def selector_of(given: str | None) -> str:
     return given
 
 
-def only_machine(**given: str | None) -> None:
+def only_machine(**given: object) -> None:
     """Raise BadInputError if any of these was given with a plan."""
     for name, value in given.items():
         if value is not None:

@@ -66,5 +66,7 @@ def reprotect(
                 }
             )
         )
+        if whole["next"] is not None:
+            out.print(f"next: {whole['next']}", soft_wrap=True)
 
     invocation.answer(whole, render)

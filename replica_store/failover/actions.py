@@ -4,6 +4,7 @@
     unplanned  preparing ─▶ commit-pending ─▶ committed   the machine is failed-over, then committed
                    ▲  change-point │ cancel ─▶ cancelled
     planned    asked, handed over or cancelled, then as unplanned at what was handed over
+    failback   as planned, of a machine that came here from where it was failed over to
 
 A state is written down before what it means is done, where that takes something away (cancelled, cleaned), and after,
 where it promises something (serving, commit-pending, committed). What an ended one left is marked by `remains`; whoever
@@ -29,9 +30,11 @@ from replica_store.failover.choice import RESERVE_BYTES, Chosen, check_space, ch
 from replica_store.failover.due import cause_to_end
 from replica_store.failover.preparation import Stopwatch, Told, bring_back, prepare
 from replica_store.failover.wanted import Wanted, is_same
+from replica_store.vault.arrivals import check_away
 from replica_store.vault.epochs import raise_epoch
 from replica_store.vault.operations import (
     ENDED,
+    HANDED_OVER,
     Kind,
     Operation,
     OperationState,
@@ -90,11 +93,19 @@ class Failovers:
     def planned(self, wanted: Wanted) -> Operation:
         """The machine goes on from what its host hands over, commit pending, and nothing is lost. One that died while
         it began is carried on with. Raises AsrfsError; then the host has its machine again, or will."""
+        return self._hand_over("planned", wanted)
+
+    def failback(self, wanted: Wanted) -> Operation:
+        """The same for a machine that runs at the other site since it was failed over, and comes home. Raises
+        RefusedError for one that runs at home."""
+        return self._hand_over("failback", wanted)
+
+    def _hand_over(self, kind: Kind, wanted: Wanted) -> Operation:
         if wanted.selector != "latest":
             raise BadInputError("a planned failover goes to `--point latest`: it loses nothing")
         if not 0 < wanted.handover_s <= HANDOVER_S_MAX:
             raise BadInputError(f"--timeout is more than nothing and at most {format_duration(HANDOVER_S_MAX)}")
-        return self._begin_or_resume("planned", wanted)
+        return self._begin_or_resume(kind, wanted)
 
     def _begin_or_resume(self, kind: Kind, wanted: Wanted) -> Operation:
         with Vault.open(self._root) as vault:
@@ -113,7 +124,7 @@ class Failovers:
                 chosen = choose(vault, wanted.machine, wanted.selector, accept_damage=wanted.accept_damage)
                 self._check_room(vault, kind, chosen, wanted, where.state)
                 self._check_state(vault, kind, wanted.machine)
-            if kind == "planned":
+            if kind in HANDED_OVER:
                 handing_over.check_present(self._root, wanted.machine, self._clock)
         now_ns = self._clock.time_ns()
         made = Operation(
@@ -131,7 +142,7 @@ class Failovers:
             data_loss_s=chosen.data_loss_s,
             disks=chosen.disk_names,
             warnings=chosen.warnings,
-            handover=handing_over.asked(self._clock, wanted.handover_s) if kind == "planned" else None,
+            handover=handing_over.asked(self._clock, wanted.handover_s) if kind in HANDED_OVER else None,
             boots=wanted.boots,
             plan=wanted.plan,
         ).to("preparing", now_ns, f"{kind} failover to {wanted.selector} was asked for")
@@ -149,7 +160,7 @@ class Failovers:
                 shutil.rmtree(where.directory, ignore_errors=True)
                 raise
             try:
-                if kind == "planned":
+                if kind in HANDED_OVER:
                     begun, chosen = self._take_over(begun, watch)
                 return self._prepare(begun, chosen, watch)
             except BaseException as error:
@@ -158,9 +169,11 @@ class Failovers:
 
     def _check_state(self, vault: Vault, kind: Kind, machine: str) -> None:
         """Raise RefusedError where the table does not let it begin."""
-        event = ProtectionEvent.PLANNED_FAILOVER if kind == "planned" else ProtectionEvent.UNPLANNED_FAILOVER
+        event = ProtectionEvent.PLANNED_FAILOVER if kind in HANDED_OVER else ProtectionEvent.UNPLANNED_FAILOVER
         if kind != "test":
             check_event(vault, vault.machine(machine), event)
+        if kind == "failback":
+            check_away(vault, vault.machine(machine))
 
     def _take_over(self, begun: Operation, watch: Stopwatch) -> tuple[Operation, Chosen]:
         """Wait for what the host hands over; that is what is gone on from."""

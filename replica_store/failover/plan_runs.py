@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Callable
 from contextlib import closing
 
-from asrfs.errors import BadInputError, NotFoundError, RefusedError
+from asrfs.errors import BadInputError, NotFoundError
 from asrfs.model.clock import Clock
 from asrfs.storage.directory import DirectoryStorage
 from replica_store.failover.actions import Failovers
@@ -26,10 +26,9 @@ from replica_store.failover.plan_run import Event
 from replica_store.failover.report import verdict
 from replica_store.failover.wanted import TTL_S, Wanted
 from replica_store.vault.lock import VaultLock
-from replica_store.vault.operations import ENDED, Operation, operations
+from replica_store.vault.operations import ENDED, HANDED_OVER, Operation, operations
 from replica_store.vault.vault import Vault
 
-KINDS_CARRIED_OUT: tuple[Kind, ...] = ("test", "unplanned")
 _PLANS = "plans"
 _JOURNAL = "run.jsonl"
 _ID_CHARACTERS = 12
@@ -57,9 +56,7 @@ class PlanRuns:
         ttl_s: float = TTL_S,
         boots: bool = True,
     ) -> PlanJournal:
-        """Carry a plan out as far as it goes; what has happened. Raises RefusedError for a kind that cannot be."""
-        if kind not in KINDS_CARRIED_OUT:
-            raise RefusedError(f"a plan is carried out as {' or '.join(KINDS_CARRIED_OUT)}, not as {kind}")
+        """Carry a plan out as far as it goes; what has happened."""
         run_id = secrets.token_hex(16)
         directory = os.path.join(self._directory, run_id[:_ID_CHARACTERS])
         os.makedirs(directory, mode=0o700)
@@ -100,13 +97,14 @@ class PlanRuns:
         else:
             wanted = Wanted(
                 machine=machine.name,
-                selector=machine.point or head.plan.point,
+                selector="latest" if head.kind in HANDED_OVER else machine.point or head.plan.point,
                 accept_damage=head.accept_damage,
                 ttl_s=head.ttl_s,
                 boots=head.boots,
                 plan=head.id,
             )
-            found = failovers.test(wanted) if head.kind == "test" else failovers.unplanned(wanted)
+            verbs = {"test": failovers.test, "planned": failovers.planned, "failback": failovers.failback}
+            found = verbs.get(head.kind, failovers.unplanned)(wanted)
         if (wrong := verdict(found)) is not None:
             raise wrong
         took = "" if found.rto_s is None else f", {found.rto_s:.2f} s after"

@@ -73,11 +73,35 @@ def document(operation: Operation) -> dict[str, Any]:
             "done": None if operation.reprotection.done_ns is None else format_time(operation.reprotection.done_ns),
         },
         "warnings": list(operation.warnings),
+        "next": next_step(operation),
         "log": [
             {"time": format_time(cause.time_ns), "state": cause.state, "cause": cause.text}
             for cause in operation.causes
         ],
     }
+
+
+def next_step(operation: Operation) -> str | None:
+    """What comes next on the way out and home again, in words; None where nothing has to."""
+    name, short, other = operation.machine, operation.id[:12], operation.reprotection
+    if operation.state == "preparing":
+        return f"`replica-store failover resume {short}`"
+    if operation.kind != "test" and operation.state == "commit-pending":
+        return (
+            f"look at it, then `replica-store failover commit {short}`; not as it should be: `failover cancel {short}`"
+        )
+    if operation.state == "committed" and other is None:
+        return (
+            f"have another store protect it: there `replica-store token {name}`, which prints T; here `replica-store "
+            f"reprotect {name} --store HOST:PORT --token T`"
+        )
+    if operation.state == "committed" and other is not None and other.done_ns is None:
+        return f"wait until the store at {other.store} has all of it: `replica-store failover show {short}`"
+    if operation.state == "committed" and other is not None and operation.kind != "failback":
+        return f"when it is to come back, at the store at {other.store}: `replica-store failback {name}`"
+    if operation.state == "returned" and operation.remains:
+        return f"what it left in {operation.places.state}: `replica-store failover cleanup {short}`"
+    return None
 
 
 def _proof(operation: Operation) -> dict[str, Any] | None:

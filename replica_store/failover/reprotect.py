@@ -3,6 +3,9 @@
     order: the failover says so ─▶ start: the recovered machine is served ─▶ hydrate: its disks need this vault no more
         ─▶ enrol: certificate of the other store, and a new epoch above all of before ─▶ connect ─▶ (later) done
 
+What this vault says of the machine goes with it when it enrols (`vault/arrivals.py`): whether it is away from home, and
+the policy that held, which holds there, too.
+
 Each step is written down or can be seen from what is there, so the same command goes on after any death. It is the
 recovered machine's own agent that compares and sends; here it is only looked at.
 """
@@ -17,14 +20,18 @@ from typing import Any
 import msgspec
 
 from asrfs.errors import AsrfsError, BadInputError, IntegrityError, RefusedError, TemporaryError
+from asrfs.model.arrival import Arrival
 from asrfs.model.clock import Clock
 from asrfs.model.protection_states import ProtectionEvent
+from asrfs.storage.directory import DirectoryStorage
+from asrfs.storage.interface import write_atomically
 from asrfs.transport.enrolment import Token, decode_token
 from asrfs.transport.stream import format_address, parse_address
 from replica_store.failover import places
 from replica_store.failover.actions import Failovers
 from replica_store.failover.leaving import asrfs, status_of
 from replica_store.failover.preparation import Told, has_bases
+from replica_store.vault.arrivals import departure_of
 from replica_store.vault.operations import Operation, Reprotection, change, holder, operations, sealed_operation
 from replica_store.vault.protection import check_event
 from replica_store.vault.vault import Vault
@@ -35,6 +42,7 @@ REFUSED_S = 5.0
 """It may be the store of before that refused."""
 LOOK_EVERY_S = 0.5
 ASK_EVERY_S = 5.0
+_DEPARTURE_FILE = "departure.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +141,7 @@ class Reprotecting:
         with places.take_lock(found.places):
             with Vault.open(self._root) as vault:
                 found = sealed_operation(vault, found.id)
+                departure = departure_of(vault, vault.machine(found.machine))
             wanted = found.reprotection
             if wanted is None or found.epoch is None:
                 raise RefusedError(f"failover {found.id[:12]} is {found.state} meanwhile: begin again")
@@ -143,7 +152,8 @@ class Reprotecting:
                 if known != wanted.store:
                     instead = ["--instead"] if known is not None else []
                     words = ["enroll", "--store", wanted.store, "--token", "-", *instead]
-                    asrfs(found, *words, "--above-epoch", str(found.epoch), said=f"{wish.token}\n".encode())
+                    words += ["--above-epoch", str(found.epoch), "--arrival", _write_departure(found, departure)]
+                    asrfs(found, *words, said=f"{wish.token}\n".encode())
                 return self._note(found, enrolled=True)
             return found
 
@@ -219,6 +229,13 @@ def reprotecting(root: str) -> list[Operation]:
 def _is_done(found: Operation, store: str) -> bool:
     wanted = found.reprotection
     return wanted is not None and wanted.store == store and wanted.done_ns is not None
+
+
+def _write_departure(found: Operation, departure: Arrival) -> str:
+    """Where the machine's own program reads it."""
+    storage = DirectoryStorage(found.places.directory)
+    write_atomically(storage, _DEPARTURE_FILE, msgspec.json.encode(departure))
+    return storage.path(_DEPARTURE_FILE)
 
 
 def _enrolled_at(found: Operation) -> str | None:

@@ -1,9 +1,10 @@
 """One-time tokens, what becomes of one, and its end: a machine with a certificate and keys, until they are revoked.
 
 A machine that enrols again, with a new token, gets a new certificate; the old one is good no longer, the keys and the
-history stay. The order is: description object, then one catalog transaction that uses the token up and makes the
-machine. If that transaction does not come about, nothing but an unused description is left, and the next enrolment
-takes its keys from there. Revoking goes the same way, so that a rebuilt catalog does not forget it.
+history stay. The order is: description object, and what the store says that it comes from (`arrivals.py`), then one
+catalog transaction that uses the token up and makes the machine. If that transaction does not come about, nothing but
+an unused description is left, and the next enrolment takes its keys from there. Revoking goes the same way, so that a
+rebuilt catalog does not forget it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from asrfs.transport.enrolment import (
     encode_token,
 )
 from asrfs.transport.tls import sign_request
+from replica_store.vault.arrivals import note_arrival
 from replica_store.vault.groups import read_groups
 from replica_store.vault.keys import MachineDescription, MachineKeys
 from replica_store.vault.objects import ObjectMissingError
@@ -75,6 +77,8 @@ def enrol(vault: Vault, request: EnrolRequest, clock: Clock, data_port: int) -> 
             authority, request.csr.encode(), request.machine, request.machine_id, now_ns
         )
         row, keys = _next_generation(vault, request, identity.serial, now_ns)
+        if request.arrival is not None:
+            note_arrival(vault, row, request.arrival)
         put_description(vault, row)
         vault.catalog.put_machine(row)
         vault.catalog.change("UPDATE tokens SET used_ns = ? WHERE secret_digest = ?", (now_ns, secret_digest))

@@ -23,6 +23,8 @@ from replica_store.vault.objects import Objects
 from replica_store.vault.vault import Vault, lock_descriptions
 
 Kind = Literal["test", "unplanned", "planned", "failback"]
+HANDED_OVER: tuple[Kind, ...] = ("planned", "failback")
+"""What the machine's host has a part in."""
 OperationState = Literal["preparing", "serving", "commit-pending", "committed", "returned", "cancelled", "cleaned"]
 ENDED: tuple[OperationState, ...] = ("cancelled", "cleaned")
 """What these left is taken away by whoever comes next. Of `returned` ones only a person does that: they hold what may

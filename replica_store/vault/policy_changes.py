@@ -90,14 +90,20 @@ def check_exists(book: PolicyBook, name: str) -> dict[str, str]:
 
 def _change(vault: Vault, change: Callable[[PolicyBook], PolicyBook]) -> PolicyBook:
     with vault.catalog.transaction():
-        before = read_book(vault.catalog)
-        after = change(before)
-        if after == before:
-            return before
-        newest, _ = POLICY_BOOKS.newest(vault.objects, vault.sealer)
-        generation = vault.catalog.raise_configuration_generation(least=newest.generation if newest else 0)
-        after = msgspec.structs.replace(after, generation=generation)
-        POLICY_BOOKS.put(vault.objects, vault.sealer, after)
-        write_book(vault.catalog, after)
+        after = change_book(vault, change)
     POLICY_BOOKS.remove_old(vault.objects, vault.sealer)
+    return after
+
+
+def change_book(vault: Vault, change: Callable[[PolicyBook], PolicyBook]) -> PolicyBook:
+    """What any change comes to: nothing if it leaves the book as it is. Inside a transaction."""
+    before = read_book(vault.catalog)
+    after = change(before)
+    if after == before:
+        return before
+    newest, _ = POLICY_BOOKS.newest(vault.objects, vault.sealer)
+    generation = vault.catalog.raise_configuration_generation(least=newest.generation if newest else 0)
+    after = msgspec.structs.replace(after, generation=generation)
+    POLICY_BOOKS.put(vault.objects, vault.sealer, after)
+    write_book(vault.catalog, after)
     return after

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from asrfs.errors import RefusedError, TemporaryError
+from asrfs.model.arrival import Arrival
 from asrfs.model.clock import Clock
 from asrfs.model.quantities import NS_PER_SECOND
 from asrfs.protocol.messages import HandedOver
@@ -21,6 +22,7 @@ from replica_store.failover import actions, handing_over, undoing
 from replica_store.failover.actions import Failovers
 from replica_store.failover.preparation import Stopwatch
 from replica_store.failover.wanted import Wanted
+from replica_store.vault.arrivals import note_arrival
 from replica_store.vault.enrolment import put_description
 from replica_store.vault.handovers import note_answer
 from replica_store.vault.operations import Operation, change, operation, operations
@@ -43,6 +45,7 @@ STATES = {
     "test": ("preparing", "serving", "cleaned"),
     "unplanned": ("preparing", "commit-pending", "committed", "returned", "cancelled"),
     "planned": ("preparing", "commit-pending", "committed", "returned", "cancelled"),
+    "failback": ("preparing", "commit-pending", "committed", "returned", "cancelled"),
 }
 LEADS_TO = {
     ("test", "preparing", "cleanup"): "cleaned",
@@ -63,7 +66,12 @@ LEADS_TO = {
     ("unplanned", "cancelled", "resume"): "cancelled",
 }
 """Everything else is refused."""
-LEADS_TO |= {("planned", state, verb): to for (kind, state, verb), to in LEADS_TO.items() if kind == "unplanned"}
+LEADS_TO |= {
+    (other, state, verb): to
+    for other in ("planned", "failback")
+    for (kind, state, verb), to in LEADS_TO.items()
+    if kind == "unplanned"
+}
 
 
 class ShiftedClock:
@@ -137,8 +145,11 @@ def root(scratch: Path) -> str:
     history.marker(name="end")
     history.seal()
     fill_vault(scratch / "vault", history)
-    with Vault.open(str(scratch / "vault")) as vault:
-        put_description(vault, vault.machine(MACHINE))
+    with Vault.open(str(scratch / "vault"), writable=True) as vault:
+        machine = vault.machine(MACHINE)
+        put_description(vault, machine)
+        with vault.catalog.transaction():  # it runs where it was failed over to, so that it can be failed back, too
+            note_arrival(vault, machine, Arrival(store_id="e" * 32, away=True, owner="e" * 32, policy="default"))
     return str(scratch / "vault")
 
 
