@@ -103,6 +103,10 @@ class Shipper:
     def enrolled(self, store: StoreAccess) -> None:
         """Use another way to the store from now on."""
         self._store = store
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """End the session, if there is one, and begin another at once: this side has something else to greet with."""
         self._scope.cancel()
         self.retry_now()
 
