@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RUNS = Path("/tmp")
+NETWORKS = Path("/run/netns")
 COMMAND_SECONDS_MAX = 15.0
 DEATH_SECONDS_MAX = 10.0
 ROUNDS_MAX = 4
@@ -99,7 +100,16 @@ def sweep(base: Path) -> Leftovers:
         print(f"sweep: could not remove from {base}: {left}", file=sys.stderr)
     else:
         _remove_tree(base)
+    for network in networks_of(base):
+        _run(["ip", "netns", "delete", network])
     return found
+
+
+def networks_of(base: Path) -> list[str]:
+    """Network namespaces of a run, whose names begin with that of its directory; none of a directory below it."""
+    if not _RUN_NAME.fullmatch(base.name) or not NETWORKS.is_dir():
+        return []
+    return [path.name for path in sorted(NETWORKS.iterdir()) if path.name.startswith(f"{base.name}-")]
 
 
 def _remove_tree(base: Path) -> None:

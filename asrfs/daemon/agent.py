@@ -136,6 +136,7 @@ class Agent:
             comparing=compare,
             threads=self._threads,
             trimmer=trimmer,
+            hurry_applied=self._applier.hurry,
         )
         self._handing_over = self._make_handing_over(compare)
         self._groups = self._make_groups()

@@ -45,7 +45,8 @@ SEPARATED = ("diverged", "fenced", HANDOVER_ALARM, "store-lost")
 
 
 class AgentHealing:
-    """`dirty` is the agent's; `settings` gives those in force, `comparing` a comparer for as long as it is needed."""
+    """`dirty` is the agent's; `settings` gives those in force, `comparing` a comparer for as long as it is needed;
+    `hurry_applied` is told of an LSN that is waited for."""
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class AgentHealing:
         comparing: Callable[[], AbstractAsyncContextManager[Comparer]],
         threads: trio.CapacityLimiter,
         trimmer: Trimmer,
+        hurry_applied: Callable[[int], None],
     ) -> None:
         self._state = state
         self._dirty = dirty
@@ -108,6 +110,7 @@ class AgentHealing:
             make_point,
             lambda: 0,
             self._find,
+            hurry_applied,
         )
         if unknown_slots(dirty.map):
             files = DirectoryStorage(state.root)

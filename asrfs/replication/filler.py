@@ -58,7 +58,8 @@ class Filler:
 
     `make_point` makes a recovery point that says this of itself: its LSN. Above `lag_bytes_max` nothing is filled.
     `compare` says which chunks of disks may differ from the replica, by slot, and misses none that does; by then it has
-    saved what the store has acknowledged. `filled_bytes`: by this process.
+    saved what the store has acknowledged. `hurry_applied` is told of an LSN that is waited for. `filled_bytes`: by this
+    process.
     """
 
     server: DiskServer
@@ -71,6 +72,7 @@ class Filler:
     make_point: Callable[[str], Awaitable[int]]
     lag_bytes_max: Callable[[], int]
     compare: FindDifferent
+    hurry_applied: Callable[[int], None] = lambda lsn: None
     filled_bytes: int = 0
     pace: Pace = field(default_factory=lambda: Pace(RATE_WINDOW_S))
 
@@ -122,6 +124,7 @@ class Filler:
         another epoch has begun meanwhile. Raises what comparing fails with, and OSError.
         """
         dirty, epoch, through_lsn = self.dirty, self.progress.epoch, self.dirty.given_up.through.lsn
+        self.hurry_applied(through_lsn)
         await self.progress.wait_until(lambda: self.progress.applied.lsn >= through_lsn)
         found = await self.compare(disks)
         async with dirty.turn:

@@ -94,7 +94,7 @@ class Resyncer:
                 self.alarms.clear(ALARM)
                 self._note_look()
                 with trio.move_on_after(LOOK_INTERVAL_S):
-                    await self._poked.wait()
+                    await self.progress.wait_until(lambda: self._poked.is_set() or self._has_more())
             away_since = None
 
     def retry_now(self) -> None:
@@ -102,6 +102,11 @@ class Resyncer:
         self.failures = 0
         self.looked = False
         self._poked.set()
+        self.progress.wake()
+
+    def _has_more(self) -> bool:
+        """Whether there is something to do now that was not there to be done when it last looked."""
+        return self.phase in ("idle", "store") and bool(self.filler.dirty.map.slots()) and self._has_store()
 
     def _note_look(self) -> None:
         self.looked = not self._poked.is_set()

@@ -13,6 +13,7 @@ from typing import Literal
 import click
 from rich.console import Console
 
+from asrfs.errors import BadInputError
 from asrfs.model.quantities import format_duration, parse_duration
 from asrfs.storage.system_clock import SystemClock
 from asrfs.terminal.output import pairs, table
@@ -66,6 +67,8 @@ class HandoverWords:
 def hand_over(invocation: Invocation, kind: Literal["planned", "failback"], asked: HandoverWords) -> None:
     """Carry it out, of a machine or of a plan, and say how far it came."""
     failovers = failovers_of(invocation)
+    if asked.selector not in (None, "latest"):
+        raise BadInputError("a planned failover goes to `--point latest`: it loses nothing")
     if (plan := plan_named(invocation, asked.name, asked.selector)) is not None:
         only_machine(state=asked.state, mount=asked.mount, check=asked.check_command, commit=asked.commits or None)
         return carry_out(invocation, plan, kind, accept_damage=False, boots=not asked.no_boot)

@@ -46,8 +46,9 @@ def reprotect(
 
     seconds_max = None if timeout is None else parse_duration(timeout)
     wish = Wish(machine=machine, store=store, token=text, paused=paused, wait=wait, seconds_max=seconds_max)
-    found = Reprotecting(str(invocation.vault), SystemClock(), told).run(wish)
-    status = status_of(found)
+    reprotecting = Reprotecting(str(invocation.vault), SystemClock(), told)
+    found = reprotecting.run(wish)
+    status = reprotecting.status or status_of(found)
     whole: dict[str, Any] = document(found) | {
         "protection": str(state_of(found)),
         "host": {key: status[key] for key in ("state", "reason", "epoch", "link", "link_reason", "lag")},

@@ -26,11 +26,10 @@ from asrfs.model.protection_states import ProtectionEvent
 from asrfs.model.quantities import NS_PER_SECOND, format_duration, format_size
 from asrfs.protocol.messages import HANDOVER_S_MAX
 from replica_store.failover import handing_over, leaving, network, places, processes, undoing
-from replica_store.failover.choice import RESERVE_BYTES, Chosen, check_space, choose, free_bytes
+from replica_store.failover.choice import RESERVE_BYTES, Chosen, check_may_begin, check_space, choose, free_bytes
 from replica_store.failover.due import cause_to_end
 from replica_store.failover.preparation import Stopwatch, Told, bring_back, prepare
 from replica_store.failover.wanted import Wanted, is_same
-from replica_store.vault.arrivals import check_away
 from replica_store.vault.epochs import raise_epoch
 from replica_store.vault.operations import (
     ENDED,
@@ -123,7 +122,7 @@ class Failovers:
             with Vault.open(self._root) as vault:
                 chosen = choose(vault, wanted.machine, wanted.selector, accept_damage=wanted.accept_damage)
                 self._check_room(vault, kind, chosen, wanted, where.state)
-                self._check_state(vault, kind, wanted.machine)
+                check_may_begin(vault, kind, wanted.machine)
             if kind in HANDED_OVER:
                 handing_over.check_present(self._root, wanted.machine, self._clock)
         now_ns = self._clock.time_ns()
@@ -150,7 +149,7 @@ class Failovers:
         def check(vault: Vault) -> Operation:
             others = operations(vault.catalog)
             places.check_not_taken(where, others)
-            self._check_state(vault, kind, wanted.machine)
+            check_may_begin(vault, kind, wanted.machine)
             return made
 
         with places.take_lock(where):
@@ -166,14 +165,6 @@ class Failovers:
             except BaseException as error:
                 self._give_up(begun, error)
                 raise
-
-    def _check_state(self, vault: Vault, kind: Kind, machine: str) -> None:
-        """Raise RefusedError where the table does not let it begin."""
-        event = ProtectionEvent.PLANNED_FAILOVER if kind in HANDED_OVER else ProtectionEvent.UNPLANNED_FAILOVER
-        if kind != "test":
-            check_event(vault, vault.machine(machine), event)
-        if kind == "failback":
-            check_away(vault, vault.machine(machine))
 
     def _take_over(self, begun: Operation, watch: Stopwatch) -> tuple[Operation, Chosen]:
         """Wait for what the host hands over; that is what is gone on from."""

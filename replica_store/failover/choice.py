@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from asrfs.errors import FormatError, NotFoundError, RefusedError
 from asrfs.model.boot import NO_BOOT, BootSettings
 from asrfs.model.machine import DiskRecord
+from asrfs.model.protection_states import ProtectionEvent
 from asrfs.model.quantities import NS_PER_SECOND, format_size
 from asrfs.model.recovered import RecoveredDisk, RecoveredMachine, encode_recovered
 from replica_store.points.builder import Cut, build_states, disks_of, resolve
+from replica_store.vault.arrivals import check_away
 from replica_store.vault.flaws import flaw_before
 from replica_store.vault.groups import read_groups
-from replica_store.vault.operations import ChosenPoint, Operation
+from replica_store.vault.operations import HANDED_OVER, ChosenPoint, Kind, Operation
+from replica_store.vault.protection import check_event
 from replica_store.vault.rows import MachineRow
 from replica_store.vault.vault import Vault
 
@@ -99,6 +102,17 @@ def _data_loss_s(vault: Vault, row: MachineRow, cut: Cut) -> float:
     if link is not None and last is not None and link.durable_lsn > last.last_lsn:
         newest_ns = max(newest_ns, link.durable_time_ns)
     return max(0, newest_ns - cut.time_ns) / NS_PER_SECOND
+
+
+def check_may_begin(vault: Vault, kind: Kind, machine: str) -> None:
+    """Raise RefusedError where the table does not let such a failover begin, or the machine has no home to come to."""
+    if kind == "test":
+        return
+    row = vault.machine(machine)
+    is_handed_over = kind in HANDED_OVER
+    check_event(vault, row, ProtectionEvent.PLANNED_FAILOVER if is_handed_over else ProtectionEvent.UNPLANNED_FAILOVER)
+    if kind == "failback":
+        check_away(vault, row)
 
 
 def check_space(vault: Vault, chosen: Chosen, directory: str) -> None:

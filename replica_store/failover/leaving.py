@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
+from contextlib import closing
 from typing import Any
 
 import msgspec
@@ -23,7 +25,19 @@ def asrfs(found: Operation, *words: str, said: bytes = b"") -> str:
 
 def status_of(found: Operation) -> dict[str, Any]:
     """What the recovered machine says of itself. Raises AsrfsError."""
-    text = asrfs(found, "--json", "status")
+    return _decode(found, asrfs(found, "--json", "status"))
+
+
+def statuses_of(found: Operation) -> Generator[dict[str, Any], None, None]:
+    """The same again and again, each time something may have changed, by one program that ends when this is closed.
+    Raises AsrfsError."""
+    command = processes.program("asrfs.cli.main", "--state", found.places.state, "--json", "status", "--watch")
+    with closing(processes.lines(found.id, command, _ANSWER_S_MAX)) as said:
+        for line in said:
+            yield _decode(found, line)
+
+
+def _decode(found: Operation, text: str) -> dict[str, Any]:
     try:
         document: dict[str, Any] = msgspec.json.decode(text)
     except (msgspec.MsgspecError, ValueError):

@@ -99,6 +99,11 @@ class Plan(_Strict, frozen=True, kw_only=True):
         return found
 
 
+def selector_for(plan: Plan, machine: PlannedMachine, kind: Kind) -> str:
+    """What the machine goes on from: who is handed over goes to what that is, and loses nothing."""
+    return "latest" if kind in ("planned", "failback") else machine.point or plan.point
+
+
 def read_plan(text: str, where: str) -> Plan:
     """The plan a person wrote. Raises BadInputError naming `where`."""
     if len(text.encode(errors="replace")) > PLAN_BYTES_MAX:

@@ -7,8 +7,9 @@ import re
 import shutil
 from pathlib import Path
 
-from asrfs.errors import AsrfsError, IntegrityError
-from replica_store.failover.plan import Kind, Plan, PlannedMachine
+from asrfs.errors import AsrfsError, IntegrityError, RefusedError
+from replica_store.failover.choice import check_may_begin
+from replica_store.failover.plan import Kind, Plan, PlannedMachine, selector_for
 from replica_store.failover.plan_dry_run import MachineFacts, SiteFacts, programs_of
 from replica_store.points.builder import disks_of, open_disks, resolve
 from replica_store.points.point_disk import FrameCache
@@ -23,7 +24,7 @@ def site_facts(vault: Vault, plan: Plan, kind: Kind, directory: str) -> SiteFact
     known = {machine.name for machine in vault.machines()}
     return SiteFacts(
         machines={
-            machine.name: machine_facts(vault, plan, machine)
+            machine.name: machine_facts(vault, plan, machine, kind)
             for group in plan.groups
             for machine in group.machines
             if machine.name in known and kind in group.when and kind in machine.when
@@ -35,10 +36,10 @@ def site_facts(vault: Vault, plan: Plan, kind: Kind, directory: str) -> SiteFact
     )
 
 
-def machine_facts(vault: Vault, plan: Plan, machine: PlannedMachine) -> MachineFacts:
+def machine_facts(vault: Vault, plan: Plan, machine: PlannedMachine, kind: Kind) -> MachineFacts:
     """What is known without doing anything. Its indexes are read, as a failover would."""
     try:
-        cut = resolve(vault, machine.name, machine.point or plan.point)
+        cut = resolve(vault, machine.name, selector_for(plan, machine, kind))
         names = [disk.name for disk in disks_of(vault, cut)]
         opened = open_disks(vault, cut, names, FrameCache(vault))
         boot = vault.boot_at(cut.machine.id, cut.lsn)
@@ -47,7 +48,17 @@ def machine_facts(vault: Vault, plan: Plan, machine: PlannedMachine) -> MachineF
     except AsrfsError as error:
         return MachineFacts(no_point=str(error))
     needed = sum(min(disk.size_bytes, disk.state.layers.bytes_max) for disk in opened.values())
-    return MachineFacts(disks=tuple(names), bytes_needed=needed, boot=boot)
+    refused = _refused(vault, machine.name, kind)
+    return MachineFacts(refused=refused, disks=tuple(names), bytes_needed=needed, boot=boot)
+
+
+def _refused(vault: Vault, machine: str, kind: Kind) -> str | None:
+    """Why such a failover would not even begin; None where it would."""
+    try:
+        check_may_begin(vault, kind, machine)
+    except RefusedError as error:
+        return str(error)
+    return None
 
 
 def ports_in_use() -> frozenset[int]:

@@ -19,14 +19,14 @@ from asrfs.model.clock import Clock
 from asrfs.storage.directory import DirectoryStorage
 from replica_store.failover.actions import Failovers
 from replica_store.failover.places import DIRECTORY
-from replica_store.failover.plan import Kind, Plan, PlannedMachine
+from replica_store.failover.plan import Kind, Plan, PlannedMachine, selector_for
 from replica_store.failover.plan_executor import carry_out
 from replica_store.failover.plan_journal import Head, PlanJournal
 from replica_store.failover.plan_run import Event
 from replica_store.failover.report import verdict
 from replica_store.failover.wanted import TTL_S, Wanted
 from replica_store.vault.lock import VaultLock
-from replica_store.vault.operations import ENDED, HANDED_OVER, Operation, operations
+from replica_store.vault.operations import ENDED, Operation, operations
 from replica_store.vault.vault import Vault
 
 _PLANS = "plans"
@@ -97,7 +97,7 @@ class PlanRuns:
         else:
             wanted = Wanted(
                 machine=machine.name,
-                selector="latest" if head.kind in HANDED_OVER else machine.point or head.plan.point,
+                selector=selector_for(head.plan, machine, head.kind),
                 accept_damage=head.accept_damage,
                 ttl_s=head.ttl_s,
                 boots=head.boots,

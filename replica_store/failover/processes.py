@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -32,6 +32,7 @@ READY_S_MAX = 120.0
 TOOL_S_MAX = 600.0
 _DEATH_S_MAX = 10.0
 _LINE_BYTES = 4096
+_PIECE_BYTES = 1 << 16
 _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
 _ANNOUNCED = b"ready"
 
@@ -139,6 +140,29 @@ def run(
     if accepted and tool.returncode not in accepted:
         raise _failure(words, tool.returncode, text)
     return tool.returncode, text
+
+
+def lines(operation_id: str, words: Sequence[str], seconds_max: float) -> Generator[str, None, None]:
+    """What a tool says line by line, until this is closed: it is killed then. Raises AsrfsError if it ends, or says
+    nothing for so long."""
+    tool = _spawn(words, subprocess.STDOUT, environment(operation_id, "tool"))
+    assert tool.stdout is not None
+    said = b""
+    try:
+        poll = select.poll()
+        poll.register(tool.stdout.fileno(), select.POLLIN)
+        while True:
+            if not poll.poll(_time_left(seconds_max) * 1000):
+                raise TemporaryError(f"{shown(words)} said nothing for {seconds_max:.3g} s")
+            if not (piece := os.read(tool.stdout.fileno(), _PIECE_BYTES)):
+                raise _failure(words, tool.wait(_DEATH_S_MAX), said.decode(errors="replace"))
+            *whole, said = (said + piece).split(b"\n")
+            yield from (line.decode(errors="replace") for line in whole)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(tool.pid, signal.SIGKILL)
+        tool.wait()
+        tool.stdout.close()
 
 
 def _spawn(

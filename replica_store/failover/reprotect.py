@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +31,7 @@ from asrfs.transport.enrolment import Token, decode_token
 from asrfs.transport.stream import format_address, parse_address
 from replica_store.failover import places
 from replica_store.failover.actions import Failovers
-from replica_store.failover.leaving import asrfs, status_of
+from replica_store.failover.leaving import asrfs, status_of, statuses_of
 from replica_store.failover.preparation import Told, has_bases
 from replica_store.vault.arrivals import departure_of
 from replica_store.vault.operations import Operation, Reprotection, change, holder, operations, sealed_operation
@@ -40,7 +42,8 @@ MANAGE_PORT_DEFAULT = 443
 CONNECT_S_MAX = 120.0
 REFUSED_S = 5.0
 """It may be the store of before that refused."""
-LOOK_EVERY_S = 0.5
+LOOK_EVERY_S = 0.1
+"""Whether a disk still has a base: that is one small file."""
 ASK_EVERY_S = 5.0
 _DEPARTURE_FILE = "departure.json"
 
@@ -59,13 +62,15 @@ class Wish:
 
 
 class Reprotecting:
-    """Of the vault at `root`. `told`: called with the name of each step before it begins."""
+    """Of the vault at `root`. `told`: called with the name of each step before it begins. `status`: what the recovered
+    machine last said of itself."""
 
     def __init__(self, root: str, clock: Clock, told: Told = lambda step: None) -> None:
         self._root = os.path.abspath(root)
         self._clock = clock
         self._told = told
         self._failovers = Failovers(self._root, clock)
+        self.status: dict[str, Any] | None = None
 
     def run(self, wish: Wish) -> Operation:
         """As far as it goes at once. Raises RefusedError before commit, and for a store that would protect itself."""
@@ -84,14 +89,14 @@ class Reprotecting:
         if wish.paused:
             return found
         self._told("connect")
-        self._connect(found)
-        if wish.wait:
-            self._told("replicate")
-        while wish.wait and found.reprotection is not None and found.reprotection.done_ns is None:
-            _check_time(deadline, "it goes on by itself; look with `replica-store failover show`")
-            time.sleep(LOOK_EVERY_S)
-            found = self.look(found)
-        return self.look(found)
+        with closing(statuses_of(found)) as statuses:
+            found = self._note_whole(found, self._connect(found, statuses))
+            if wish.wait:
+                self._told("replicate")
+            while wish.wait and found.reprotection is not None and found.reprotection.done_ns is None:
+                _check_time(deadline, "it goes on by itself; look with `replica-store failover show`")
+                found = self._note_whole(found, next(statuses))
+        return found
 
     # ---- steps ------------------------------------------------------------------------------------------------
 
@@ -157,15 +162,14 @@ class Reprotecting:
                 return self._note(found, enrolled=True)
             return found
 
-    def _connect(self, found: Operation) -> None:
-        """Until the other store has welcomed it, in its new epoch."""
+    def _connect(self, found: Operation, statuses: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """Until the other store has welcomed it, in its new epoch; how it stands then."""
         begun = time.monotonic()
         deadline = begun + CONNECT_S_MAX
-        while True:
-            status = status_of(found)
+        for status in statuses:
             is_rejoined = found.epoch is None or status["epoch"] > found.epoch
             if status["link"] == "connected" and is_rejoined:
-                return
+                return status
             reason = status["link_reason"] or status["link"]
             if status["link"] == "paused":
                 raise RefusedError(
@@ -174,7 +178,7 @@ class Reprotecting:
             is_over = status["link"] == "refused" and time.monotonic() > begun + REFUSED_S
             if is_over or time.monotonic() > deadline:
                 raise TemporaryError(f"it is enrolled, and not connected yet, which it tries by itself: {reason}")
-            time.sleep(LOOK_EVERY_S)
+        raise AssertionError("statuses end by raising")
 
     # ---- looking ----------------------------------------------------------------------------------------------
 
@@ -183,7 +187,13 @@ class Reprotecting:
         wanted = found.reprotection
         if wanted is None or not wanted.enrolled or wanted.done_ns is not None:
             return found
-        status = status_of(found)
+        return self._note_whole(found, status_of(found))
+
+    def _note_whole(self, found: Operation, status: dict[str, Any]) -> Operation:
+        """The same by what is known of it."""
+        self.status = status
+        if found.reprotection is None or found.reprotection.done_ns is not None:
+            return found
         is_rejoined = found.epoch is None or status["epoch"] > found.epoch
         if status["state"] != "protected" or status["link"] != "connected" or not is_rejoined:
             return found

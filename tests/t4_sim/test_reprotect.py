@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class Host:
         monkeypatch.setattr(reprotect, "REFUSED_S", 0.0)
         monkeypatch.setattr(reprotect, "asrfs", self.asrfs)
         monkeypatch.setattr(leaving, "asrfs", self.asrfs)
+        monkeypatch.setattr(reprotect, "statuses_of", self._statuses)
 
     def _prepare(self, root: str, begun: Operation, *_: Any, **__: Any) -> Operation:
         Path(begun.places.state, "keys").mkdir(parents=True)
@@ -90,6 +91,10 @@ class Host:
         if words[0] == self.dies_after:
             raise Died
         return ""
+
+    def _statuses(self, found: Operation) -> Iterator[dict[str, Any]]:
+        while True:
+            yield json.loads(self.asrfs(found, "--json", "status"))
 
     def _go_on(self) -> None:
         """What time does."""
