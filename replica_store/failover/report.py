@@ -99,6 +99,8 @@ def next_step(operation: Operation) -> str | None:
         return f"wait until the store at {other.store} has all of it: `replica-store failover show {short}`"
     if operation.state == "committed" and other is not None and operation.kind != "failback":
         return f"when it is to come back, at the store at {other.store}: `replica-store failback {name}`"
+    if operation.state == "committed" and other is not None:
+        return f"it is at home, protected by the store at {other.store}; there `failover cleanup` removes what it left"
     if operation.state == "returned" and operation.remains:
         return f"what it left in {operation.places.state}: `replica-store failover cleanup {short}`"
     return None

@@ -135,10 +135,12 @@ def commit_over_a_host_that_goes_on(patch: pytest.MonkeyPatch) -> None:
 
 def nobody_cancels(patch: pytest.MonkeyPatch) -> None:
     """A handover whose command died holds the machine for ever."""
-    sound = actions.Failovers._is_due
-    patch.setattr(
-        actions.Failovers, "_is_due", lambda self, found: None if found.handover is not None else sound(self, found)
-    )
+    sound = actions.cause_to_end
+
+    def cause_to_end(found: Operation, now_ns: int) -> str | None:
+        return None if found.handover is not None else sound(found, now_ns)
+
+    patch.setattr(actions, "cause_to_end", cause_to_end)
 
 
 def proof_of_another_point(patch: pytest.MonkeyPatch) -> None:
