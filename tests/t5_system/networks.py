@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import os
+import random
 import select
 import signal
 import subprocess
@@ -29,6 +30,8 @@ from tests import sweep
 from tests.t5_system.machine import HostUnderTest, run_tool
 
 COMMAND_S_MAX = 120.0
+SIZES = {"files": 4 << 20, "log": 1 << 20}
+WRITES = 12
 CLONE_NEWNET = 0x40000000
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -154,6 +157,53 @@ def two_sites(scratch: Path) -> Iterator[tuple[NetworkSite, NetworkSite]]:
             undo.callback(site.close)
             site.serve()
         yield home, there
+
+
+class Disks:
+    """What the machine's disks hold, wherever it runs."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.content = {name: bytearray(size) for name, size in SIZES.items()}
+        self._rng = rng
+
+    def change(self, mount: Path) -> None:
+        """Check all of it, and write: to every disk, in any order, each write of any sectors."""
+        self.check(mount)
+        files = {name: os.open(mount / f"{name}.img", os.O_RDWR) for name in self.content}
+        try:
+            for name in [*self.content, *self._rng.choices(sorted(self.content), k=WRITES)]:
+                content = self.content[name]
+                length = self._rng.randrange(1, 64) * 512
+                offset = self._rng.randrange((len(content) - length) // 512) * 512
+                piece = self._rng.randbytes(length) if self._rng.random() < 0.9 else bytes(length)
+                assert os.pwrite(files[name], piece, offset) == length
+                content[offset : offset + length] = piece
+            for file in files.values():
+                os.fsync(file)
+        finally:
+            for file in files.values():
+                os.close(file)
+
+    def check(self, *mounts: Path) -> None:
+        for mount in mounts:
+            for name, content in self.content.items():
+                assert (mount / f"{name}.img").read_bytes() == content, f"I9: disk {name} in {mount}"
+
+
+@contextmanager
+def at_home(home: NetworkSite, there: NetworkSite, machine: str, disks: Disks) -> Iterator[HostUnderTest]:
+    """A machine that runs at home; the store there protects it and has all of it."""
+    host = home.host(machine)
+    host.init(**{name: str(size) for name, size in SIZES.items()})
+    host.asrfs("set", "crash_interval=24h", "application_interval=off")
+    host.asrfs("enroll", "--store", there.manage, "--token", there.token(machine))
+    host.serve()
+    try:
+        disks.change(host.mount)
+        host.asrfs("drain", "--timeout", "60s")
+        yield host
+    finally:
+        host.close()
 
 
 def _wait(pid: int, what: str) -> int:

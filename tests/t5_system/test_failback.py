@@ -5,7 +5,6 @@ What each disk must hold is kept beside it; after every handover both sides are 
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,44 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests.t5_system.networks import NetworkSite, two_sites
+from tests.t5_system.networks import Disks, NetworkSite, at_home, two_sites
 
 pytestmark = pytest.mark.timeout(600)
 MACHINE = "web1"
 LOOPS = 20
-SIZES = {"files": 4 << 20, "log": 1 << 20}
-WRITES = 12
-
-
-class Disks:
-    """What the machine's disks hold, wherever it runs."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self.content = {name: bytearray(size) for name, size in SIZES.items()}
-        self._rng = rng
-
-    def change(self, mount: Path) -> None:
-        """Check all of it, and write: to every disk, in any order, each write of any sectors."""
-        self.check(mount)
-        files = {name: os.open(mount / f"{name}.img", os.O_RDWR) for name in self.content}
-        try:
-            for name in [*self.content, *self._rng.choices(sorted(self.content), k=WRITES)]:
-                content = self.content[name]
-                length = self._rng.randrange(1, 64) * 512
-                offset = self._rng.randrange((len(content) - length) // 512) * 512
-                piece = self._rng.randbytes(length) if self._rng.random() < 0.9 else bytes(length)
-                assert os.pwrite(files[name], piece, offset) == length
-                content[offset : offset + length] = piece
-            for file in files.values():
-                os.fsync(file)
-        finally:
-            for file in files.values():
-                os.close(file)
-
-    def check(self, *mounts: Path) -> None:
-        for mount in mounts:
-            for name, content in self.content.items():
-                assert (mount / f"{name}.img").read_bytes() == content, f"I9: disk {name} in {mount}"
 
 
 class Circle:
@@ -90,18 +56,9 @@ def sites(scratch: Path) -> Iterator[tuple[NetworkSite, NetworkSite]]:
 @pytest.fixture
 def circle(sites: tuple[NetworkSite, NetworkSite], rng: random.Random) -> Iterator[Circle]:
     home, there = sites
-    host = home.host(MACHINE)
-    host.init(**{name: str(size) for name, size in SIZES.items()})
-    host.asrfs("set", "crash_interval=24h", "application_interval=off")
-    host.asrfs("enroll", "--store", there.manage, "--token", there.token(MACHINE))
-    host.serve()
-    try:
-        disks = Disks(rng)
-        disks.change(host.mount)
-        host.asrfs("drain", "--timeout", "60s")
+    disks = Disks(rng)
+    with at_home(home, there, MACHINE, disks) as host:
         yield Circle(home, there, host.mount, disks)
-    finally:
-        host.close()
 
 
 def test_i6_i7_and_i9_twenty_times_out_and_home_again(circle: Circle) -> None:
