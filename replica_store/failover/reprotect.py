@@ -158,7 +158,11 @@ class Reprotecting:
                     instead = ["--instead"] if known is not None else []
                     words = ["enroll", "--store", wanted.store, "--token", "-", *instead]
                     words += ["--above-epoch", str(found.epoch), "--arrival", _write_departure(found, departure)]
-                    asrfs(found, *words, said=f"{wish.token}\n".encode())
+                    try:
+                        asrfs(found, *words, said=f"{wish.token}\n".encode())
+                    except AsrfsError:
+                        if _enrolled_at(found) != wanted.store:  # not by one whose command died before it either
+                            raise
                 return self._note(found, enrolled=True)
             return found
 

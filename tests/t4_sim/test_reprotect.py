@@ -207,6 +207,21 @@ def test_who_dies_when_the_token_is_used_up(root: str, host: Host, committed: Op
     assert run(root, token).reprotection.done_ns and len(host.enrolments) == 1  # type: ignore[union-attr]
 
 
+def test_who_dies_while_it_is_being_enrolled(
+    root: str, host: Host, committed: Operation, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the command of before had begun goes on without it, and uses the token up."""
+
+    def used_up_meanwhile(found: Operation, *words: str, said: bytes = b"") -> str:
+        answer = host.asrfs(found, *words, said=said)
+        if words[0] == "enroll":
+            raise AuthenticationError("asrfs enroll: the token has been used")
+        return answer
+
+    monkeypatch.setattr(reprotect, "asrfs", used_up_meanwhile)
+    assert run(root, token).reprotection.done_ns and standing(root) == "protected"  # type: ignore[union-attr]
+
+
 def test_another_place(root: str, host: Host, committed: Operation, token: str) -> None:
     host.is_slow = True
     run(root, token, wait=False)

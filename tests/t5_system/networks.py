@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -49,6 +50,8 @@ class NetworkSite:
         self.within = ("nsenter", f"--net=/run/netns/{self.network}")
         self.store: subprocess.Popen[str] | None = None
         self.data = self.manage = f"{address}:0"
+        self._command: int | None = None
+        self._turn = threading.Lock()
 
     # ---- commands -------------------------------------------------------------------------------------------------
 
@@ -68,10 +71,34 @@ class NetworkSite:
                     complained.flush()
                 finally:
                     os._exit(code)
-            code = _wait(pid, str(words))
+            self._command = pid
+            code = self._wait(pid, str(words))
             said.seek(0)
             complained.seek(0)
             return code, said.read(), complained.read()
+
+    def _wait(self, pid: int, what: str) -> int:
+        """The exit code of a child, which has so long; it is killed after that."""
+        descriptor = os.pidfd_open(pid)
+        try:
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            has_ended = bool(poll.poll(COMMAND_S_MAX * 1000))
+            if not has_ended:
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            with self._turn:
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                self._command = None
+        finally:
+            os.close(descriptor)
+        assert has_ended, f"{what} did not end within {COMMAND_S_MAX:g} s"
+        return code
+
+    def kill_command(self) -> None:
+        """The one that runs, if any does: from another thread."""
+        with self._turn:
+            if self._command is not None:
+                os.kill(self._command, signal.SIGKILL)
 
     def ask(self, *words: str | Path) -> Any:
         """The same, which must succeed; its document."""
@@ -116,6 +143,12 @@ class NetworkSite:
         said = self.store.stdout.readline()
         assert said.startswith("ready "), f"serve said {said!r}: {(self.scratch / 'store.log').read_text()}"
         self.data, self.manage = (word.partition("=")[2] for word in said.split()[1:])
+
+    def serve_again(self) -> None:
+        """Where whoever served was killed."""
+        if self.store is not None and self.store.poll() is not None:
+            self.stop()
+            self.serve()
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Nothing happens if nobody serves."""
@@ -204,21 +237,6 @@ def at_home(home: NetworkSite, there: NetworkSite, machine: str, disks: Disks) -
         yield host
     finally:
         host.close()
-
-
-def _wait(pid: int, what: str) -> int:
-    """The exit code of a child, which has so long; it is killed after that."""
-    descriptor = os.pidfd_open(pid)
-    try:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        if not poll.poll(COMMAND_S_MAX * 1000):
-            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    finally:
-        os.close(descriptor)
-    assert code != -signal.SIGKILL, f"{what} did not end within {COMMAND_S_MAX:g} s"
-    return code
 
 
 def _enter(network: str) -> None:
