@@ -206,6 +206,7 @@ def test_a_cancelled_handover_gives_the_machine_back_and_the_next_one_loses_noth
     lab.stop_host()
     lab.start_host()
     assert is_refused(lab) and "handed-over" in alarms(lab), "whoever was started again keeps it"
+    wait_until(lambda: lab.status()["link"] == "connected", seconds_max=30.0, what="its store")
     with Path(document["disks"][1]["path"]).open("r+b") as disk:
         disk.write(b"given up" * 512)
         os.fsync(disk.fileno())
