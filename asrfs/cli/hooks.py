@@ -20,11 +20,11 @@ from asrfs.terminal.output import pairs, table
 
 @click.group()
 def hooks() -> None:
-    """Hooks of application-consistent points."""
+    """Hooks of application-consistent points, and of planned failover."""
 
 
 @hooks.command()
-@click.argument("phase", metavar="pre|post|hold", type=click.Choice(PHASES))
+@click.argument("phase", metavar="pre|post|hold|handover", type=click.Choice(PHASES))
 @click.argument("command", metavar="CMD")
 @click.option(
     "--order", metavar="N", type=int, default=50, show_default=True, help="Lower ones run earlier before, later after."
@@ -35,17 +35,20 @@ def hooks() -> None:
 @click.option("--name", metavar="NAME", help="What to call it; else PHASE-ORDER-PROGRAM.")
 @pass_invocation
 def add(invocation: Invocation, phase: Phase, command: str, order: int, timeout: str, name: str | None) -> None:
-    """Run CMD around application-consistent points.
+    """Run CMD around application-consistent points, or before this machine is handed over.
 
     CMD is a program and its arguments, as one word of this line; no shell reads it. A `pre` hook runs before the
     filesystems are frozen, a `post` hook after they are thawed, and always. A `hold` hook runs all the while: it prints
     a line when it holds, and lets go when its standard input ends.
 
+    A `handover` hook stops what uses the disks, and unmounts them, before a planned failover: ASRFS_PHASE is handover,
+    or take-back when all is to be started again, in reverse order. It may run twice.
+
     \b
     Shipped with asrfs, by name:
       postgresql   pre:  CHECKPOINT, so that recovery is short
       mysql        hold: FLUSH TABLES WITH READ LOCK until the point is made
-      generic      pre, post: stops and continues a systemd unit, `generic UNIT`
+      generic      pre, post, handover: stops and continues a systemd unit, `generic UNIT`
     """
     state = invocation.open_state()
     os.makedirs(state.hooks, mode=0o700, exist_ok=True)

@@ -20,7 +20,7 @@ from asrfs.errors import BadInputError, FormatError, NotFoundError, RefusedError
 from asrfs.model.names import check_name
 from asrfs.storage.interface import Storage, read_whole, write_atomically
 
-Phase = Literal["pre", "post", "hold"]
+Phase = Literal["pre", "post", "hold", "handover"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
 HOOKS_MAX = 32
@@ -34,7 +34,8 @@ _SUFFIX = ".json"
 
 class Hook(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`argv[0]` is an absolute path. A `hold` hook runs from its place among the pre hooks to its place among the post
-    hooks: it says a line when it holds, and lets go when its standard input ends."""
+    hooks: it says a line when it holds, and lets go when its standard input ends. A `handover` hook has nothing to do
+    with points: it stops the machine before a planned failover, and starts it again when that is taken back."""
 
     name: str
     phase: Phase
@@ -45,12 +46,17 @@ class Hook(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 def before(hooks: Iterable[Hook]) -> list[Hook]:
     """What runs before the instant, in order."""
-    return sorted((hook for hook in hooks if hook.phase != "post"), key=_place)
+    return sorted((hook for hook in hooks if hook.phase in ("pre", "hold")), key=_place)
 
 
 def after(hooks: Iterable[Hook]) -> list[Hook]:
     """What runs after the instant: in reverse order."""
-    return sorted((hook for hook in hooks if hook.phase != "pre"), key=_place, reverse=True)
+    return sorted((hook for hook in hooks if hook.phase in ("post", "hold")), key=_place, reverse=True)
+
+
+def of_handover(hooks: Iterable[Hook]) -> list[Hook]:
+    """What stops the machine before it is handed over, in order."""
+    return sorted((hook for hook in hooks if hook.phase == "handover"), key=_place)
 
 
 def _place(hook: Hook) -> tuple[int, str]:

@@ -16,7 +16,7 @@ from asrfs.storage.interface import write_atomically
 PHASES_OF: dict[str, tuple[Phase, ...]] = {
     "postgresql": ("pre",),
     "mysql": ("hold",),
-    "generic": ("pre", "post"),
+    "generic": ("pre", "post", "handover"),
 }
 
 

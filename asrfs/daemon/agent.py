@@ -20,7 +20,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,7 @@ from asrfs.consistency.maker import PointMaker, PointRequest
 from asrfs.consistency.points import Point, PointLog
 from asrfs.consistency.scheduler import Scheduler
 from asrfs.daemon.agent_groups import AgentGroups
+from asrfs.daemon.agent_handover import make_handing_over
 from asrfs.daemon.agent_healing import AgentHealing, open_map
 from asrfs.daemon.agent_hydration import AgentHydration
 from asrfs.daemon.agent_images import StateImages
@@ -42,6 +44,7 @@ from asrfs.daemon.control_trio import serve_control
 from asrfs.daemon.digesting import DigestProcess, comparing
 from asrfs.daemon.disk_server_client import DiskServerClient
 from asrfs.daemon.final_apply import apply_everything
+from asrfs.daemon.handing_over import HandingOver
 from asrfs.daemon.hardening import ignore_terminal, raise_file_limit
 from asrfs.daemon.health import process_alarms
 from asrfs.daemon.housekeeping import Housekeeping
@@ -57,6 +60,7 @@ from asrfs.model.names import id_bytes
 from asrfs.replication.alarms import Alarms, in_order
 from asrfs.replication.applier import Applier
 from asrfs.replication.applier_task import ApplierTask
+from asrfs.replication.comparer import Comparer
 from asrfs.replication.configuration_keeper import ConfigurationKeeper
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
@@ -133,6 +137,7 @@ class Agent:
             threads=self._threads,
             trimmer=trimmer,
         )
+        self._handing_over = self._make_handing_over(compare)
         self._groups = self._make_groups()
         self._scheduler = Scheduler(
             self._machine.id,
@@ -167,6 +172,7 @@ class Agent:
                     self._hydration.run,
                     self._shipper.run,
                     self._healing.rejoiner.run,
+                    self._handing_over.run,
                     self._healing.quota.run,
                     self._healing.resyncer.run,
                     self._verification.run,
@@ -295,6 +301,23 @@ class Agent:
             points=self._points,
         )
 
+    def _make_handing_over(self, compare: Callable[[], AbstractAsyncContextManager[Comparer]]) -> HandingOver:
+        made = make_handing_over(
+            self._state,
+            rejoiner=self._healing.rejoiner,
+            shipper=self._shipper,
+            server=self._server,
+            progress=self._progress,
+            applier=self._applier,
+            dirty=self._dirty,
+            maker=self._maker,
+            settled=self._settled,
+            comparing=compare,
+            threads=self._threads,
+        )
+        self._shipper.source.handover = made.heard
+        return made
+
     async def _settled(self, lsn: int) -> None:
         self._shipper.hurry(lsn)
         self._ticker.poke()
@@ -336,7 +359,7 @@ class Agent:
             cut_bytes=self._trimmer.cut_bytes(0),
             quota_bytes=self._healing.quota.quota_bytes,
             healing=self._healing.standing(machine, filled_per_s),
-            is_fenced=self._healing.rejoiner.fence is not None,
+            fence=self._healing.rejoiner.fence,
             policy=self._settings.current.policy,
             link=self._shipping.link.state,
             link_reason=self._shipping.link.reason,

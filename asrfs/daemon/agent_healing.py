@@ -32,7 +32,7 @@ from asrfs.replication.lost_map import lost_text, open_dirty_map, unknown_slots
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.quota import Quota
-from asrfs.replication.rejoiner import Rejoiner
+from asrfs.replication.rejoiner import HANDOVER_ALARM, Rejoiner
 from asrfs.replication.resyncer import HealingRules, Resyncer
 from asrfs.replication.shipper import Shipper
 from asrfs.replication.trimmer import Trimmer
@@ -40,7 +40,7 @@ from asrfs.storage.directory import DirectoryStorage, OpenFile
 from asrfs.storage.system_clock import SystemClock
 
 ROOM_UNKNOWN = 1 << 62
-SEPARATED = ("diverged", "fenced", "store-lost")
+SEPARATED = ("diverged", "fenced", HANDOVER_ALARM, "store-lost")
 """Alarms of a host that can only go on in a new epoch."""
 
 

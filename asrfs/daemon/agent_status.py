@@ -22,11 +22,13 @@ from asrfs.model.names import id_bytes
 from asrfs.model.policy import Policy
 from asrfs.model.positions import Cursor, Positions
 from asrfs.model.recovered import RecoveredMachine
+from asrfs.model.rejoining import Fence
 from asrfs.replication.alarms import Alarm, in_order
 from asrfs.replication.hydration_file import load_turn
 from asrfs.replication.lost_map import find_dirty_map
 from asrfs.replication.progress import bytes_between
-from asrfs.replication.rejoiner import WHAT_TO_DO
+from asrfs.replication.rejoiner import ALARM as FENCE_ALARM
+from asrfs.replication.rejoiner import HANDOVER_ALARM, WHAT_TO_DO, handover_text, load_fence
 from asrfs.replication.trimmer import Trimmer
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.system_clock import SystemClock
@@ -58,7 +60,7 @@ class Facts:
     cut_bytes: int = 0
     quota_bytes: int
     healing: Healing
-    is_fenced: bool
+    fence: Fence | None
     link: str
     link_reason: str = ""
     policy: Policy = field(default_factory=Policy)
@@ -78,7 +80,9 @@ def status(facts: Facts) -> dict[str, Any]:
         state, reason = "recovered", f"goes on from {facts.recovered.described()}; not enrolled with a store"
     if facts.is_enrolled:
         state, reason = protection(facts.machine, acknowledged.lsn, facts.healing, facts.policy.resync_window)
-    if facts.is_fenced:
+    if facts.fence is not None and facts.fence.handover:
+        reason = handover_text(facts.fence)
+    elif facts.fence is not None:
         state, reason = "unprotected", FENCED
     is_behind = durable.lsn > acknowledged.lsn
     since_ns = facts.first_unacknowledged_ns or acknowledged.time_ns
@@ -161,9 +165,10 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
     total_bytes, free_bytes = space_of(state.journal)
     quota_bytes = settings.quota_bytes(provisioned_bytes(machine), used + free_bytes)
     found = find_dirty_map(DirectoryStorage(state.root), DIRTY_MAP_FILE, journal, machine, positions)
+    fence = load_fence(DirectoryStorage(state.root))
     alarms = [
         *process_alarms(processes, has_mount=has_mount(state), agent_answers=False),
-        *([Alarm("fenced", "critical", f"{FENCED}; {WHAT_TO_DO}")] if state.is_fenced() else []),
+        *_fence_alarms(fence),
         *quota_alarms(used, quota_bytes),
         *space_alarms(state.root, total_bytes, free_bytes),
     ]
@@ -181,7 +186,7 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
         cut_bytes=trimmer.cut_bytes(0),
         quota_bytes=quota_bytes,
         healing=standing_of(found.map, found.given_up, machine),
-        is_fenced=state.is_fenced(),
+        fence=fence,
         policy=settings.policy,
         link=AGENT_NOT_RUNNING if processes["agent"] is None else AGENT_SILENT,
         processes=processes,
@@ -189,6 +194,14 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
         recovered=state.load_recovered(),
         hydration=_resting_hydration(state, machine),
     )
+
+
+def _fence_alarms(fence: Fence | None) -> list[Alarm]:
+    if fence is None:
+        return []
+    if fence.handover:
+        return [Alarm(HANDOVER_ALARM, "critical", handover_text(fence))]
+    return [Alarm(FENCE_ALARM, "critical", f"{FENCED}; {WHAT_TO_DO}")]
 
 
 def _resting_hydration(state: StateDirectory, machine: MachineConfig) -> dict[int, dict[str, Any]]:

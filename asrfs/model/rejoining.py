@@ -33,13 +33,26 @@ class RejoinOrder(msgspec.Struct, frozen=True, kw_only=True):
     time_ns: int
 
 
+class Handed(msgspec.Struct, frozen=True, kw_only=True):
+    """What the store was told: it has all that guests wrote up to `lsn`, and of so many chunks none differs there."""
+
+    lsn: int
+    chunks_compared: int
+
+
 class Fence(msgspec.Struct, frozen=True, kw_only=True):
-    """`fenced.json`: another side of the machine goes on. `epoch`: this host's, which is over."""
+    """`fenced.json`: another side of the machine goes on, or is about to. `epoch`: this host's, which is over then.
+
+    `handover`: id of the planned failover that this host makes way for. As long as that is not committed the store may
+    take the fence back; as long as `handed` is None, and so the store was not told that it may go on, the host may.
+    """
 
     format: Literal[1] = 1
     epoch: int
     why: Line
     time_ns: int
+    handover: Annotated[str, msgspec.Meta(max_length=32)] = ""
+    handed: Handed | None = None
 
 
 def decode_order(content: bytes, where: str) -> RejoinOrder:

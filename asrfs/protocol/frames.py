@@ -50,6 +50,8 @@ class FrameType(IntEnum):
     COMPARED = 11
     MATCH = 12
     MATCHED = 13
+    HANDOVER = 14
+    HANDED_OVER = 15
     GROUP = 32
     """Of another conversation, that between machines of a group: `group_session.py`."""
 

@@ -26,6 +26,7 @@ MATCH_CHUNKS_MAX = 8192
 """Of one MATCH: bounds what answering it costs."""
 OMITTED_BYTES_MAX = 128
 """Bits for so many frames that may be left out of a log object: bounds what completing one costs."""
+HANDOVER_S_MAX = 7 * 24 * 3600
 
 Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 """LSNs and times: what the store's catalog can hold. The peer's word goes there, so the decoder takes no other."""
@@ -41,7 +42,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     `takes_configuration`: it knows CONFIGURE; a host of before that would end the session. `group_port` 0: it listens
     to no group; `group_address` empty: others reach it at the address this connection comes from. `rejoin`: it shares
     no history with the store any more and wants to go on in a new epoch, whatever each of them has; `order` says that
-    two such HELLOs want the same.
+    two such HELLOs want the same. `takes_handover`: it knows HANDOVER.
     """
 
     protocol: int
@@ -57,6 +58,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     group_address: Address = ""
     rejoin: bool = False
     order: Annotated[str, msgspec.Meta(max_length=32)] = ""
+    takes_handover: bool = False
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,6 +190,35 @@ class Matched(msgspec.Struct, frozen=True, kw_only=True):
     equal: tuple[Annotated[bytes, msgspec.Meta(max_length=MATCH_CHUNKS_MAX // 8)], ...]
 
 
+class Handover(msgspec.Struct, frozen=True, kw_only=True):
+    """A planned failover asks the host to hand the machine over, or to take it back.
+
+    `id`: of the failover. `wanted`: `hand-over`: fence the disks, bring everything to the store, compare, answer;
+    `take-back`: write again, if the disks are fenced for this failover. `seconds_max`: who has not handed over by then
+    gives it up. Said again until it is answered, in each session.
+    """
+
+    id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    wanted: Literal["hand-over", "take-back"]
+    seconds_max: Annotated[int, msgspec.Meta(ge=0, le=HANDOVER_S_MAX)] = 0
+
+
+class HandedOver(msgspec.Struct, frozen=True, kw_only=True):
+    """Host's answer. `outcome` `handed-over`: no guest has written behind record `lsn`, none can until the store says
+    `take-back`, and the store's disks at that record are the host's: of so many chunks none differs.
+
+    `failed`: it is fenced no more, or never was, and `error` says why; `taken-back`: it is fenced for this failover no
+    more.
+    """
+
+    id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    outcome: Literal["handed-over", "failed", "taken-back"]
+    lsn: Number = 0
+    chunks_compared: Number = 0
+    chunks_different: Number = 0
+    error: Annotated[str, msgspec.Meta(max_length=FOREIGN_CHARACTERS_MAX)] = ""
+
+
 Message = (
     Hello
     | Welcome
@@ -201,6 +232,8 @@ Message = (
     | Compared
     | Match
     | Matched
+    | Handover
+    | HandedOver
 )
 
 TYPE_OF: dict[type[msgspec.Struct], FrameType] = {
@@ -216,6 +249,8 @@ TYPE_OF: dict[type[msgspec.Struct], FrameType] = {
     Compared: FrameType.COMPARED,
     Match: FrameType.MATCH,
     Matched: FrameType.MATCHED,
+    Handover: FrameType.HANDOVER,
+    HandedOver: FrameType.HANDED_OVER,
 }
 _DECODERS: dict[FrameType, msgspec.msgpack.Decoder[Any]] = {
     frame_type: msgspec.msgpack.Decoder(cls) for cls, frame_type in TYPE_OF.items()

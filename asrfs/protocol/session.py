@@ -15,6 +15,8 @@ bug and trips an assertion. Either way nothing has changed.
                        ◀──         COMPARED (in any order)
       MATCH            ──▶         (to a store whose WELCOME said that it takes it)
                        ◀──         MATCHED (in any order)
+                       ◀──         HANDOVER (to a host whose HELLO said that it takes it)
+      HANDED_OVER      ──▶
       GOODBYE          ──▶
 """
 
@@ -72,12 +74,14 @@ TABLE: dict[State, dict[Speaks, State]] = {
         Speaks("host", F.HEARTBEAT): State.STREAMING,
         Speaks("host", F.COMPARE): State.STREAMING,
         Speaks("host", F.MATCH): State.STREAMING,
+        Speaks("host", F.HANDED_OVER): State.STREAMING,
         Speaks("host", F.GOODBYE): State.CLOSED,
         Speaks("store", F.ACKNOWLEDGE): State.STREAMING,
         Speaks("store", F.HEARTBEAT): State.STREAMING,
         Speaks("store", F.CONFIGURE): State.STREAMING,
         Speaks("store", F.COMPARED): State.STREAMING,
         Speaks("store", F.MATCHED): State.STREAMING,
+        Speaks("store", F.HANDOVER): State.STREAMING,
         Speaks("store", F.REFUSED): State.CLOSED,
     },
     State.IN_OBJECT: {
@@ -87,6 +91,7 @@ TABLE: dict[State, dict[Speaks, State]] = {
         Speaks("store", F.CONFIGURE): State.IN_OBJECT,
         Speaks("store", F.COMPARED): State.IN_OBJECT,
         Speaks("store", F.MATCHED): State.IN_OBJECT,
+        Speaks("store", F.HANDOVER): State.IN_OBJECT,
         Speaks("store", F.REFUSED): State.CLOSED,
     },
     State.CLOSED: {},

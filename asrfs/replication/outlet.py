@@ -16,7 +16,7 @@ import trio
 
 from asrfs.errors import RefusedError, TemporaryError, error_class, foreign_line
 from asrfs.protocol.frames import FRAME_HEADER_BYTES, ProtocolError
-from asrfs.protocol.messages import Compare, Compared, encode_message
+from asrfs.protocol.messages import Compare, Compared, HandedOver, encode_message
 
 ANSWER_S_MAX = 600.0
 """The store reads what it never held in memory; but it does not take for ever."""
@@ -34,7 +34,7 @@ class _Asked:
 class _Line:
     """One session's. A turn is given back by the answer: who asked may have gone, and the store counts all the same."""
 
-    def __init__(self, send: Callable[[Compare], Awaitable[None]], at_once: int) -> None:
+    def __init__(self, send: Callable[[Compare | HandedOver], Awaitable[None]], at_once: int) -> None:
         self.send = send
         self.at_once = at_once
         self.turns = trio.Semaphore(at_once)
@@ -52,7 +52,7 @@ class Outlet:
         self.bytes_sent = 0
 
     @contextmanager
-    def opened(self, send: Callable[[Compare], Awaitable[None]], at_once: int) -> Iterator[None]:
+    def opened(self, send: Callable[[Compare | HandedOver], Awaitable[None]], at_once: int) -> Iterator[None]:
         """A session streams while this lasts. `at_once`: how many requests its store takes, 0 for one that cannot."""
         line = self._line = _Line(send, at_once)
         self._opened.set()
@@ -110,6 +110,23 @@ class Outlet:
         if answer.exit_code:
             raise error_class(answer.exit_code)(foreign_line(answer.text) or "the store cannot compare this disk")
         return answer
+
+    async def say(self, word: HandedOver) -> None:
+        """Say something that is not answered. Raises TemporaryError when there is no session or it ends before that; if
+        it ends soon after, the store may not have heard it."""
+        line = self._line
+        if line is None:
+            raise TemporaryError("there is no connection to the store")
+        saying = _Asked()
+        line.asking.add(saying)
+        try:
+            with saying.scope:
+                await line.send(word)
+                saying.done.set()
+        finally:
+            line.asking.discard(saying)
+        if not saying.done.is_set():
+            raise TemporaryError("the connection to the store was lost")
 
     async def _exchange(self, line: _Line, request: Compare, asked: _Asked) -> None:
         await line.turns.acquire()

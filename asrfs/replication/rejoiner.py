@@ -31,6 +31,7 @@ from asrfs.model.rejoining import (
     REJOIN_FILE,
     By,
     Fence,
+    Handed,
     RejoinOrder,
     decode_fence,
     decode_order,
@@ -49,6 +50,7 @@ from asrfs.storage.interface import Storage, read_whole, write_atomically
 
 ALARM = "fenced"
 """As of the link: whoever was superseded is told so by the store, or by its own file."""
+HANDOVER_ALARM = "handed-over"
 WHAT_TO_DO = (
     "if this host is the one to go on, `asrfs resync --full-scan` has it go on in a new epoch, and every other host of "
     "this machine is fenced: its disks take no more writes"
@@ -86,13 +88,12 @@ class Rejoiner:
 
     def __post_init__(self) -> None:
         self.order = _load(self.storage, REJOIN_FILE, decode_order, None)
-        unreadable = Fence(epoch=0, why=f"{FENCE_FILE} is there and cannot be read", time_ns=0)
-        self.fence = _load(self.storage, FENCE_FILE, decode_fence, unreadable)
+        self.fence = load_fence(self.storage)
         self._raise_alarm()
 
     async def run(self) -> None:
-        """Have the disk server know of a fence that was written down before somebody died. Ends then."""
-        while self.fence is not None:
+        """Have the disk server know of a fence that was written down, or removed, before somebody died. Ends then."""
+        while True:
             try:
                 return await self.server.reread_fence()
             except TemporaryError:
@@ -120,17 +121,53 @@ class Rejoiner:
 
     async def superseded(self, why: str) -> None:
         """Take no more writes, also after any death. Raises AsrfsError, OSError."""
-        if self.fence is None:
-            fence = Fence(epoch=self.progress.epoch, why=why[:1000], time_ns=self.now_ns())
-            await self._in_thread(write_atomically, self.storage, FENCE_FILE, msgspec.json.encode(fence))
-            self.fence = fence
+        if self.fence is None or self.fence.handover:
+            await self._write_fence(Fence(epoch=self.progress.epoch, why=why[:1000], time_ns=self.now_ns()))
         self._raise_alarm()
         await self.server.reread_fence()
 
+    async def _write_fence(self, fence: Fence) -> None:
+        await self._in_thread(write_atomically, self.storage, FENCE_FILE, msgspec.json.encode(fence))
+        self.fence = fence
+        self._raise_alarm()
+
     def _raise_alarm(self) -> None:
-        if self.fence is not None:
-            text = f"this host was superseded, and its disks take no more writes: {self.fence.why}"
+        fence = self.fence
+        if fence is None or fence.handover:
+            self.alarms.clear(ALARM)
+        if fence is None or not fence.handover:
+            self.alarms.clear(HANDOVER_ALARM)
+        if fence is not None and fence.handover:
+            self.alarms.set(HANDOVER_ALARM, "critical", handover_text(fence))
+        elif fence is not None:
+            text = f"this host was superseded, and its disks take no more writes: {fence.why}"
             self.alarms.set(ALARM, "critical", f"{text}; {WHAT_TO_DO}")
+
+    # ---- making way for a planned failover ----
+
+    async def hand_over(self, failover: str, why: str) -> None:
+        """Take no more writes until the store says otherwise, also after any death. Raises AsrfsError, OSError."""
+        if self.fence is None:
+            fence = Fence(epoch=self.progress.epoch, why=why[:1000], time_ns=self.now_ns(), handover=failover)
+            await self._write_fence(fence)
+        if self.fence is None or self.fence.handover != failover:
+            raise RefusedError("this host makes way for somebody else already")
+        await self.server.reread_fence()
+
+    async def handed(self, failover: str, handed: Handed) -> None:
+        """What the store is about to be told; from now on it alone may take the fence back. Raises as `hand_over`."""
+        if self.fence is None or self.fence.handover != failover or self.order is not None:
+            raise RefusedError("this host goes on by itself meanwhile")
+        await self._write_fence(msgspec.structs.replace(self.fence, handed=handed))
+
+    async def take_back(self, failover: str) -> None:
+        """Take writes again, unless the fence is not of this failover. Raises AsrfsError, OSError."""
+        if self.fence is None or self.fence.handover == failover:
+            await self._in_thread(self._remove, FENCE_FILE)
+            self.fence = None
+            self._raise_alarm()
+            await self.server.reread_fence()
+            self.progress.wake()
 
     # ---- the new epoch ----
 
@@ -170,7 +207,7 @@ class Rejoiner:
         if self.fence is not None:
             await self.server.reread_fence()
             self.fence = None
-            self.alarms.clear(ALARM)
+            self._raise_alarm()
         await self._in_thread(self._remove, REJOIN_FILE)
         self.order = None
         self.progress.wake()
@@ -205,6 +242,22 @@ class Rejoiner:
 
     async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         return await trio.to_thread.run_sync(function, *arguments, limiter=self.threads)
+
+
+def load_fence(storage: Storage) -> Fence | None:
+    """What was written down. A fence that cannot be read holds, and only rejoining ends it."""
+    unreadable = Fence(epoch=0, why=f"{FENCE_FILE} is there and cannot be read", time_ns=0)
+    return _load(storage, FENCE_FILE, decode_fence, unreadable)
+
+
+def handover_text(fence: Fence) -> str:
+    """What people are told of a host that makes way for a planned failover."""
+    if fence.handed is None:
+        return f"{fence.why}: the disks take no writes while host and store are being compared"
+    return (
+        f"{fence.why}: the disks take no writes, and the store has all of LSN {fence.handed.lsn}. `replica-store "
+        f"failover cancel {fence.handover[:12]}` gives them back, `commit` makes it final"
+    )
 
 
 def _load(storage: Storage, name: str, decode: Callable[[bytes, str], T], unreadable: T | None) -> T | None:

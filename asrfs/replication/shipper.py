@@ -184,7 +184,7 @@ class Shipper:
             return
         if rejoiner.order is not None:
             await rejoiner.prepare()
-        elif rejoiner.fence is not None:
+        elif rejoiner.fence is not None and not rejoiner.fence.handover:
             raise FencedError(rejoiner.fence.why)
 
     async def _takes_consequences(self, error: Exception) -> bool:

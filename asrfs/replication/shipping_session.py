@@ -35,6 +35,8 @@ from asrfs.protocol.messages import (
     Compared,
     Configure,
     Goodbye,
+    HandedOver,
+    Handover,
     Heartbeat,
     Hello,
     Match,
@@ -141,6 +143,7 @@ class ShippingSession:
             group_address=self._source.group_address,
             rejoin=self._rejoins,
             order=order.id if order is not None else "",
+            takes_handover=self._source.handover is not None,
         )
         try:
             with trio.fail_after(GREETING_S_MAX):
@@ -214,7 +217,7 @@ class ShippingSession:
     # ---- streaming ----------------------------------------------------------------------------------------
 
     async def _stream_objects(self, compares: int) -> None:
-        sending, receiving = trio.open_memory_channel[Outgoing | Compare | Match](0)
+        sending, receiving = trio.open_memory_channel[Outgoing | Compare | Match | HandedOver](0)
         built, matching = trio.open_memory_channel[Outgoing](OBJECTS_UNACKNOWLEDGED_MAX)
         tasks: list[Callable[[], Awaitable[None]]] = [
             self._receive,
@@ -314,7 +317,7 @@ class ShippingSession:
             await progress.wait_until(is_due)
         self._cut_at = trio.current_time()
 
-    async def _send_objects(self, channel: trio.MemoryReceiveChannel[Outgoing | Compare | Match]) -> None:
+    async def _send_objects(self, channel: trio.MemoryReceiveChannel[Outgoing | Compare | Match | HandedOver]) -> None:
         self._heartbeat_at = trio.current_time() + HEARTBEAT_S
         while True:
             next_one = None
@@ -361,6 +364,10 @@ class ShippingSession:
                 self._matching.answered(event)
             elif isinstance(event, Configure):
                 self._source.configured(event.configuration)
+            elif isinstance(event, Handover):
+                if self._source.handover is None:
+                    raise ProtocolError("the store asked for a handover, which this host never said that it takes")
+                self._source.handover(event)
             elif isinstance(event, Refused):
                 self._source.seeds.is_useless |= event.code == "seed"
                 raise refusal(event.code, event.text)

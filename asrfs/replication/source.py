@@ -12,6 +12,7 @@ from asrfs.journal.reader import JournalReader
 from asrfs.model.configuration import HostConfiguration
 from asrfs.model.dirty_map import GivenUp
 from asrfs.model.rejoining import RejoinOrder
+from asrfs.protocol.messages import Handover
 from asrfs.replication.object_builder import ObjectBuilder
 from asrfs.replication.outlet import Outlet
 from asrfs.replication.positions_file import PositionsFile
@@ -36,6 +37,10 @@ def _follow_nothing(_configuration: HostConfiguration) -> None:
     """Of a source whose owner takes no word of the store."""
 
 
+HandoverWanted = Callable[[Handover], None]
+"""Told what the store wants; returns at once."""
+
+
 @dataclass(slots=True)
 class Source:
     """What sessions ship from; outlives them. `journal_turn` is held while segments are freed or gone back to.
@@ -43,6 +48,7 @@ class Source:
     `configured` is told what the store wants of this host, unchecked, and returns at once. `given_up`: by
     the dirty map that is saved. `group_port` and `group_address` are said to the store when a session begins: where
     other members of a group reach this machine. `rejoiner`: by whom this side goes on in a new epoch, if it may.
+    `handover`: who is told of planned failovers; None where nobody knows what that is.
     """
 
     machine_id: bytes
@@ -63,6 +69,7 @@ class Source:
     outlet: Outlet = field(default_factory=Outlet)
     seeds: Seeds = field(default_factory=Seeds)
     rejoiner: Rejoiner | None = None
+    handover: HandoverWanted | None = None
 
     @property
     def order(self) -> RejoinOrder | None:

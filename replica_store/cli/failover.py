@@ -1,6 +1,7 @@
 """`replica-store failover`: a machine brought back from a point, for trial or in earnest.
 
     test MACHINE --point P          cleanup ID                    beside the machine, which goes on
+    planned MACHINE --point latest  its host hands it over, nothing is lost; then as unplanned
     unplanned MACHINE --point P     change-point ID --point P · cancel ID · commit ID
     list · show ID · report · resume ID
 
@@ -9,6 +10,7 @@ Works on the vault itself, whether it is served or not. What is started outlives
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -24,6 +26,7 @@ from asrfs.storage.system_clock import SystemClock
 from asrfs.terminal.output import pairs, table
 from replica_store.cli.invocation import Invocation, pass_invocation
 from replica_store.failover.actions import TTL_S, Failovers, Wanted
+from replica_store.failover.handing_over import HANDOVER_S
 from replica_store.failover.report import document, drills, verdict
 from replica_store.vault.operations import ENDED, Operation, operation, operations
 
@@ -116,6 +119,42 @@ def unplanned(
         accept_damage=accept_damage,
     )
     _answer(invocation, _failovers(invocation).unplanned(wanted))
+
+
+@failover.command()
+@click.argument("machine")
+@click.option("--point", "selector", metavar="latest", required=True, help="`latest`, for nothing is to be lost.")
+@_STATE
+@_MOUNT
+@_CHECK
+@click.option(
+    "--timeout", metavar="D", default=format_duration(HANDOVER_S), show_default=True, help="Cancelled after so long."
+)
+@pass_invocation
+def planned(
+    invocation: Invocation,
+    machine: str,
+    selector: str,
+    state: str | None,
+    mount: str | None,
+    check_command: str | None,
+    timeout: str,
+) -> None:
+    """In earnest, its host being there: MACHINE goes on here with all that it wrote, commit pending.
+
+    The host stops writing, sends what is left and compares all disks; only if none differs it is gone on from here.
+    Until `commit` it can be cancelled: the host writes again, and what was written here is given up. Stop what uses the
+    disks there first: who has a filesystem mounted finds it read-only.
+    """
+    wanted = Wanted(
+        machine=machine,
+        selector=selector,
+        state=state,
+        mount=mount,
+        check_command=check_command,
+        handover_s=math.ceil(parse_duration(timeout)),
+    )
+    _answer(invocation, _failovers(invocation).planned(wanted))
 
 
 @failover.command("change-point")
@@ -260,6 +299,10 @@ def _answer(invocation: Invocation, found: Operation, *, judged: bool = True) ->
         out.print()
         rows = [(disk["name"], disk["path"], disk["filesystem"], disk["fsck"]) for disk in whole["disks"]]
         out.print(table(("DISK", "FILE", "FILESYSTEM", "FSCK"), rows))
+        if (proof := whole["proof"]) is not None:
+            out.print(
+                f"nothing was lost: up to LSN {proof['lsn']} {proof['chunks_compared']} chunks were compared, 0 differ"
+            )
         for warning in whole["warnings"]:
             out.print(f"warning: {warning}")
 

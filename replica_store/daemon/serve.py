@@ -124,6 +124,7 @@ async def _serve(
             )
             nursery.start_soon(listener.save_links)
             nursery.start_soon(listener.configurations.run)
+            nursery.start_soon(listener.handovers.run)
             nursery.start_soon(GroupKeeper(vault, lambda: listener.connected, clock, listener.threads).run)
             nursery.start_soon(comparing.run)
             nursery.start_soon(SeedKeeper(vault, listener.threads).run)

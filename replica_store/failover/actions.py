@@ -3,6 +3,7 @@
     test       preparing ─▶ serving ─▶ cleaned            beside the machine, whose state it does not touch
     unplanned  preparing ─▶ commit-pending ─▶ committed   the machine is failed-over, then committed
                    ▲  change-point │ cancel ─▶ cancelled
+    planned    asked, handed over or cancelled, then as unplanned at what was handed over
 
 A state is written down before what it means is done, where that takes something away (cancelled, cleaned), and after,
 where it promises something (serving, commit-pending, committed). What an ended one left is marked by `remains`; whoever
@@ -23,7 +24,8 @@ from asrfs.errors import AsrfsError, BadInputError, RefusedError
 from asrfs.model.clock import Clock
 from asrfs.model.protection_states import ProtectionEvent, next_state
 from asrfs.model.quantities import NS_PER_SECOND, format_duration, format_size
-from replica_store.failover import network, places, undoing
+from asrfs.protocol.messages import HANDOVER_S_MAX
+from replica_store.failover import handing_over, network, places, undoing
 from replica_store.failover.choice import RESERVE_BYTES, Chosen, check_space, choose, free_bytes
 from replica_store.failover.mounts import allocated_bytes
 from replica_store.failover.preparation import Stopwatch, Told, bring_back, prepare
@@ -63,6 +65,7 @@ class Wanted:
     check_command: str | None = None
     accept_damage: bool = False
     ttl_s: float = TTL_S
+    handover_s: int = handing_over.HANDOVER_S
     space_limit_bytes: int | None = None
 
 
@@ -90,11 +93,23 @@ class Failovers:
 
     def unplanned(self, wanted: Wanted) -> Operation:
         """The machine goes on from a point, commit pending. One that died while it began is carried on with."""
+        return self._begin_or_resume("unplanned", wanted)
+
+    def planned(self, wanted: Wanted) -> Operation:
+        """The machine goes on from what its host hands over, commit pending, and nothing is lost. One that died while
+        it began is carried on with. Raises AsrfsError; then the host has its machine again, or will."""
+        if wanted.selector != "latest":
+            raise BadInputError("a planned failover goes to `--point latest`: it loses nothing")
+        if not 0 < wanted.handover_s <= HANDOVER_S_MAX:
+            raise BadInputError(f"--timeout is more than nothing and at most {format_duration(HANDOVER_S_MAX)}")
+        return self._begin_or_resume("planned", wanted)
+
+    def _begin_or_resume(self, kind: Kind, wanted: Wanted) -> Operation:
         with Vault.open(self._root) as vault:
             holding = holder(operations(vault.catalog, vault.machine(wanted.machine).id))
-        if holding is not None and _is_same(holding, wanted):
+        if holding is not None and _is_same(holding, kind, wanted):
             return self.resume(holding.id)
-        return self._begin("unplanned", wanted)
+        return self._begin(kind, wanted)
 
     def _begin(self, kind: Kind, wanted: Wanted) -> Operation:
         watch = Stopwatch(self._told, [Step("start", self._begun_s)])
@@ -105,6 +120,9 @@ class Failovers:
             with Vault.open(self._root) as vault:
                 chosen = choose(vault, wanted.machine, wanted.selector, accept_damage=wanted.accept_damage)
                 self._check_room(vault, kind, chosen, wanted, where.state)
+                self._check_state(vault, kind, wanted.machine)
+            if kind == "planned":
+                handing_over.check_present(self._root, wanted.machine, self._clock)
         now_ns = self._clock.time_ns()
         made = Operation(
             id=operation_id,
@@ -121,14 +139,13 @@ class Failovers:
             data_loss_s=chosen.data_loss_s,
             disks=chosen.disk_names,
             warnings=chosen.warnings,
+            handover=handing_over.asked(self._clock, wanted.handover_s) if kind == "planned" else None,
         ).to("preparing", now_ns, f"{kind} failover to {wanted.selector} was asked for")
 
         def check(vault: Vault) -> Operation:
             others = operations(vault.catalog)
             places.check_not_taken(where, others)
-            if kind != "test":
-                event = ProtectionEvent.UNPLANNED_FAILOVER
-                next_state(protection_of(vault, vault.machine(wanted.machine)), event, wanted.machine)
+            self._check_state(vault, kind, wanted.machine)
             return made
 
         with places.take_lock(where):
@@ -138,10 +155,40 @@ class Failovers:
                 shutil.rmtree(where.directory, ignore_errors=True)
                 raise
             try:
+                if kind == "planned":
+                    begun, chosen = self._take_over(begun, watch)
                 return self._prepare(begun, chosen, watch)
             except BaseException as error:
                 self._give_up(begun, error)
                 raise
+
+    def _check_state(self, vault: Vault, kind: Kind, machine: str) -> None:
+        """Raise RefusedError where the table does not let it begin."""
+        event = ProtectionEvent.PLANNED_FAILOVER if kind == "planned" else ProtectionEvent.UNPLANNED_FAILOVER
+        if kind != "test":
+            next_state(protection_of(vault, vault.machine(machine)), event, machine)
+
+    def _take_over(self, begun: Operation, watch: Stopwatch) -> tuple[Operation, Chosen]:
+        """Wait for what the host hands over; that is what is gone on from."""
+        with watch.step("handover"):
+            found = handing_over.wait_answer(self._root, begun.id, self._clock)
+        assert found.handover is not None and found.handover.lsn is not None
+        with watch.step("point"), Vault.open(self._root) as vault:
+            chosen = choose(vault, found.machine, f"lsn:{found.handover.lsn}", accept_damage=True)
+
+        def use(vault: Vault, before: Operation) -> Operation:
+            if before.state != "preparing" or before.handover is None:
+                raise RefusedError(f"failover {before.id[:12]} is {before.state} meanwhile")
+            return msgspec.structs.replace(
+                before,
+                point=msgspec.structs.replace(chosen.point, selector=before.point.selector),
+                disks=chosen.disk_names,
+                warnings=chosen.warnings,
+                data_loss_s=0.0,
+                handover=msgspec.structs.replace(before.handover, is_used=True),
+            )
+
+        return change(self._root, begun.id, use), chosen
 
     def _check_room(self, vault: Vault, kind: Kind, chosen: Chosen, wanted: Wanted, directory: str) -> None:
         if kind != "test":
@@ -194,11 +241,22 @@ class Failovers:
             if found.state in ENDED:
                 return undoing.tidy(self._root, found) if found.remains else found
             if found.state == "preparing":
-                with Vault.open(self._root) as vault:
-                    chosen = choose(vault, found.machine, f"lsn:{found.point.lsn}", accept_damage=True)
-                return self._prepare(found, chosen, Stopwatch(self._told, [Step("start", self._begun_s)]))
+                return self._carry_on(found)
             bring_back(self._root, found)
             return self._commit(found) if found.epoch is not None and found.state != "committed" else found
+
+    def _carry_on(self, found: Operation) -> Operation:
+        watch = Stopwatch(self._told, [Step("start", self._begun_s)])
+        if found.handover is not None and not found.handover.is_used:
+            try:
+                found, chosen = self._take_over(found, watch)
+            except BaseException as error:
+                self._give_up(found, error)
+                raise
+            return self._prepare(found, chosen, watch)
+        with Vault.open(self._root) as vault:
+            chosen = choose(vault, found.machine, f"lsn:{found.point.lsn}", accept_damage=True)
+        return self._prepare(found, chosen, watch)
 
     def change_point(self, text: str, selector: str, *, accept_damage: bool = False) -> Operation:
         """Another point for a failover that is not committed; what was written since it began is given up."""
@@ -239,6 +297,8 @@ class Failovers:
                     f"`replica-store failover resume {before.id[:12]}`, change-point, cancel"
                 )
             row = vault.machine(before.machine)
+            if before.epoch is None:
+                _check_host_rests(before, row.epoch)
             return msgspec.structs.replace(before, epoch=before.epoch or row.epoch + 1)
 
         found = change(self._root, found.id, intend)
@@ -260,19 +320,13 @@ class Failovers:
     def cancel(self, text: str) -> Operation:
         """Take a failover back that is not committed: the machine is where it was. What was written since is given
         up."""
-        return self._end(text, "cancelled", "it was cancelled", self._allow_cancel)
+        cancelled = self._end(text, "cancelled", "it was cancelled", self._allow_cancel)
+        return handing_over.wait_back(self._root, cancelled, self._clock)
 
     def cleanup(self, text: str, cause: str = "it was cleaned up") -> Operation:
         """End a test failover; nothing of it is left but its report."""
 
-        def allow(vault: Vault, before: Operation) -> None:
-            if before.kind != "test":
-                raise RefusedError(
-                    f"failover {before.id[:12]} is no test, it is {before.state}: cleanup is refused; allowed: "
-                    + ("nothing that ends it" if before.state == "committed" else "cancel, commit")
-                )
-
-        return self._end(text, "cleaned", cause, allow)
+        return self._end(text, "cleaned", cause, _allow_cleanup)
 
     def _end(
         self, text: str, state: OperationState, cause: str, allow: Callable[[Vault, Operation], None]
@@ -323,7 +377,10 @@ class Failovers:
                         if (found := self._find(each.id)).remains:
                             ended.append(undoing.tidy(self._root, found))
                 elif (cause := self._is_due(each)) is not None:
-                    ended.append(self.cleanup(each.id, cause))
+                    if each.kind == "test":
+                        ended.append(self.cleanup(each.id, cause))
+                    else:
+                        ended.append(self._end(each.id, "cancelled", cause, self._allow_cancel))
             except (AsrfsError, OSError):
                 continue
         return ended
@@ -337,6 +394,10 @@ class Failovers:
             return [each for each in operations(vault.catalog) if each.remains]
 
     def _is_due(self, found: Operation) -> str | None:
+        handover, now_ns = found.handover, self._clock.time_ns()
+        if handover is not None and found.state == "preparing" and now_ns >= handover.until_ns:
+            is_moved = handover.is_used and found.point.lsn != handover.lsn  # by a person, who had it before
+            return None if is_moved else "nobody carried on with it when its time was up"
         if found.kind != "test":
             return None
         if found.expires_ns is not None and self._clock.time_ns() >= found.expires_ns:
@@ -355,11 +416,28 @@ class Failovers:
             return sealed_operation(vault, text)
 
 
-def _is_same(found: Operation, wanted: Wanted) -> bool:
+def _allow_cleanup(vault: Vault, before: Operation) -> None:
+    if before.kind != "test":
+        raise RefusedError(
+            f"failover {before.id[:12]} is no test, it is {before.state}: cleanup is refused; allowed: "
+            + ("nothing that ends it" if before.state == "committed" else "cancel, commit")
+        )
+
+
+def _check_host_rests(found: Operation, epoch: int) -> None:
+    """Raise RefusedError where the host goes on by itself since it handed over: committing would lose what it wrote."""
+    if found.handover is not None and (found.handover.is_back or epoch != found.point.epoch):
+        raise RefusedError(
+            f"the host of machine {found.machine} has taken its machine back since it handed over: commit is refused; "
+            "allowed: cancel"
+        )
+
+
+def _is_same(found: Operation, kind: Kind, wanted: Wanted) -> bool:
     """Whether a failover that died while it began is what is asked for again."""
     return (
         found.state == "preparing"
-        and found.kind == "unplanned"
+        and found.kind == kind
         and found.point.selector == wanted.selector
         and (wanted.state is None or os.path.realpath(wanted.state) == found.places.state)
         and (wanted.mount is None or os.path.realpath(wanted.mount) == found.places.mount)

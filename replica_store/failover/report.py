@@ -55,6 +55,8 @@ def document(operation: Operation) -> dict[str, Any]:
         "begun": format_time(operation.begun_ns),
         "expires": None if operation.expires_ns is None else format_time(operation.expires_ns),
         "epoch": operation.epoch,
+        "proof": _proof(operation),
+        "handover": _handover(operation),
         "remains": operation.remains,
         "warnings": list(operation.warnings),
         "log": [
@@ -62,6 +64,22 @@ def document(operation: Operation) -> dict[str, Any]:
             for cause in operation.causes
         ],
     }
+
+
+def _proof(operation: Operation) -> dict[str, Any] | None:
+    """That a planned failover lost nothing; None of another point than what was handed over."""
+    handover = operation.handover
+    if handover is None or handover.lsn is None or not handover.is_used or handover.lsn != operation.point.lsn:
+        return None
+    return {"lsn": handover.lsn, "chunks_compared": handover.chunks_compared, "chunks_different": 0}
+
+
+def _handover(operation: Operation) -> dict[str, Any] | None:
+    """What the host did for a planned failover."""
+    handover = operation.handover
+    if handover is None:
+        return None
+    return {"lsn": handover.lsn, "error": handover.error, "taken_back": handover.is_back}
 
 
 def verdict(operation: Operation) -> AsrfsError | None:

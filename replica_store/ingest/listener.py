@@ -17,6 +17,7 @@ from asrfs.transport.stream import ByteStream
 from asrfs.transport.tls import machine_identity
 from replica_store.ingest.budget import Budget
 from replica_store.ingest.configurations import Configurations
+from replica_store.ingest.handovers import Handovers
 from replica_store.ingest.ingester import Ingester
 from replica_store.ingest.links import Links
 from replica_store.ingest.session import Comparing, NoComparing, StoreSession
@@ -39,6 +40,7 @@ class Listener:
         self.links = Links(vault, clock)
         self.budget = Budget()
         self.configurations = Configurations(vault, self.in_thread)
+        self.handovers = Handovers(vault, clock, self.in_thread)
         self.threads = trio.CapacityLimiter(THREADS)
         self._ingesters: dict[str, Ingester] = {}
         self._sessions: dict[str, StoreSession] = {}

@@ -3,6 +3,7 @@
     receive ──(channel, at most OBJECTS_WAITING)──▶ store, in a thread ──▶ ACKNOWLEDGE
     beat: HEARTBEAT every few seconds            watch: is the certificate still good?
     configure: CONFIGURE at once and on change, to a host that takes it
+    hand_over: HANDOVER as long as a planned failover wants something of the host
     match: one task for each MATCH, answered from a table
     compare: one task for each COMPARE that is not answered yet; what it asks is done elsewhere
 
@@ -32,6 +33,7 @@ from asrfs.protocol.messages import (
     Compared,
     Configure,
     Goodbye,
+    HandedOver,
     Heartbeat,
     Hello,
     Match,
@@ -51,6 +53,7 @@ from replica_store.ingest.greeting import (
     granted_before,
     refusal_code,
 )
+from replica_store.ingest.handovers import Handovers
 from replica_store.ingest.ingester import Ingester, Position
 from replica_store.ingest.links import Links
 from replica_store.ingest.seeding import match
@@ -67,6 +70,7 @@ SEND_S_MAX = 5.0
 OBJECTS_WAITING = 4
 _RECEIVE_BYTES = 256 << 10
 _RUN_OUT_S = 2.0
+_TOO_OLD = "the host is of before planned failover: update asrfs there"
 
 T = TypeVar("T")
 
@@ -97,6 +101,7 @@ class Store(Protocol):
     links: Links
     budget: Budget
     configurations: Configurations
+    handovers: Handovers
     comparing: Comparing
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -142,7 +147,7 @@ class StoreSession:
             self._log.info("session began", acknowledged_lsn=ingester.position.lsn, host_lsn=hello.appended_lsn)
             self._store.links.connected(self._identity.machine_id, hello)
             try:
-                await self._stream_objects(ingester, takes_configuration=hello.takes_configuration)
+                await self._stream_objects(ingester, hello)
             finally:
                 self._give_back(self._held)
                 self._store.links.disconnected(self._identity.machine_id)
@@ -224,10 +229,11 @@ class StoreSession:
 
     # ---- streaming ----------------------------------------------------------------------------------------
 
-    async def _stream_objects(self, ingester: Ingester, *, takes_configuration: bool) -> None:
+    async def _stream_objects(self, ingester: Ingester, hello: Hello) -> None:
         arriving, waiting = trio.open_memory_channel[ObjectReceived](OBJECTS_WAITING - 1)
         tasks: list[Callable[[], Awaitable[None]]] = [self._beat, self._watch]
-        if takes_configuration:
+        tasks.append(partial(self._hand_over, takes_handover=hello.takes_handover))
+        if hello.takes_configuration:
             tasks.append(self._configure)
         async with trio.open_nursery() as nursery:
             scope = nursery.cancel_scope
@@ -249,7 +255,7 @@ class StoreSession:
 
     async def _receive(self, arriving: trio.MemorySendChannel[ObjectReceived], nursery: trio.Nursery) -> None:
         """Until the host has closed or said goodbye; then nothing more is waiting to come."""
-        async with arriving:
+        with arriving:  # at once: an error must be known before the task behind finds that nothing more comes
             while await self._receive_once(arriving, nursery):
                 pass
 
@@ -279,6 +285,8 @@ class StoreSession:
                     raise ProtocolError(f"the host asked for more than {MATCHES_MAX} matches at once")
                 self._matching += 1
                 nursery.start_soon(self._until_failure, nursery.cancel_scope, partial(self._match, event))
+            elif isinstance(event, HandedOver):
+                await self._store.handovers.answered(self._identity.machine_id, event)
             elif isinstance(event, Goodbye):
                 self._log.info("host said goodbye", reason=event.reason[:200])
                 return False
@@ -348,6 +356,20 @@ class StoreSession:
                     said = wanted
             with trio.move_on_after(math.inf if wanted is not None else AGAIN_S):
                 await configurations.newer_than(looked)
+
+    async def _hand_over(self, *, takes_handover: bool) -> None:
+        """Say what a planned failover wants of the host, once for each thing."""
+        handovers, machine_id = self._store.handovers, self._identity.machine_id
+        said = None
+        while True:
+            wanted = handovers.of(machine_id)
+            if wanted is not None and wanted != said:
+                if takes_handover:
+                    await self._send(wanted)
+                else:
+                    await handovers.answered(machine_id, HandedOver(id=wanted.id, outcome="failed", error=_TOO_OLD))
+            said = wanted
+            await handovers.change()
 
     # ---- stream -------------------------------------------------------------------------------------------
 

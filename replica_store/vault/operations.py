@@ -88,11 +88,33 @@ class Places(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str | None = None
 
 
+class HandoverAsked(msgspec.Struct, frozen=True, kw_only=True):
+    """What a planned failover asked of the machine's host, and what that answered.
+
+    Until `until_ns` (the store's clock) it is asked. `lsn`: up to which it handed over, having found `chunks_compared`
+    chunks to be equal; `error`: why it did not. `is_used`: the failover goes on from there. `is_back`: the host has its
+    machine again, or never let go of it.
+    """
+
+    seconds_max: int
+    until_ns: int
+    lsn: int | None = None
+    chunks_compared: int = 0
+    chunks_different: int = 0
+    error: str | None = None
+    is_used: bool = False
+    is_back: bool = False
+
+    @property
+    def is_answered(self) -> bool:
+        return self.lsn is not None or self.error is not None
+
+
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """One failover. `remains`: processes, mounts or directories of it are there, or may be.
 
     `begun_s`: when its present preparation began is in the first of `steps`; `rto_s` is their sum once it was ready.
-    `epoch`: what commit raised the machine to.
+    `epoch`: what commit raised the machine to. `handover`: of a planned one.
     """
 
     id: str
@@ -116,6 +138,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     checked: Checked | None = None
     warnings: tuple[str, ...] = ()
     epoch: int | None = None
+    handover: HandoverAsked | None = None
     causes: tuple[Cause, ...] = ()
 
     def to(self, state: OperationState, time_ns: int, text: str) -> Operation:
@@ -198,6 +221,16 @@ def holder(found: Iterable[Operation]) -> Operation | None:
     """The newest failover of a machine that holds its protection: it is failed over, or committed elsewhere."""
     holding = [each for each in found if each.kind != "test" and each.state not in ENDED]
     return holding[-1] if holding else None
+
+
+def asking(catalog: Catalog) -> list[Operation]:
+    """Those whose host has something to hear, or did not say yet that it has its machine back; oldest first. Cheap:
+    asked all the time. Raises IntegrityError."""
+    rows = catalog.select(
+        f"SELECT {_COLUMNS} FROM operations WHERE state IN ('preparing', 'cancelled') "  # noqa: S608
+        "AND CASE WHEN json_valid(content) THEN json_extract(content, '$.handover.is_back') END = 0"
+    )
+    return sorted((_operation(catalog, *row) for row in rows), key=lambda each: (each.begun_ns, each.id))
 
 
 def committed_by(catalog: Catalog, machine_id: str) -> str | None:

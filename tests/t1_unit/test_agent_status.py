@@ -39,7 +39,7 @@ def facts(**changes: Any) -> Facts:
         "oldest_segment": 1,
         "quota_bytes": 1 << 29,
         "healing": WHOLE,
-        "is_fenced": False,
+        "fence": None,
         "link": "connected",
     }
     return Facts(**(values | changes))

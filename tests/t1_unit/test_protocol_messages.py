@@ -17,6 +17,8 @@ from asrfs.protocol.messages import (
     Compared,
     Configure,
     Goodbye,
+    HandedOver,
+    Handover,
     Heartbeat,
     Hello,
     Match,
@@ -66,6 +68,9 @@ MESSAGES: list[Message] = [
     Compare(number=1, slot=2, disk_id="e" * 32, size_bytes=5 << 20, first=0, digests=bytes(64), lsn=9),
     Compared(number=1, lsn=9, differs=b"\x02", leaves=bytes(range(32)) * 16),
     Compared(number=1, exit_code=3, text="no such disk"),
+    Handover(id="f" * 32, wanted="hand-over", seconds_max=600),
+    HandedOver(id="f" * 32, outcome="handed-over", lsn=77, chunks_compared=16),
+    HandedOver(id="f" * 32, outcome="failed", error="a disk differs"),
     Configure(
         configuration=HostConfiguration(
             generation=7,

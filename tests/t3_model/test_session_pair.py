@@ -21,6 +21,8 @@ from asrfs.protocol.messages import (
     Compared,
     Configure,
     Goodbye,
+    HandedOver,
+    Handover,
     Heartbeat,
     Match,
     Matched,
@@ -38,6 +40,8 @@ GOODBYE = Goodbye(reason="done")
 COMPARE = Compare(number=3, slot=0, disk_id="ab" * 16, size_bytes=5 << 20, first=1, digests=bytes(32))
 MATCH = Match(number=3, disks=(ChunksOfDisk(name="root", runs=((2, 3),), digests=bytes(48)),))
 MATCHED = Matched(number=3, equal=(b"\x05",))
+HANDOVER = Handover(id="ab" * 16, wanted="hand-over", seconds_max=60)
+HANDED_OVER = HandedOver(id="ab" * 16, outcome="handed-over", lsn=10, chunks_compared=4)
 COMPARED = Compared(number=3, lsn=10, differs=b"\x01", leaves=bytes(16 * 32))
 CONFIGURE = Configure(configuration=HostConfiguration(generation=3, policy="gold", keys={"crash_interval": "1s"}))
 
@@ -65,15 +69,18 @@ def test_a_whole_session_however_it_is_cut(cut: Cut) -> None:
     pair.say("store", CONFIGURE)
     pair.say("store", COMPARED)
     pair.say("store", MATCHED)
+    pair.say("store", HANDOVER)
     assert pair.carry("store", cut) == [
         Acknowledge(lsn=10, digest="12" * 32),
         Heartbeat(),
         CONFIGURE,
         COMPARED,
         MATCHED,
+        HANDOVER,
     ]
+    pair.say("host", HANDED_OVER)
     pair.say("host", GOODBYE)
-    assert pair.carry("host", cut) == [GOODBYE]
+    assert pair.carry("host", cut) == [HANDED_OVER, GOODBYE]
     assert {end.state for end in pair.ends.values()} == {State.CLOSED}
 
 
@@ -93,7 +100,8 @@ def test_what_the_store_says_within_an_object_does_not_end_it() -> None:
     pair.say("store", Acknowledge(lsn=7, digest=""))
     pair.say("store", CONFIGURE)
     pair.say("store", COMPARED)
-    assert pair.carry("store") == [Acknowledge(lsn=7, digest=""), CONFIGURE, COMPARED]
+    pair.say("store", HANDOVER)
+    assert pair.carry("store") == [Acknowledge(lsn=7, digest=""), CONFIGURE, COMPARED, HANDOVER]
     assert pair.ends["store"].state is State.IN_OBJECT
     for buffer in buffers:
         pair.sent["host"] += buffer
@@ -129,6 +137,10 @@ ILLEGAL: list[tuple[str, Callable[[], tuple[SessionPair, Role]], Message]] = [
     ("matching before it is welcome", lambda: (SessionPair(), "store"), MATCH),
     ("the store asks for a match", lambda: (greeted(), "host"), MATCH),
     ("the host matches", lambda: (greeted(), "store"), MATCHED),
+    ("the host asks for a handover", lambda: (greeted(), "store"), HANDOVER),
+    ("a handover before hello", lambda: (SessionPair(), "host"), HANDOVER),
+    ("the store hands over", lambda: (greeted(), "host"), HANDED_OVER),
+    ("handed over before it is welcome", lambda: (SessionPair(), "store"), HANDED_OVER),
     (
         "chunks without digests",
         lambda: (greeted(), "store"),

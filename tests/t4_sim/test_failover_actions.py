@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import msgspec
 import pytest
 
 from asrfs.errors import RefusedError, TemporaryError
+from asrfs.model.clock import Clock
 from asrfs.model.quantities import NS_PER_SECOND
+from asrfs.protocol.messages import HandedOver
 from asrfs.storage.system_clock import SystemClock
-from replica_store.failover import actions, undoing
+from replica_store.failover import actions, handing_over, undoing
 from replica_store.failover.actions import Failovers, Wanted
 from replica_store.failover.preparation import Stopwatch
 from replica_store.vault.enrolment import put_description
+from replica_store.vault.handovers import note_answer
 from replica_store.vault.operations import Operation, change, operation, operations
 from replica_store.vault.protection import protection_of
 from replica_store.vault.rebuild import rebuild
@@ -37,6 +41,7 @@ VERBS: dict[str, Callable[[Failovers, str], Operation]] = {
 STATES = {
     "test": ("preparing", "serving", "cleaned"),
     "unplanned": ("preparing", "commit-pending", "committed", "cancelled"),
+    "planned": ("preparing", "commit-pending", "committed", "cancelled"),
 }
 LEADS_TO = {
     ("test", "preparing", "cleanup"): "cleaned",
@@ -56,6 +61,7 @@ LEADS_TO = {
     ("unplanned", "cancelled", "resume"): "cancelled",
 }
 """Everything else is refused."""
+LEADS_TO |= {("planned", state, verb): to for (kind, state, verb), to in LEADS_TO.items() if kind == "unplanned"}
 
 
 class ShiftedClock:
@@ -81,9 +87,23 @@ class Recovery:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fails = False
         self.there: set[str] = set()
+        self.answer = HandedOver(id="", outcome="handed-over", lsn=1, chunks_compared=4)
+        """What hosts answer, `lsn` being all that is here."""
         monkeypatch.setattr(actions, "prepare", self._prepare)
         monkeypatch.setattr(actions, "bring_back", lambda root, found: self.there.add(found.id))
         monkeypatch.setattr(undoing, "discard", lambda found: self.there.discard(found.id))
+        monkeypatch.setattr(handing_over, "check_present", lambda root, machine, clock: None)
+        monkeypatch.setattr(handing_over, "wait_answer", partial(self._wait_answer, handing_over.wait_answer))
+
+    def _wait_answer(
+        self, sound: Callable[[str, str, Clock], Operation], root: str, operation_id: str, clock: Clock
+    ) -> Operation:
+        with Vault.open(root) as vault:
+            machine_id = vault.machine(MACHINE).id
+            lsn = vault.received_lsn(machine_id) if self.answer.outcome == "handed-over" else 0
+            answer = msgspec.structs.replace(self.answer, id=operation_id, lsn=lsn)
+            note_answer(vault, machine_id, answer, clock.time_ns())
+        return sound(root, operation_id, clock)
 
     def _prepare(
         self, root: str, begun: Operation, disks: object, epoch: int, watch: Stopwatch, *, examined: bool

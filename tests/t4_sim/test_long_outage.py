@@ -98,7 +98,7 @@ class Day:
                 healing=standing_of(
                     host.dirty.map, host.dirty.given_up, machine, host.resyncer.phase, host.resyncer.failure
                 ),
-                is_fenced=False,
+                fence=None,
                 link=host.shipper._link.state,
                 link_reason=host.shipper._link.reason,
                 policy=Policy(),

@@ -20,7 +20,7 @@ if __name__ == "__main__":
             os.kill(os.getpid(), signal.SIGKILL)
 
     failovers = Failovers(root, SystemClock(), told)
-    if verb in ("test", "unplanned"):
+    if verb in ("test", "unplanned", "planned"):
         getattr(failovers, verb)(Wanted(machine=words[0], selector=words[1], check_command="true"))
     else:
         getattr(failovers, verb)(*words)

@@ -33,6 +33,7 @@ from asrfs.storage.system_clock import SystemClock
 from asrfs.transport.tls import MachineIdentity
 from replica_store.ingest.budget import Budget
 from replica_store.ingest.configurations import Configurations
+from replica_store.ingest.handovers import Handovers
 from replica_store.ingest.ingester import Ingester
 from replica_store.ingest.links import Links
 from replica_store.ingest.session import StoreSession
@@ -102,6 +103,7 @@ class _InlineStore:
         self.links = Links(vault, SystemClock())
         self.budget = Budget()
         self.configurations = Configurations(vault, self.in_thread)
+        self.handovers = Handovers(vault, SystemClock(), self.in_thread)
         self.comparing = InlineComparing(vault)
         self.ingester = Ingester(vault, _MACHINE, lambda: "deadbeef")
 
@@ -238,6 +240,7 @@ class HostWorld:
                 threads=trio.CapacityLimiter(1),
                 journal_turn=trio.Lock(),
                 configured=configured,
+                handover=lambda wanted: None,
             )
             keys = HostKeys(MACHINE_ID, b"i" * 32, b"p" * 32)
             async with trio.open_nursery() as nursery:

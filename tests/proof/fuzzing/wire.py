@@ -35,6 +35,8 @@ from asrfs.protocol.messages import (
     Compared,
     Configure,
     Goodbye,
+    HandedOver,
+    Handover,
     Heartbeat,
     Match,
     Matched,
@@ -97,7 +99,7 @@ def break_conversation(rng: random.Random, conversation: Conversation, strike: S
             changed[at] = Piece(piece.type, as_msgpack(rng, document))
     elif chance < 0.9:
         strike("field")
-        changed[at] = Piece(rng.randrange(13), changed[at].payload)
+        changed[at] = Piece(rng.randrange(16), changed[at].payload)
     elif chance < 0.95:
         strike("remove")
         del changed[at]
@@ -227,6 +229,7 @@ def host_says(history: HostHistory, records_each: int) -> Conversation:
     ask = Compare(number=1, slot=0, disk_id="0" * 32, size_bytes=1 << 20, first=0, digests=bytes(32))
     wanted = Match(number=1, disks=(ChunksOfDisk(name="root", runs=((0, 2),), digests=bytes(32)),))
     said.append(_piece(wanted, FrameType.MATCH))
+    said.append(_piece(HandedOver(id="d" * 32, outcome="failed", error="no"), FrameType.HANDED_OVER))
     said += [_piece(ask, FrameType.COMPARE), _piece(msgspec.structs.replace(ask, lsn=2), FrameType.COMPARE)]
     return [*said, _piece(Goodbye(reason="done"), FrameType.GOODBYE)]
 
@@ -238,6 +241,7 @@ def store_says(acknowledged: list[Acknowledge]) -> Conversation:
         said += [_piece(acknowledge, FrameType.ACKNOWLEDGE), _piece(Heartbeat(), FrameType.HEARTBEAT)]
     said.append(_piece(Compared(number=1, lsn=3, differs=b"\x02", leaves=bytes(range(32)) * 16), FrameType.COMPARED))
     said.append(_piece(Matched(number=1, equal=(b"\x02",)), FrameType.MATCHED))
+    said.append(_piece(Handover(id="d" * 32, wanted="take-back"), FrameType.HANDOVER))
     return [*said, _piece(Refused(code="busy", text="later"), FrameType.REFUSED)]
 
 
