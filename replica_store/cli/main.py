@@ -32,6 +32,8 @@ class StoreVerbs(frame.Verbs):
         "seed": "seed:seed",
         "failover": "failover:failover",
         "export": "export:export",
+        "promote": "promote:promote",
+        "promotions": "promote:list_promotions",
         "mount": "mount:mount",
         "nbd": "nbd:nbd",
         "boot": "boot:boot",

@@ -42,6 +42,7 @@ from replica_store.vault.operations import (
     operations,
     sealed_operation,
 )
+from replica_store.vault.promotions import check_not_promoting
 from replica_store.vault.protection import protection_of
 from replica_store.vault.vault import Vault, lock_descriptions
 
@@ -167,6 +168,8 @@ class Failovers:
         event = ProtectionEvent.PLANNED_FAILOVER if kind == "planned" else ProtectionEvent.UNPLANNED_FAILOVER
         if kind != "test":
             next_state(protection_of(vault, vault.machine(machine)), event, machine)
+        if kind == "planned":
+            check_not_promoting(vault.catalog, vault.machine(machine).id, machine)
 
     def _take_over(self, begun: Operation, watch: Stopwatch) -> tuple[Operation, Chosen]:
         """Wait for what the host hands over; that is what is gone on from."""

@@ -30,7 +30,7 @@ def asked(clock: Clock, seconds_max: int) -> HandoverAsked:
 def check_present(root: str, machine: str, clock: Clock) -> None:
     """Return when the host is connected to a store that serves. Raises RefusedError if it is not, after a moment."""
     deadline = clock.monotonic() + PRESENT_S_MAX
-    while not _is_present(root, machine, clock):
+    while not is_present(root, machine, clock):
         if clock.monotonic() >= deadline:
             raise RefusedError(
                 f"the host of machine {machine} is not connected to this store: a planned failover is handed over by "
@@ -58,7 +58,7 @@ def wait_answer(root: str, operation_id: str, clock: Clock) -> Operation:
         if found.state != "preparing":
             raise RefusedError(f"failover {found.id[:12]} is {found.state} meanwhile")
         now = clock.monotonic()
-        seen = now if _is_present(root, found.machine, clock) else seen
+        seen = now if is_present(root, found.machine, clock) else seen
         if clock.time_ns() >= handover.until_ns:
             limit = format_duration(float(handover.seconds_max))
             raise TemporaryError(f"machine {found.machine} was not handed over within {limit}")
@@ -71,7 +71,7 @@ def wait_back(root: str, found: Operation, clock: Clock) -> Operation:
     """The same when its host has taken its machine back, or later: who is away is told when it comes."""
     deadline = clock.monotonic() + BACK_S_MAX
     while found.handover is not None and not found.handover.is_back and clock.monotonic() < deadline:
-        if not _is_present(root, found.machine, clock):
+        if not is_present(root, found.machine, clock):
             break
         time.sleep(_LOOK_EVERY_S)  # sleep: another process writes it down
         with Vault.open(root) as vault:
@@ -79,7 +79,7 @@ def wait_back(root: str, found: Operation, clock: Clock) -> Operation:
     return found
 
 
-def _is_present(root: str, machine: str, clock: Clock) -> bool:
+def is_present(root: str, machine: str, clock: Clock) -> bool:
     """Whether its host said something lately to a store that serves."""
     with Vault.open(root) as vault:
         link = vault.catalog.link(vault.machine(machine).id)
