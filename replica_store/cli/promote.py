@@ -118,6 +118,7 @@ def document(found: Promotion) -> dict[str, Any]:
     return {
         "id": found.id,
         "target": found.target,
+        "selector": found.selector,
         "group": found.group,
         "state": found.state,
         "begun": format_time(found.begun_ns),

@@ -19,6 +19,7 @@ PRESENT_S_MAX = 10.0
 """For so long a command waits for a host that has just connected: links are written down every few seconds."""
 AWAY_S_MAX = 30.0
 BACK_S_MAX = 15.0
+OTHERWISE = "use `failover unplanned`"
 _LOOK_EVERY_S = 0.2
 
 
@@ -27,14 +28,14 @@ def asked(clock: Clock, seconds_max: int) -> HandoverAsked:
     return HandoverAsked(seconds_max=seconds_max, until_ns=clock.time_ns() + seconds_max * NS_PER_SECOND)
 
 
-def check_present(root: str, machine: str, clock: Clock) -> None:
+def check_present(root: str, machine: str, clock: Clock, otherwise: str = OTHERWISE) -> None:
     """Return when the host is connected to a store that serves. Raises RefusedError if it is not, after a moment."""
     deadline = clock.monotonic() + PRESENT_S_MAX
     while not is_present(root, machine, clock):
         if clock.monotonic() >= deadline:
             raise RefusedError(
-                f"the host of machine {machine} is not connected to this store: a planned failover is handed over by "
-                "it; see that `replica-store serve` and the host run, or use `failover unplanned`"
+                f"the host of machine {machine} is not connected to this store, and this needs it: see that "
+                f"`replica-store serve` and the host run, or {otherwise}"
             )
         time.sleep(_LOOK_EVERY_S)  # sleep: another process writes it down
 

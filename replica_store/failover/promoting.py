@@ -2,8 +2,8 @@
 
     plan ─▶ a person says yes ─▶ begun, durably ─▶ hosts ready ─▶ written ─▶ released        (`vault/promotions.py`)
 
-The command begins it and waits; `serve` tells the hosts and writes their answers down. So either may die: what has begun
-goes on, and who asks for the same again waits for that. What nobody could prepare in time is cancelled.
+The command begins it and waits; `serve` tells the hosts and writes their answers down. So either may die: what has
+begun goes on, and who asks for the same again waits for that. What nobody could prepare in time is cancelled.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Plan:
     """What a promotion would do, as things stand."""
 
     target: str
+    selector: str
     group: str | None
     machines: tuple[PromotedMachine, ...]
     disks: tuple[PlannedDisk, ...]
@@ -81,7 +82,9 @@ def plan(vault: Vault, target: str, selector: str, *, leave: Collection[str] = (
         warnings += [*chosen.warnings, *notes]
     if unknown:
         raise BadInputError(f"--leave {sorted(unknown)[0]}: no disk of that name was added or removed since the point")
-    return Plan(target, group.name if group is not None else None, tuple(machines), tuple(disks), tuple(warnings))
+    return Plan(
+        target, selector, group.name if group is not None else None, tuple(machines), tuple(disks), tuple(warnings)
+    )
 
 
 def group_cuts(vault: Vault, group: Group, selector: str) -> dict[str, str]:
@@ -201,7 +204,7 @@ def begin_promotion(root: str, wanted: Plan, clock: Clock, prepare_s: int = PREP
     if not 0 < prepare_s <= PREPARE_S_MAX:
         raise BadInputError("--timeout is more than nothing and at most one day")
     for member in wanted.machines:
-        check_present(root, member.machine, clock)
+        check_present(root, member.machine, clock, "use `failover` or `export`")
     now_ns = clock.time_ns()
     ids = {member.machine_id for member in wanted.machines}
 
@@ -209,9 +212,8 @@ def begin_promotion(root: str, wanted: Plan, clock: Clock, prepare_s: int = PREP
         for member in wanted.machines:
             held = holder(operations(vault.catalog, member.machine_id))
             if held is not None:
-                raise RefusedError(
-                    f"machine {member.machine} is failed over (failover {held.id[:12]}, {held.state}): promote is refused"
-                )
+                what = f"failover {held.id[:12]}, {held.state}"
+                raise RefusedError(f"machine {member.machine} is failed over ({what}): promote is refused")
         replaced = []
         for before in _live(vault, ids):
             if before.state == "cancelled":
@@ -228,6 +230,7 @@ def begin_promotion(root: str, wanted: Plan, clock: Clock, prepare_s: int = PREP
         made = Promotion(
             id=secrets.token_hex(16),
             target=wanted.target,
+            selector=wanted.selector,
             group=wanted.group,
             state="preparing",
             machines=wanted.machines,
@@ -279,8 +282,8 @@ def wait_promotion(root: str, promotion_id: str, clock: Clock, step: Callable[[P
         seen = seen if away else now
         if away and now >= seen + AWAY_S_MAX:
             raise TemporaryError(
-                f"the host of machine {away[0]} is away; promotion {found.id[:12]} is {found.state} and goes on when it "
-                "is back: the same command waits for that"
+                f"the host of machine {away[0]} is away; promotion {found.id[:12]} is {found.state} and goes on when "
+                "it is back: the same command waits for that"
             )
         time.sleep(_LOOK_EVERY_S)  # sleep: another process writes it down
 
@@ -297,7 +300,9 @@ def _is_same(found: Promotion, wanted: Plan) -> bool:
     def cuts(machines: tuple[PromotedMachine, ...]) -> set[tuple[str, int]]:
         return {(each.machine_id, each.point.lsn) for each in machines}
 
-    return cuts(found.machines) == cuts(wanted.machines)
+    # What a word means moves on while disks are written: of the same words only the first time counts.
+    is_same_wish = (found.target, found.selector) == (wanted.target, wanted.selector)
+    return is_same_wish or cuts(found.machines) == cuts(wanted.machines)
 
 
 def _live_all(vault: Vault) -> list[Promotion]:

@@ -64,10 +64,13 @@ class PromotionCause(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Promotion(msgspec.Struct, frozen=True, kw_only=True):
-    """`target`: what was named, a machine or a group. Until `until_ns` (store's clock) all hosts are to be ready."""
+    """`target`: what was named, a machine or a group, and `selector`, its point.
+
+    Until `until_ns` (store's clock) all hosts are to be ready."""
 
     id: str
     target: str
+    selector: str
     group: str | None
     state: PromotionState
     machines: tuple[PromotedMachine, ...]
