@@ -51,6 +51,7 @@ def changed_since(history: History, machine_id: str, slot: int, lsn: int, size_b
 
 def _united(start: Int64s, end: Int64s, size_bytes: int) -> Changed:
     start = start // BLOCK_BYTES * BLOCK_BYTES
+    end = np.minimum(end, size_bytes)  # what a DISK record says of what lies behind it has no end
     end = np.minimum(-(-end // BLOCK_BYTES) * BLOCK_BYTES, size_bytes)
     keep = start < end
     start, end = start[keep], end[keep]
