@@ -1,4 +1,5 @@
-"""What hosts answer makes of a promotion: nobody writes before all are ready, nobody is let go before all have written."""
+"""What hosts answer makes of a promotion: nobody writes before all are ready, nobody is let go before all have
+written."""
 
 from __future__ import annotations
 

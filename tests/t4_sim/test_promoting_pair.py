@@ -20,15 +20,15 @@ from asrfs.errors import RefusedError
 from asrfs.format.record import Kind
 from asrfs.model.machine import NO_SLOT, DiskConfig, DiskRecord, MachineConfig, encode_disk
 from asrfs.model.marker import MarkerRecord, encode_marker
-from asrfs.protocol.messages import Fetch, Fetched
+from asrfs.protocol.messages import Fetch
 from asrfs.replication import rewriter
 from asrfs.replication.rewriter import Rewriter
 from replica_store.points import changed_since
 from replica_store.points.builder import build_states
-from replica_store.points.changed_since import Fetcher
 from replica_store.points.point_disk import FrameCache, PointDisk
 from replica_store.vault.operations import ChosenPoint
 from replica_store.vault.promotions import PromotedMachine, Promotion, promotion, save
+from tests.fakes.comparing import InlineFetching
 from tests.fakes.journal_world import MACHINE_ID
 from tests.fakes.listening_store import StoreWorld, make_world
 from tests.fakes.virtual_time import pass_time
@@ -37,17 +37,6 @@ from tests.t4_sim.test_promoting import InlinePromoter, nothing_lags
 
 __all__ = ["nothing_lags"]
 ID = MACHINE_ID.hex()
-
-
-class InlineFetching:
-    """`replica_store.ingest.session.Fetching` without threads."""
-
-    def __init__(self, store: StoreWorld) -> None:
-        self._fetcher = Fetcher(store.vault)
-
-    async def fetch(self, machine_id: str, wanted: Fetch) -> Fetched:
-        await trio.sleep(0.05)  # sleep: virtual, what reading takes
-        return self._fetcher.answer(machine_id, wanted)
 
 
 class PairHost(Host):
@@ -149,7 +138,7 @@ class PairHost(Host):
 @asynccontextmanager
 async def pair(scratch: Path, rng: random.Random) -> AsyncIterator[PairHost]:
     async with make_world(scratch) as store, trio.open_nursery() as nursery:
-        store.listener.fetching = InlineFetching(store)
+        store.listener.fetching = InlineFetching(store.vault, 0.05)
         store.nursery.start_soon(store.listener.promotions.run)
         host = PairHost(store, rng)
         host.write(200)
