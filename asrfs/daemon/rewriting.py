@@ -3,7 +3,6 @@ else, and gives nobody a disk that is partly written."""
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +13,6 @@ from asrfs.errors import BadInputError, FormatError
 from asrfs.journal.disk import JournaledDisk
 from asrfs.journal.hold import WriteHold
 from asrfs.model.promoting import PROMOTING_FILE, decode_promoting
-from asrfs.storage.interface import Bytes
-
-_HIDDEN = "the disk is being brought back to a point and is not whole"
 
 
 def is_partial(state: StateDirectory) -> bool:
@@ -29,25 +25,6 @@ def is_partial(state: StateDirectory) -> bool:
         return decode_promoting(content).is_partial
     except FormatError:
         return True
-
-
-class HiddenDisk:
-    """A disk that nobody may read or write. The file is there: who has it open gets an error for each request."""
-
-    def __init__(self, size_bytes: int) -> None:
-        self.size_bytes = size_bytes
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        raise OSError(errno.EIO, _HIDDEN)
-
-    def write(self, offset: int, payload: Bytes) -> None:
-        raise OSError(errno.EROFS, _HIDDEN)
-
-    def zero(self, offset: int, length: int) -> None:
-        raise OSError(errno.EROFS, _HIDDEN)
-
-    def discard(self, offset: int, length: int) -> None:
-        raise OSError(errno.EROFS, _HIDDEN)
 
 
 def rewrite(disk: JournaledDisk, hold: WriteHold, request: Fields) -> None:

@@ -24,13 +24,14 @@ from asrfs.daemon.base_readers import BaseReaders
 from asrfs.daemon.based_disks import BasedDisks
 from asrfs.daemon.control import Fields
 from asrfs.daemon.hardening import ARMED_URGENCY, HOLDING_URGENCY, hurry, take_time
-from asrfs.daemon.rewriting import HiddenDisk, is_partial, rewrite
+from asrfs.daemon.rewriting import is_partial, rewrite
+from asrfs.daemon.shown_disks import HiddenDisk, UnannouncedDisk
 from asrfs.daemon.state import StateDirectory
 from asrfs.disk.interface import waiting
 from asrfs.disk.overlay import BasedImage
 from asrfs.errors import AsrfsError, BadInputError, IntegrityError, NotFoundError, RefusedError
 from asrfs.format.record import PAYLOAD_BYTES_MAX, Kind
-from asrfs.fuse.volume import Bytes, ServedDisk, Volume
+from asrfs.fuse.volume import ServedDisk, Volume
 from asrfs.journal.block_map import BlockMap
 from asrfs.journal.disk import JournaledDisk, WriteTogether, rebuild_maps
 from asrfs.journal.epochs import EpochJournal
@@ -207,7 +208,7 @@ class ServedMachine:
         if self._is_partial:
             shown = HiddenDisk(disk.size_bytes)
         elif config.slot not in self._announced:
-            shown = _UnannouncedDisk(self, config.slot, disk)
+            shown = UnannouncedDisk(partial(self.announce_late, config.slot), disk)
         self.volume.add(config.name, config.slot, shown)
 
     def _grow(self, config: DiskConfig) -> None:
@@ -437,28 +438,3 @@ def _hold_id(request: Fields) -> str:
     if not isinstance(hold_id, str) or not is_id(hold_id):
         raise BadInputError("a hold is named by the id of the point")
     return hold_id
-
-
-class _UnannouncedDisk:
-    """A disk whose DISK record could not be appended for lack of space: the first change appends it."""
-
-    def __init__(self, machine: ServedMachine, slot: int, disk: JournaledDisk) -> None:
-        self._machine = machine
-        self._slot = slot
-        self._disk = disk
-        self.size_bytes = disk.size_bytes
-
-    def write(self, offset: int, payload: Bytes) -> None:
-        self._machine.announce_late(self._slot)
-        self._disk.write(offset, payload)
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        self._disk.read_into(offset, buffer)
-
-    def zero(self, offset: int, length: int) -> None:
-        self._machine.announce_late(self._slot)
-        self._disk.zero(offset, length)
-
-    def discard(self, offset: int, length: int) -> None:
-        self._machine.announce_late(self._slot)
-        self._disk.discard(offset, length)

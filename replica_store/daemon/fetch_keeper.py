@@ -13,7 +13,7 @@ THREADS = 2
 
 
 class FetchKeeper:
-    """`replica_store.ingest.session.Fetching` of a vault."""
+    """`replica_store.ingest.promoting.Fetching` of a vault."""
 
     def __init__(self, vault: Vault) -> None:
         self._fetcher = Fetcher(vault)

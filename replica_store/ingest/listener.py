@@ -20,8 +20,8 @@ from replica_store.ingest.configurations import Configurations
 from replica_store.ingest.handovers import Handovers
 from replica_store.ingest.ingester import Ingester
 from replica_store.ingest.links import Links
-from replica_store.ingest.promoting import Promotions
-from replica_store.ingest.session import Comparing, Fetching, NoComparing, NoFetching, StoreSession
+from replica_store.ingest.promoting import Fetching, NoFetching, Promotions
+from replica_store.ingest.session import Comparing, NoComparing, StoreSession
 from replica_store.vault.vault import Vault
 
 LINKS_SAVED_EVERY_S = 5.0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import structlog
 import trio
 
 from asrfs.errors import AsrfsError, RefusedError
 from asrfs.model.clock import Clock
-from asrfs.protocol.messages import Fetch, Promote, Promoted
+from asrfs.protocol.messages import Fetch, Fetched, Promote, Promoted
 from replica_store.ingest.handovers import InThread
 from replica_store.vault.promoting import note_answer, promotions_wanted
 from replica_store.vault.vault import Vault
@@ -16,6 +18,19 @@ LOOK_EVERY_S = 0.5
 """Commands of other processes ask for it."""
 AGAIN_S = 20.0
 """What is wanted is said again: a host takes back what nobody asks for any more."""
+
+
+class Fetching(Protocol):
+    """Gives back what disks were. Failures are answers, too."""
+
+    async def fetch(self, machine_id: str, wanted: Fetch) -> Fetched: ...
+
+
+class NoFetching:
+    """Of a store that gives nothing back."""
+
+    async def fetch(self, machine_id: str, wanted: Fetch) -> Fetched:
+        return Fetched(number=wanted.number, exit_code=RefusedError.exit_code, text="this store gives nothing back")
 
 
 class Promotions:

@@ -62,7 +62,7 @@ from replica_store.ingest.greeting import (
 from replica_store.ingest.handovers import Handovers
 from replica_store.ingest.ingester import Ingester, Position
 from replica_store.ingest.links import Links
-from replica_store.ingest.promoting import Promotions
+from replica_store.ingest.promoting import Fetching, Promotions
 from replica_store.ingest.seeding import match
 from replica_store.vault.epochs import raise_epoch
 from replica_store.vault.groups import put_place
@@ -99,19 +99,6 @@ class NoComparing:
 
     async def compare(self, machine_id: str, wanted: Compare) -> Compared:
         raise AssertionError("nobody may ask")
-
-
-class Fetching(Protocol):
-    """Gives back what disks were. Failures are answers, too."""
-
-    async def fetch(self, machine_id: str, wanted: Fetch) -> Fetched: ...
-
-
-class NoFetching:
-    """Of a store that gives nothing back."""
-
-    async def fetch(self, machine_id: str, wanted: Fetch) -> Fetched:
-        return Fetched(number=wanted.number, exit_code=RefusedError.exit_code, text="this store gives nothing back")
 
 
 class Store(Protocol):

@@ -11,7 +11,7 @@ from replica_store.points.history import History
 
 
 class InlineFetching:
-    """`replica_store.ingest.session.Fetching` over a history; `seconds`: of virtual time that reading takes."""
+    """`replica_store.ingest.promoting.Fetching` over a history; `seconds`: of virtual time that reading takes."""
 
     def __init__(self, history: History, seconds: float = 0.0) -> None:
         self._fetcher = Fetcher(history)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import threading
 
 import pytest
 import trio
+import trio.testing
 
 from asrfs.format.segment import POSITION_SHIFT, SEGMENT_HEADER_BYTES
 from asrfs.journal.segments import list_journal, segment_name
@@ -154,15 +156,20 @@ async def test_the_quota_is_of_bytes_and_not_of_lives(rng: random.Random, lives_
     host.quota.cut_bytes = real.cut_bytes
     assert not host.quota.is_over()
     seldom = Trimmer(world.journal_storage, MACHINE_ID)
-    host.quota.cut_bytes, host.quota.look = seldom.cut_bytes, seldom.look
+    has_looked = threading.Event()
+
+    def look() -> None:
+        seldom.look()
+        has_looked.set()
+
+    host.quota.cut_bytes, host.quota.look = seldom.cut_bytes, look
     assert host.quota.is_over(), "as was seen last"
     async with trio.open_nursery() as nursery:
         nursery.start_soon(host.quota.run)
-        with trio.fail_after(10):
-            while host.quota.is_over():
-                await trio.sleep(0.001)
+        assert await trio.to_thread.run_sync(has_looked.wait, 10)
+        await trio.testing.wait_all_tasks_blocked(0.05)
         nursery.cancel_scope.cancel()
-    assert not host.dirty.given_up.gaps, "who is not over it in truth gives nothing up"
+    assert not host.quota.is_over() and not host.dirty.given_up.gaps, "who is not over it in truth gives nothing up"
     host.progress.note_acknowledged(Cursor(lsn=1, segment=first, offset=SEGMENT_HEADER_BYTES + BLOCK + 64))
     assert not host.quota.is_over()
     await trio.lowlevel.checkpoint()
