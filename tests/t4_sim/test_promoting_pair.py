@@ -105,7 +105,7 @@ class PairHost(Host):
 
     async def break_links(self) -> None:
         while True:
-            await trio.sleep(self.rng.random() * 3)  # sleep: virtual, between two breaks
+            await trio.sleep(self.rng.random())  # sleep: virtual, between two breaks
             with suppress(trio.BusyResourceError):
                 await self.cut()
 
@@ -202,7 +202,7 @@ async def test_i5_i7_and_i9_back_and_forth_while_the_connection_breaks(
     monkeypatch.setattr(changed_since, "FETCHED_BYTES_MAX", 2 * BLOCK)  # segments are short
     async with pair(scratch, rng) as host, trio.open_nursery() as nursery:
         store, points = host.store, []
-        for number in range(1, 7):
+        for number in range(1, 11):
             if number == 3:
                 nursery.start_soon(host.break_links)
             points.append(await host.point())
@@ -213,7 +213,7 @@ async def test_i5_i7_and_i9_back_and_forth_while_the_connection_breaks(
             with trio.fail_after(100):
                 while host.is_fenced:
                     await pass_time(0.5)
-        assert host.refused and len(host.wires) > 8, "connections broke"
+        assert host.refused and len(host.wires) > 4, "connections broke"
         nursery.cancel_scope.cancel()
 
 
