@@ -350,7 +350,8 @@ class Agent:
     # ---- verbs ------------------------------------------------------------------------------------------------
 
     async def _reload(self) -> None:
-        """Take over settings and enrolment."""
+        """Take over settings and enrolment, and what was ordered with that."""
+        await self._healing.rejoiner.reread()
         await self._shipping.reload()
         self._groups.changed()
         self._progress.wake()

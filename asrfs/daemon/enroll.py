@@ -8,6 +8,7 @@ The secret is said to nobody whose certificate is not the token's. Nothing is wr
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
 import httpx2
@@ -16,8 +17,20 @@ from cryptography import x509
 
 from asrfs.daemon.enrolment import Enrolment, decode_key, load_enrolment, save_enrolment
 from asrfs.daemon.state import StateDirectory
-from asrfs.errors import BadInputError, IntegrityError, RefusedError, TemporaryError, error_class, foreign_line
+from asrfs.errors import (
+    BadInputError,
+    IntegrityError,
+    NoSpaceError,
+    RefusedError,
+    TemporaryError,
+    error_class,
+    foreign_line,
+)
 from asrfs.model.names import is_id
+from asrfs.model.rejoining import REJOIN_FILE, RejoinOrder
+from asrfs.storage.directory import DirectoryStorage
+from asrfs.storage.interface import write_atomically
+from asrfs.storage.system_clock import SystemClock
 from asrfs.transport.enrolment import (
     ENROL_PATH,
     ApiFailure,
@@ -38,20 +51,27 @@ REPLY_BYTES_MAX = 64 << 10
 _HEADERS = {"content-type": "application/json", "accept-encoding": "identity"}
 
 
-def enroll(state: StateDirectory, store: str, token_text: str, *, instead: bool = False) -> dict[str, Any]:
+def enroll(
+    state: StateDirectory, store: str, token_text: str, *, instead: bool = False, above_epoch: int | None = None
+) -> dict[str, Any]:
     """Enrol the machine of `state` with the store whose management address is `store`; a document that says with whom.
 
     `instead`: it takes the place of another store that the machine was enrolled with; what is missing there is sent.
+    `above_epoch`: it goes on there in a new epoch, higher than that one, from the first word it says.
     Raises BadInputError (token, address), AuthenticationError (fingerprint, used or expired token), RefusedError
-    (enrolled with another store), TemporaryError (no answer).
+    (enrolled with another store, superseded), TemporaryError (no answer).
     """
     token = decode_token(token_text)
     host, port = parse_address(store, MANAGE_PORT_DEFAULT)
+    if above_epoch is not None and state.is_fenced():
+        raise RefusedError("this host was superseded, and another side of the machine goes on: enrol that one")
     with state.enrolment_lock():
-        return _enroll(state, host, port, token, None if instead else load_enrolment(state))
+        return _enroll(state, host, port, token, None if instead else load_enrolment(state), above_epoch)
 
 
-def _enroll(state: StateDirectory, host: str, port: int, token: Token, known: Enrolment | None) -> dict[str, Any]:
+def _enroll(
+    state: StateDirectory, host: str, port: int, token: Token, known: Enrolment | None, above_epoch: int | None
+) -> dict[str, Any]:
     machine = state.load_machine()
     if token.machine != machine.name:
         raise BadInputError(f"the token is for machine {token.machine}, and this is {machine.name}: ask for another")
@@ -73,8 +93,25 @@ def _enroll(state: StateDirectory, host: str, port: int, token: Token, known: En
     decode_key(enrolment.payload_key, "payload key")
     decode_key(enrolment.index_key, "index key")
     _check_same_store(known, [reply.server_name])
+    if above_epoch is not None:
+        _order_rejoining(state, where, above_epoch)  # first: without it, the old side of a history is all it could be
     save_enrolment(state, enrolment, key=key, certificate=reply.certificate.encode(), authority=reply.ca.encode())
     return {"machine": machine.name, "store": reply.store_id, "data": enrolment.data_address, "manage": where}
+
+
+def _order_rejoining(state: StateDirectory, where: str, above_epoch: int) -> None:
+    """Raises NoSpaceError."""
+    order = RejoinOrder(
+        id=secrets.token_hex(16),
+        by="person",
+        why=f"it was enrolled with the store at {where}, to go on above epoch {above_epoch}",
+        time_ns=SystemClock().time_ns(),
+        above=above_epoch,
+    )
+    try:
+        write_atomically(DirectoryStorage(state.root), REJOIN_FILE, msgspec.json.encode(order))
+    except OSError as error:
+        raise NoSpaceError(f"cannot write {state.path(REJOIN_FILE)}: {error.strerror}") from None
 
 
 def _ask(where: str, certificate: bytes, token: Token, machine_id: str, request: bytes) -> EnrolReply:

@@ -24,13 +24,15 @@ Line = Annotated[str, msgspec.Meta(max_length=1000)]
 
 
 class RejoinOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """`rejoin.json`: who wants it, why, and since when (host's clock). `id`: 32 hexadecimal digits, drawn."""
+    """`rejoin.json`: who wants it, why, and since when (host's clock). `id`: 32 hexadecimal digits, drawn. `above`:
+    what the new epoch must be higher than, beside the host's own and the store's."""
 
     format: Literal[1] = 1
     id: str
     by: By
     why: Line
     time_ns: int
+    above: Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)] = 0
 
 
 class Handed(msgspec.Struct, frozen=True, kw_only=True):

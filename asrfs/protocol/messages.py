@@ -46,8 +46,9 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 
     `takes_configuration`: it knows CONFIGURE; a host of before that would end the session. `group_port` 0: it listens
     to no group; `group_address` empty: others reach it at the address this connection comes from. `rejoin`: it shares
-    no history with the store any more and wants to go on in a new epoch, whatever each of them has; `order` says that
-    two such HELLOs want the same. `takes_handover`: it knows HANDOVER; `takes_promotion`: it knows PROMOTE.
+    no history with the store any more and wants to go on in a new epoch, above `epoch`, whatever each of them has;
+    `order` says that two such HELLOs want the same. `takes_handover`: it knows HANDOVER;
+    `takes_promotion`: it knows PROMOTE.
     """
 
     protocol: int

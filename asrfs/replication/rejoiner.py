@@ -111,6 +111,14 @@ class Rejoiner:
             structlog.get_logger("asrfs.rejoin").warning("rejoining is ordered", by=by, why=why)
         self.progress.wake()
 
+    async def reread(self) -> None:
+        """An order that somebody else has written is there now."""
+        order = await self._in_thread(_load, self.storage, REJOIN_FILE, decode_order, None)
+        if order is not None and order != self.order:
+            self.refusal, self.order = None, order
+            structlog.get_logger("asrfs.rejoin").warning("rejoining is ordered", by=order.by, why=order.why)
+            self.progress.wake()
+
     async def refused(self, error: AsrfsError) -> None:
         """The store will never let this side rejoin. Raises OSError."""
         await self._in_thread(self._remove, REJOIN_FILE)

@@ -134,7 +134,7 @@ class ShippingSession:
             protocol=PROTOCOL_VERSION,
             machine_id=self._source.machine_id.hex(),
             machine_name=self._source.machine_name,
-            epoch=progress.epoch,
+            epoch=progress.epoch if order is None else max(progress.epoch, order.above),
             appended_lsn=progress.appended_lsn,
             durable_lsn=progress.durable.lsn,
             acknowledged_lsn=positions.acknowledged.lsn,

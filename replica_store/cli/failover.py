@@ -1,8 +1,8 @@
 """`replica-store failover`: a machine brought back from a point, for trial or in earnest.
 
-    test MACHINE --point P          cleanup ID                    beside the machine, which goes on
-    planned MACHINE --point latest  its host hands it over, nothing is lost; then as unplanned
-    unplanned MACHINE --point P     change-point ID --point P · cancel ID · commit ID
+    test MACHINE|PLAN --point P          cleanup ID                    beside the machine, which goes on
+    planned MACHINE --point latest       its host hands it over, nothing is lost; then as unplanned
+    unplanned MACHINE|PLAN --point P     change-point ID --point P · cancel ID · commit ID
     list · show ID · report · resume ID
 
 Works on the vault itself, whether it is served or not. What is started outlives the command.
@@ -21,13 +21,15 @@ from typing import Any, TypeVar
 import click
 from rich.console import Console
 
+from asrfs.errors import AsrfsError
 from asrfs.model.quantities import format_duration, parse_duration, parse_size
 from asrfs.storage.system_clock import SystemClock
 from asrfs.terminal.output import pairs, table
 from replica_store.cli.invocation import Invocation, pass_invocation
-from replica_store.failover.actions import TTL_S, Failovers, Wanted
-from replica_store.failover.handing_over import HANDOVER_S
+from replica_store.cli.plan_runs import carry_out, members_of, only_machine, plan_named, selector_of
+from replica_store.failover.actions import Failovers
 from replica_store.failover.report import document, drills, verdict
+from replica_store.failover.wanted import HANDOVER_S, TTL_S, Wanted
 from replica_store.vault.operations import ENDED, Operation, operation, operations
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -39,9 +41,16 @@ _POINT = click.option(
     required=True,
     help="latest, latest-processed, latest-application, a point's id or name, lsn:N or time:T.",
 )
+_POINT_OR_PLANS = click.option(
+    "--point",
+    "selector",
+    metavar="SELECTOR",
+    help="As of `export`; of a plan for machines of which it says nothing else, instead of its own.",
+)
 _ACCEPT = click.option("--accept-damage", is_flag=True, help="Take a point that verification has flagged all the same.")
 _STATE = click.option("--state", metavar="DIR", help="State directory of the recovered machine; new or empty.")
 _MOUNT = click.option("--mount", metavar="DIR", help="Where its disks appear as DISK.img; new or empty.")
+_NO_BOOT = click.option("--no-boot", is_flag=True, help="Bring the disks back and start nothing on them.")
 _CHECK = click.option("--check", "check_command", metavar="CMD", help="Run by sh when the disks are there; 0 is good.")
 
 
@@ -51,74 +60,90 @@ def failover() -> None:
 
 
 @failover.command()
-@click.argument("machine")
-@_POINT
+@click.argument("name", metavar="MACHINE|PLAN")
+@_POINT_OR_PLANS
 @_STATE
 @_MOUNT
 @click.option("--ttl", metavar="D", default=format_duration(TTL_S), show_default=True, help="Cleaned up after so long.")
 @_CHECK
+@_NO_BOOT
 @click.option("--space-limit", metavar="SIZE", help="Cleaned up when it takes more than this.")
 @_ACCEPT
 @pass_invocation
 def test(
     invocation: Invocation,
-    machine: str,
-    selector: str,
+    name: str,
+    selector: str | None,
     state: str | None,
     mount: str | None,
     ttl: str,
     check_command: str | None,
+    no_boot: bool,
     space_limit: str | None,
     accept_damage: bool,
 ) -> None:
-    """Try it: MACHINE at a point, beside the protected one, with disks and a network of its own.
+    """Try it: MACHINE at a point, or all of PLAN, beside the protected ones, with disks and a network of its own.
 
     Replication, points and epochs are not touched. fsck and CMD say whether it is good; CMD has ASRFS_MOUNT and
     ASRFS_STATE, and runs in the machine's network. Exit code 5 if a filesystem is damaged, 1 if CMD fails.
     """
+    failovers = _failovers(invocation)
+    if (plan := plan_named(invocation, name, selector)) is not None:
+        only_machine(state=state, mount=mount, check=check_command, space_limit=space_limit)
+        return carry_out(
+            invocation, plan, "test", accept_damage=accept_damage, boots=not no_boot, ttl_s=parse_duration(ttl)
+        )
     wanted = Wanted(
-        machine=machine,
-        selector=selector,
+        machine=name,
+        selector=selector_of(selector),
         state=state,
         mount=mount,
         check_command=check_command,
         accept_damage=accept_damage,
+        boots=not no_boot,
         ttl_s=parse_duration(ttl),
         space_limit_bytes=None if space_limit is None else parse_size(space_limit),
     )
-    _answer(invocation, _failovers(invocation).test(wanted))
+    _answer(invocation, failovers.test(wanted))
 
 
 @failover.command()
-@click.argument("machine")
-@_POINT
+@click.argument("name", metavar="MACHINE|PLAN")
+@_POINT_OR_PLANS
 @_STATE
 @_MOUNT
 @_CHECK
+@_NO_BOOT
 @_ACCEPT
 @pass_invocation
 def unplanned(
     invocation: Invocation,
-    machine: str,
-    selector: str,
+    name: str,
+    selector: str | None,
     state: str | None,
     mount: str | None,
     check_command: str | None,
+    no_boot: bool,
     accept_damage: bool,
 ) -> None:
-    """In earnest, its host being lost: MACHINE goes on here from a point, commit pending.
+    """In earnest, its host being lost: MACHINE, or each of PLAN, goes on here from a point, commit pending.
 
     Until `commit` the point can be changed and all can be cancelled; then what was written here is given up.
     """
+    failovers = _failovers(invocation)
+    if (plan := plan_named(invocation, name, selector)) is not None:
+        only_machine(state=state, mount=mount, check=check_command)
+        return carry_out(invocation, plan, "unplanned", accept_damage=accept_damage, boots=not no_boot)
     wanted = Wanted(
-        machine=machine,
-        selector=selector,
+        machine=name,
+        selector=selector_of(selector),
         state=state,
         mount=mount,
         check_command=check_command,
         accept_damage=accept_damage,
+        boots=not no_boot,
     )
-    _answer(invocation, _failovers(invocation).unplanned(wanted))
+    _answer(invocation, failovers.unplanned(wanted))
 
 
 @failover.command()
@@ -127,6 +152,7 @@ def unplanned(
 @_STATE
 @_MOUNT
 @_CHECK
+@_NO_BOOT
 @click.option(
     "--timeout", metavar="D", default=format_duration(HANDOVER_S), show_default=True, help="Cancelled after so long."
 )
@@ -138,6 +164,7 @@ def planned(
     state: str | None,
     mount: str | None,
     check_command: str | None,
+    no_boot: bool,
     timeout: str,
 ) -> None:
     """In earnest, its host being there: MACHINE goes on here with all that it wrote, commit pending.
@@ -152,6 +179,7 @@ def planned(
         state=state,
         mount=mount,
         check_command=check_command,
+        boots=not no_boot,
         handover_s=math.ceil(parse_duration(timeout)),
     )
     _answer(invocation, _failovers(invocation).planned(wanted))
@@ -171,24 +199,34 @@ def change_point(invocation: Invocation, id: str, selector: str, accept_damage: 
 @click.argument("id")
 @pass_invocation
 def cancel(invocation: Invocation, id: str) -> None:
-    """Take failover ID back, which is not committed. What was written since it began is given up."""
-    _answer(invocation, _failovers(invocation).cancel(id))
+    """Take failover ID back, which is not committed. What was written since it began is given up.
+
+    ID may be the run of a plan: that is all its machines.
+    """
+    _act(invocation, id, Failovers.cancel)
 
 
 @failover.command()
 @click.argument("id")
 @pass_invocation
 def commit(invocation: Invocation, id: str) -> None:
-    """Failover ID is for good: the machine's old side can add nothing to its history any more."""
-    _answer(invocation, _failovers(invocation).commit(id))
+    """Failover ID is for good: the machine's old side can add nothing to its history any more.
+
+    ID may be the run of a plan: that is all its machines.
+    """
+    _act(invocation, id, Failovers.commit)
 
 
 @failover.command()
 @click.argument("id")
+@click.option("--yes", is_flag=True, help="Also what no store has, of a machine that was left behind.")
 @pass_invocation
-def cleanup(invocation: Invocation, id: str) -> None:
-    """End test failover ID. Its report stays."""
-    _answer(invocation, _failovers(invocation).cleanup(id), judged=False)
+def cleanup(invocation: Invocation, id: str, yes: bool) -> None:
+    """End test failover ID, or what one whose machine came back has left here. Its report stays.
+
+    ID may be the run of a plan: that is all its machines.
+    """
+    _act(invocation, id, lambda failovers, each: failovers.cleanup(each, gives_up=yes), judged=False)
 
 
 @failover.command()
@@ -278,6 +316,24 @@ def _failovers(invocation: Invocation) -> Failovers:
     failovers = Failovers(str(invocation.vault), SystemClock(), told, _seconds_since_start())
     failovers.sweep()
     return failovers
+
+
+def _act(invocation: Invocation, id: str, verb: Callable[[Failovers, str], Operation], *, judged: bool = True) -> None:
+    """What is asked for one failover, or for each of a plan's run: all are tried, and the first that fails is told."""
+    failovers, members = _failovers(invocation), members_of(invocation, id)
+    if members is None:
+        return _answer(invocation, verb(failovers, id), judged=judged)
+    done, failures = [], []
+    for each in members:
+        try:
+            done.append(verb(failovers, each))
+        except AsrfsError as error:
+            failures.append(error)
+    rows = [(each.id[:12], each.machine, each.state) for each in done]
+    documents = [document(each) for each in done]
+    invocation.answer(documents, lambda out: out.print(table(("ID", "MACHINE", "STATE"), rows)))
+    if failures:
+        raise failures[0]
 
 
 def _seconds_since_start() -> float:

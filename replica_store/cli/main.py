@@ -31,6 +31,7 @@ class StoreVerbs(frame.Verbs):
         "group": "group:group",
         "seed": "seed:seed",
         "failover": "failover:failover",
+        "reprotect": "reprotect:reprotect",
         "export": "export:export",
         "promote": "promote:promote",
         "promotions": "promote:list_promotions",

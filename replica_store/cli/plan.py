@@ -1,6 +1,7 @@
 """`replica-store plan`: recovery plans: kept, shown, tried without doing anything.
 
 create FILE.toml      list      show NAME      delete NAME --yes      check NAME
+    runs           resume ID              (`failover test|unplanned NAME` begins one)
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from rich.console import Console
 from asrfs.errors import BadInputError, NotFoundError, RefusedError
 from asrfs.terminal.output import table
 from replica_store.cli.invocation import Invocation, pass_invocation
+from replica_store.cli.plan_runs import answer_run, plan_runs
 from replica_store.failover.plan import KINDS, PLAN_BYTES_MAX, Kind, Plan, read_plan
 from replica_store.failover.plan_book import forget_plan, keep_plan, read_plans
 from replica_store.failover.plan_dry_run import findings
 from replica_store.failover.plan_facts import site_facts
+from replica_store.failover.report import plan_document
 from replica_store.vault.vault import lock_descriptions
 
 LOCK_S_MAX = 10.0
@@ -38,6 +41,8 @@ def create(invocation: Invocation, file: Path, force: bool) -> None:
     """Check the plan in FILE.toml and keep it."""
     given = read_plan(_read(file), str(file))
     with invocation.open_vault(writable=True) as vault, lock_descriptions(vault.root, seconds_max=LOCK_S_MAX):
+        if any(machine.name == given.name for machine in vault.machines()):
+            raise RefusedError(f"there is a machine {given.name}: name the plan otherwise, so that both can be meant")
         keep_plan(vault, given, replace=force)
     _answer(invocation, given)
 
@@ -110,6 +115,29 @@ def check(invocation: Invocation, name: str, kind: Kind, directory: str) -> None
     errors = [each for each in said if each.severity == "error"]
     if errors:
         raise RefusedError(f"plan {name} would fail: {errors[0].where}: {errors[0].text}")
+
+
+@plan.command()
+@click.argument("id")
+@pass_invocation
+def resume(invocation: Invocation, id: str) -> None:
+    """Go on with run ID of a plan: its pause is over, what stopped it is tried again, or it was interrupted."""
+    invocation.open_vault().close()
+    answer_run(invocation, plan_runs(invocation).resume(id))
+
+
+@plan.command()
+@click.argument("id", required=False)
+@pass_invocation
+def runs(invocation: Invocation, id: str | None) -> None:
+    """Runs of plans, oldest first, or run ID step by step."""
+    invocation.open_vault().close()
+    found = plan_runs(invocation)
+    if id is not None:
+        return answer_run(invocation, found.journal(id), judged=False)
+    documents = [plan_document(each, found.operations(each.head.id)) for each in found.journals()]
+    rows = [[d["id"][:12], d["plan"], d["kind"], d["state"], d["begun"]] for d in documents]
+    invocation.answer(documents, lambda out: out.print(table(("ID", "PLAN", "KIND", "STATE", "BEGUN"), rows)))
 
 
 def _answer(invocation: Invocation, found: Plan) -> None:

@@ -10,12 +10,14 @@ import sys
 from asrfs.errors import AsrfsError
 from asrfs.storage.system_clock import SystemClock
 from replica_store.failover.actions import Failovers
+from replica_store.failover.reprotect import Reprotecting
 
 
 def main(root: str) -> int:
-    """The exit code; a failure is one line on stderr, each failover that was ended one on stdout."""
+    """The exit code; a failure is one line on stderr, each failover of which something became another."""
     try:
-        for each in Failovers(root, SystemClock()).sweep():
+        clock = SystemClock()
+        for each in (*Failovers(root, clock).sweep(), *Reprotecting(root, clock).look_at_all()):
             sys.stdout.write(f"{each.id} {each.causes[-1].text}\n")
     except (AsrfsError, OSError) as error:
         sys.stderr.write(f"{error}\n")

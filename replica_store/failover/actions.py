@@ -16,19 +16,19 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import msgspec
 
 from asrfs.errors import AsrfsError, BadInputError, RefusedError
 from asrfs.model.clock import Clock
-from asrfs.model.protection_states import ProtectionEvent, next_state
+from asrfs.model.protection_states import ProtectionEvent
 from asrfs.model.quantities import NS_PER_SECOND, format_duration, format_size
 from asrfs.protocol.messages import HANDOVER_S_MAX
-from replica_store.failover import handing_over, network, places, undoing
+from replica_store.failover import handing_over, leaving, network, places, processes, undoing
 from replica_store.failover.choice import RESERVE_BYTES, Chosen, check_space, choose, free_bytes
-from replica_store.failover.mounts import allocated_bytes
+from replica_store.failover.due import cause_to_end
 from replica_store.failover.preparation import Stopwatch, Told, bring_back, prepare
+from replica_store.failover.wanted import Wanted, is_same
 from replica_store.vault.epochs import raise_epoch
 from replica_store.vault.operations import (
     ENDED,
@@ -43,42 +43,34 @@ from replica_store.vault.operations import (
     sealed_operation,
 )
 from replica_store.vault.promotions import check_not_promoting
-from replica_store.vault.protection import protection_of
+from replica_store.vault.protection import check_event
+from replica_store.vault.returning import close_side
 from replica_store.vault.vault import Vault, lock_descriptions
 
-TTL_S = 24 * 3600.0
 TTL_S_MAX = 366 * 24 * 3600.0
 SPACE_LIMIT_MIN = 64 << 20
 """Less than the journal of a machine that does nothing."""
-FREE_LEAST = 128 << 20
-"""On the filesystem of a test: the vault may lie there, too."""
 _LOCK_S_MAX = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What is asked for; directories None: the failover's own."""
-
-    machine: str
-    selector: str
-    state: str | None = None
-    mount: str | None = None
-    check_command: str | None = None
-    accept_damage: bool = False
-    ttl_s: float = TTL_S
-    handover_s: int = handing_over.HANDOVER_S
-    space_limit_bytes: int | None = None
 
 
 class Failovers:
     """The failovers of the vault at `root`. `told`: called with the name of each step before it begins; `begun_s`: how
-    long ago the command began that is carried out."""
+    long ago the command began that is carried out. `seconds_max`: for making a machine ready; what is not ready by then
+    is taken back."""
 
-    def __init__(self, root: str, clock: Clock, told: Told = lambda step: None, begun_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        root: str,
+        clock: Clock,
+        told: Told = lambda step: None,
+        begun_s: float = 0.0,
+        seconds_max: float | None = None,
+    ) -> None:
         self._root = os.path.abspath(root)
         self._clock = clock
         self._told = told
         self._begun_s = begun_s
+        self._seconds_max = seconds_max
 
     # ---- beginning --------------------------------------------------------------------------------------------
 
@@ -108,7 +100,7 @@ class Failovers:
     def _begin_or_resume(self, kind: Kind, wanted: Wanted) -> Operation:
         with Vault.open(self._root) as vault:
             holding = holder(operations(vault.catalog, vault.machine(wanted.machine).id))
-        if holding is not None and _is_same(holding, kind, wanted):
+        if holding is not None and is_same(holding, kind, wanted):
             return self.resume(holding.id)
         return self._begin(kind, wanted)
 
@@ -141,6 +133,8 @@ class Failovers:
             disks=chosen.disk_names,
             warnings=chosen.warnings,
             handover=handing_over.asked(self._clock, wanted.handover_s) if kind == "planned" else None,
+            boots=wanted.boots,
+            plan=wanted.plan,
         ).to("preparing", now_ns, f"{kind} failover to {wanted.selector} was asked for")
 
         def check(vault: Vault) -> Operation:
@@ -167,7 +161,7 @@ class Failovers:
         """Raise RefusedError where the table does not let it begin."""
         event = ProtectionEvent.PLANNED_FAILOVER if kind == "planned" else ProtectionEvent.UNPLANNED_FAILOVER
         if kind != "test":
-            next_state(protection_of(vault, vault.machine(machine)), event, machine)
+            check_event(vault, vault.machine(machine), event)
         if kind == "planned":
             check_not_promoting(vault.catalog, vault.machine(machine).id, machine)
 
@@ -207,19 +201,22 @@ class Failovers:
     def _prepare(self, begun: Operation, chosen: Chosen, watch: Stopwatch) -> Operation:
         is_test = begun.kind == "test"
         epoch = chosen.machine.epoch if is_test else chosen.machine.epoch + 1
-        ready = prepare(self._root, begun, chosen, epoch, watch, examined=is_test)
+        with processes.within(self._seconds_max):
+            ready = prepare(self._root, begun, chosen, epoch, watch, examined=is_test)
         state: OperationState = "serving" if is_test else "commit-pending"
         self._told("report")
 
         def finish(vault: Vault, before: Operation) -> Operation:
             if before.state != "preparing":
                 raise RefusedError(f"failover {begun.id[:12]} is {before.state} meanwhile")
+            text = f"it serves LSN {begun.point.lsn}, {sum(step.seconds for step in ready.steps):.2f} s after"
             return msgspec.structs.replace(
-                before.to(state, self._clock.time_ns(), f"it serves LSN {begun.point.lsn}, {ready.rto_s:.2f} s after"),
+                before.to(state, self._clock.time_ns(), text),
                 steps=ready.steps,
                 rto_s=ready.rto_s,
                 examined=ready.examined,
                 checked=ready.checked,
+                booted=ready.booted,
             )
 
         return change(self._root, begun.id, finish)
@@ -243,10 +240,20 @@ class Failovers:
             found = self._find(found.id)
             if found.state in ENDED:
                 return undoing.tidy(self._root, found) if found.remains else found
+            if found.state == "returned":
+                raise RefusedError(f"failover {found.id[:12]} is returned: resume is refused; allowed: cleanup")
             if found.state == "preparing":
                 return self._carry_on(found)
-            bring_back(self._root, found)
+            found = self._back(found)
             return self._commit(found) if found.epoch is not None and found.state != "committed" else found
+
+    def _back(self, found: Operation) -> Operation:
+        """Start what is missing of it, and note how it runs. The caller has its lock."""
+        with processes.within(self._seconds_max):
+            after = bring_back(self._root, found)
+        if after.booted == found.booted:
+            return found
+        return change(self._root, found.id, lambda vault, before: msgspec.structs.replace(before, booted=after.booted))
 
     def _carry_on(self, found: Operation) -> Operation:
         watch = Stopwatch(self._told, [Step("start", self._begun_s)])
@@ -314,7 +321,7 @@ class Failovers:
 
         def finish(vault: Vault, before: Operation) -> Operation:
             after = before.to("committed", now, f"it was committed: epoch {epoch}")
-            return msgspec.structs.replace(after, epoch=epoch)
+            return close_side(vault, msgspec.structs.replace(after, epoch=epoch))
 
         return change(self._root, found.id, finish)
 
@@ -326,10 +333,20 @@ class Failovers:
         cancelled = self._end(text, "cancelled", "it was cancelled", self._allow_cancel)
         return handing_over.wait_back(self._root, cancelled, self._clock)
 
-    def cleanup(self, text: str, cause: str = "it was cleaned up") -> Operation:
-        """End a test failover; nothing of it is left but its report."""
+    def cleanup(self, text: str, cause: str = "it was cleaned up", *, gives_up: bool = False) -> Operation:
+        """End a test failover, or what a machine that came back has left where it ran; nothing of it is left but its
+        report. Raises RefusedError, also where that might be the only copy of something, unless one `gives_up` that."""
+        if (found := self._find(text)).state == "returned":
+            leaving.check_left_behind(found, gives_up=gives_up)
 
-        return self._end(text, "cleaned", cause, _allow_cleanup)
+        def allow(vault: Vault, before: Operation) -> None:
+            if before.kind != "test" and before.state != "returned":
+                raise RefusedError(
+                    f"failover {before.id[:12]} is no test, it is {before.state}: cleanup is refused; allowed: "
+                    + ("nothing that ends it" if before.state == "committed" else "cancel, commit")
+                )
+
+        return self._end(text, "cleaned", cause, allow)
 
     def _end(
         self, text: str, state: OperationState, cause: str, allow: Callable[[Vault, Operation], None]
@@ -358,7 +375,7 @@ class Failovers:
         if found.kind == "test":
             raise RefusedError(f"failover {found.id[:12]} is a test: {event} is refused; allowed: cleanup")
         machine = vault.machine(found.machine)
-        next_state(protection_of(vault, machine), event, machine.name)
+        check_event(vault, machine, event)
         holding = holder(operations(vault.catalog, machine.id))
         if holding is None or holding.id != found.id:
             raise RefusedError(f"failover {found.id[:12]} is {found.state}: {event} is refused; allowed: nothing")
@@ -379,7 +396,7 @@ class Failovers:
                     with places.take_lock(each.places):
                         if (found := self._find(each.id)).remains:
                             ended.append(undoing.tidy(self._root, found))
-                elif (cause := self._is_due(each)) is not None:
+                elif (cause := cause_to_end(each, self._clock.time_ns())) is not None:
                     if each.kind == "test":
                         ended.append(self.cleanup(each.id, cause))
                     else:
@@ -390,41 +407,17 @@ class Failovers:
 
     def is_anything_due(self) -> bool:
         """Whether `sweep` would try something."""
-        return any(each.state in ENDED or self._is_due(each) is not None for each in self._remaining())
+        return any(
+            each.state in ENDED or cause_to_end(each, self._clock.time_ns()) is not None for each in self._remaining()
+        )
 
     def _remaining(self) -> list[Operation]:
         with Vault.open(self._root) as vault:
             return [each for each in operations(vault.catalog) if each.remains]
 
-    def _is_due(self, found: Operation) -> str | None:
-        handover, now_ns = found.handover, self._clock.time_ns()
-        if handover is not None and found.state == "preparing" and now_ns >= handover.until_ns:
-            is_moved = handover.is_used and found.point.lsn != handover.lsn  # by a person, who had it before
-            return None if is_moved else "nobody carried on with it when its time was up"
-        if found.kind != "test":
-            return None
-        if found.expires_ns is not None and self._clock.time_ns() >= found.expires_ns:
-            return f"its time was up after {format_duration((found.expires_ns - found.begun_ns) / NS_PER_SECOND)}"
-        if not os.path.isdir(found.places.state):
-            return None
-        if (free := free_bytes(found.places.state)) < FREE_LEAST:
-            return f"it left {format_size(free)} free beside it, and what is protected comes first"
-        limit = found.space_limit_bytes
-        if limit is not None and (taken := allocated_bytes(found.places.state)) > limit:
-            return f"it took {format_size(taken)}, more than its limit of {format_size(limit)}"
-        return None
-
     def _find(self, text: str) -> Operation:
         with Vault.open(self._root) as vault:
             return sealed_operation(vault, text)
-
-
-def _allow_cleanup(vault: Vault, before: Operation) -> None:
-    if before.kind != "test":
-        raise RefusedError(
-            f"failover {before.id[:12]} is no test, it is {before.state}: cleanup is refused; allowed: "
-            + ("nothing that ends it" if before.state == "committed" else "cancel, commit")
-        )
 
 
 def _check_host_rests(found: Operation, epoch: int) -> None:
@@ -434,14 +427,3 @@ def _check_host_rests(found: Operation, epoch: int) -> None:
             f"the host of machine {found.machine} has taken its machine back since it handed over: commit is refused; "
             "allowed: cancel"
         )
-
-
-def _is_same(found: Operation, kind: Kind, wanted: Wanted) -> bool:
-    """Whether a failover that died while it began is what is asked for again."""
-    return (
-        found.state == "preparing"
-        and found.kind == kind
-        and found.point.selector == wanted.selector
-        and (wanted.state is None or os.path.realpath(wanted.state) == found.places.state)
-        and (wanted.mount is None or os.path.realpath(wanted.mount) == found.places.mount)
-    )

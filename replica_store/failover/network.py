@@ -14,6 +14,11 @@ def namespace_of(operation_id: str) -> str:
     return f"asrfs-{operation_id[:12]}"
 
 
+def exists(namespace: str) -> bool:
+    """Whether it is there."""
+    return os.path.lexists(f"{_DIRECTORY}/{namespace}")
+
+
 def make(operation_id: str, namespace: str) -> None:
     """Make it, anew if there is one: what was in it has ended. Raises RefusedError, NotFoundError."""
     remove(operation_id, namespace)
@@ -23,5 +28,5 @@ def make(operation_id: str, namespace: str) -> None:
 
 def remove(operation_id: str, namespace: str) -> None:
     """Nothing happens if there is none."""
-    if os.path.lexists(f"{_DIRECTORY}/{namespace}"):
+    if exists(namespace):
         run(operation_id, ["ip", "netns", "delete", namespace])

@@ -1,6 +1,6 @@
 """Where a recovered machine lies: chosen and checked before anything is touched, made, and taken away again.
 
-VAULT/failover/ID/       lock, recovered.json, logs, tree/ (the points, mounted), copy/ (while one is examined)
+VAULT/failover/ID/       lock, recovered.json, logs, tree/ (the points, mounted), copy/ (while one is examined), boot/
 VAULT/failover/ID/state  and  VAULT/failover/ID/disks, or the two directories that were asked for
 """
 
@@ -72,6 +72,10 @@ def tree_of(places: Places) -> str:
 
 def copy_of(places: Places) -> str:
     return os.path.join(places.directory, "copy")
+
+
+def boot_of(places: Places) -> str:
+    return os.path.join(places.directory, "boot")
 
 
 def log_of(places: Places, name: str) -> Path:

@@ -18,12 +18,15 @@ from replica_store.failover.plan_run import Event, PlanRun
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The first line."""
+    """The first line: what is carried out, and what was asked for beside: `ttl_s` is of tests."""
 
     format: int = 1
     id: str
     kind: Kind
     plan: Plan
+    accept_damage: bool = False
+    ttl_s: float = 24 * 3600.0
+    boots: bool = True
 
 
 class PlanJournal:
@@ -65,6 +68,11 @@ class PlanJournal:
         except RefusedError as error:
             raise IntegrityError(f"{path} says what cannot have been: {error}") from None
         return cls(path, head, events, len(whole))
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """In the order in which they happened."""
+        return tuple(self._events)
 
     @property
     def run(self) -> PlanRun:

@@ -2,7 +2,7 @@
 
     clear: nothing left over ─▶ state: `asrfs init --recovered` ─▶ tree: the points, which are being mounted meanwhile
         ─▶ serve: `asrfs serve` is ready, in a network of its own if it has one
-        ─▶ fsck of each disk ─▶ check: the user's command
+        ─▶ fsck of each disk ─▶ check: the user's command ─▶ boot: the machine runs, as its history says
 
 Until the operation is said to be ready nobody has used its disks, so who finds one half made begins anew.
 """
@@ -22,7 +22,7 @@ from asrfs.errors import FormatError, IntegrityError
 from asrfs.model.machine import MachineConfig
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import read_whole, write_atomically
-from replica_store.failover import filesystems, mounts, network, places, processes, undoing
+from replica_store.failover import booting, filesystems, mounts, network, places, processes, undoing
 from replica_store.failover.choice import Chosen, recovered_file
 from replica_store.failover.filesystems import Filesystem
 from replica_store.failover.processes import Starting
@@ -85,8 +85,17 @@ def prepare(
     if operation.check_command is not None:
         with watch.step("check"):
             checked = _check(operation, operation.check_command)
+    booted = None
+    if operation.boots and chosen.boot is not None:
+        with watch.step("boot"):
+            booted = booting.start(operation, chosen.boot)
     return msgspec.structs.replace(
-        operation, steps=tuple(watch.steps), rto_s=watch.seconds, examined=verdicts, checked=checked
+        operation,
+        steps=tuple(watch.steps),
+        rto_s=None if booted is not None and booted.failure else watch.seconds,
+        examined=verdicts,
+        checked=checked,
+        booted=booted,
     )
 
 
@@ -187,12 +196,13 @@ def _is_serving(operation: Operation) -> bool:
     return any("serve" in each.words for each in processes.find(operation.id, "machine"))
 
 
-def bring_back(root: str, operation: Operation) -> None:
-    """Start what is missing of a machine that was ready before. What it wrote is kept."""
+def bring_back(root: str, operation: Operation) -> Operation:
+    """Start what is missing of a machine that was ready before; how it runs then. What it wrote is kept."""
     where = operation.places
-    lacks_tree = _has_bases(operation) and not processes.find(operation.id, "tree")
+    lacks_tree = has_bases(operation) and not processes.find(operation.id, "tree")
     is_gone = not processes.find(operation.id, "machine")
     if is_gone:  # a mount that nobody serves is in the way; one whose supervisor alone died is adopted
+        booting.stop(operation)
         mounts.release_loops(where.mount)
         mounts.take_away(where.mount)
     if lacks_tree:
@@ -204,13 +214,22 @@ def bring_back(root: str, operation: Operation) -> None:
         network.make(operation.id, where.namespace)
     if not _is_serving(operation):
         _start_machine(operation).wait_ready()
+    settings = _machine(operation).boot
+    if not operation.boots or settings is None or booting.is_ready(operation):
+        return operation
+    return msgspec.structs.replace(operation, booted=booting.start(operation, settings))
 
 
-def _has_bases(operation: Operation) -> bool:
+def has_bases(operation: Operation) -> bool:
     """Whether a disk's content is not all in its own image yet. Raises IntegrityError."""
+    return any(disk.base is not None for disk in _machine(operation).disks)
+
+
+def _machine(operation: Operation) -> MachineConfig:
+    """As its state directory says. Raises IntegrityError."""
     path = os.path.join(operation.places.state, "machine.json")
     try:
-        machine = msgspec.json.decode(
+        return msgspec.json.decode(
             read_whole(DirectoryStorage(operation.places.state), "machine.json"), type=MachineConfig
         )
     except (OSError, msgspec.MsgspecError, ValueError, FormatError) as error:
@@ -218,4 +237,3 @@ def _has_bases(operation: Operation) -> bool:
             f"{path} cannot be read ({error}): what failover {operation.id[:12]} wrote may be lost; "
             f"see `replica-store failover cancel` and `cleanup` ({shlex.quote(operation.id)})"
         ) from None
-    return any(disk.base is not None for disk in machine.disks)

@@ -7,6 +7,7 @@ found, whatever died in between. They are ended through pidfds, so no signal rea
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -15,21 +16,23 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
 import replica_store
 from asrfs.errors import AsrfsError, NotFoundError, TemporaryError, error_class, foreign_line
 
-Part = Literal["tree", "machine", "copy", "tool"]
+Part = Literal["tree", "machine", "copy", "boot", "tool"]
 """`tree`: the read-only points; `machine`: what serves the recovered disks; `copy`: the same for a copy that is
-examined; `tool`: whatever ends by itself."""
+examined; `boot`: the machine that was started on these; `tool`: whatever ends by itself."""
 
 MARK = "ASRFS_FAILOVER"
 READY_S_MAX = 120.0
 TOOL_S_MAX = 600.0
 _DEATH_S_MAX = 10.0
 _LINE_BYTES = 4096
+_deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
 _ANNOUNCED = b"ready"
 
 
@@ -58,11 +61,30 @@ def environment(operation_id: str, part: Part) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, MARK: f"{operation_id}:{part}"}
 
 
+@contextmanager
+def within(seconds: float | None) -> Iterator[None]:
+    """Whatever this thread runs or waits for inside must end in that time; None: in its own. Raises TemporaryError."""
+    before = _deadline.get()
+    token = _deadline.set(before if seconds is None else min(before, time.monotonic() + seconds))
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
+def _time_left(seconds_max: float) -> float:
+    left = _deadline.get() - time.monotonic()
+    if left <= 0:
+        raise TemporaryError("its time is up")
+    return min(seconds_max, left)
+
+
 class Starting:
     """A daemon in a session of its own that has been started; `wait_ready` says whether it serves."""
 
     def __init__(self, operation_id: str, part: Part, words: Sequence[str], log: Path) -> None:
         self._words, self._log = words, log
+        _time_left(READY_S_MAX)
         with log.open("ab") as errors:
             self._begin = errors.tell()
             self._child = _spawn(words, errors, environment(operation_id, part))
@@ -71,15 +93,16 @@ class Starting:
         """Until it says `ready`. Raises what it could not start for."""
         assert self._child.stdout is not None
         with self._child.stdout as said:
-            if _is_ready(said.fileno(), time.monotonic() + READY_S_MAX):
+            seconds_max = _time_left(READY_S_MAX)
+            if _is_ready(said.fileno(), time.monotonic() + seconds_max):
                 return
         try:
-            code = self._child.wait(_DEATH_S_MAX)  # it has closed its end, or had its time
+            code = self._child.wait(min(_DEATH_S_MAX, seconds_max))  # it has closed its end, or had its time
         except subprocess.TimeoutExpired:
             self._child.kill()
             self._child.wait()
             raise TemporaryError(
-                f"{_shown(self._words)} was not ready within {READY_S_MAX:g} s: see {self._log}"
+                f"{shown(self._words)} was not ready within {seconds_max:.3g} s: see {self._log}"
             ) from None
         raise _failure(self._words, code, _tail(self._log, self._begin))
 
@@ -91,17 +114,23 @@ def run(
     accepted: Sequence[int] = (0,),
     seconds_max: float = TOOL_S_MAX,
     more: dict[str, str] | None = None,
+    part: Part = "tool",
+    said: bytes = b"",
 ) -> tuple[int, str]:
-    """Run a tool to its end: exit code and output. Raises AsrfsError if its exit code is not one of the accepted."""
-    tool = _spawn(words, subprocess.STDOUT, environment(operation_id, "tool") | (more or {}))
+    """Run a tool to its end: exit code and output. `said`: its input, for what nobody else is to see.
+
+    Raises AsrfsError if its exit code is not one of the accepted.
+    """
+    seconds_max = _time_left(seconds_max)
+    tool = _spawn(words, subprocess.STDOUT, environment(operation_id, part) | (more or {}), is_told=bool(said))
     try:
-        output, _ = tool.communicate(timeout=seconds_max)
+        output, _ = tool.communicate(said or None, timeout=seconds_max)
     except BaseException as error:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(tool.pid, signal.SIGKILL)
         tool.wait()
         if isinstance(error, subprocess.TimeoutExpired):
-            raise TemporaryError(f"{_shown(words)} did not end within {seconds_max:g} s") from None
+            raise TemporaryError(f"{shown(words)} did not end within {seconds_max:.3g} s") from None
         raise
     finally:
         assert tool.stdout is not None
@@ -112,11 +141,13 @@ def run(
     return tool.returncode, text
 
 
-def _spawn(words: Sequence[str], errors: IO[bytes] | int, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+def _spawn(
+    words: Sequence[str], errors: IO[bytes] | int, variables: dict[str, str], *, is_told: bool = False
+) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
             words,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if is_told else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=errors,
             start_new_session=True,
@@ -154,7 +185,7 @@ def end(operation_id: str, part: Part | None, *, gently_s: float = 0.0) -> None:
             return
         _signal_all(operation_id, part, signal.SIGKILL, _DEATH_S_MAX)
     if left := find(operation_id, part):
-        raise TemporaryError(f"process {left[0].pid} ({_shown(left[0].words)}) does not end: try again")
+        raise TemporaryError(f"process {left[0].pid} ({shown(left[0].words)}) does not end: try again")
 
 
 def stop_supervisor(operation_id: str, part: Part, seconds_max: float) -> bool:
@@ -260,15 +291,15 @@ def _failure(words: Sequence[str], code: int, said: str) -> AsrfsError:
     lines = [line for line in said.splitlines() if line.strip()]
     ours = [line.partition("error: ")[2] for line in lines if line.startswith("asrfs: error: ")]
     text = (ours or lines or [f"ended with exit code {code}"])[-1]
-    return error_class(code if ours else None)(f"{_shown(words)}: {foreign_line(text)}")
+    return error_class(code if ours else None)(f"{shown(words)}: {foreign_line(text)}")
 
 
-def _shown(words: Sequence[str]) -> str:
+def shown(words: Sequence[str]) -> str:
     """A command as people know it."""
-    shown = list(words)
-    if shown[:1] == [sys.executable] and shown[1:2] == ["-m"]:
-        shown = [
-            {"asrfs.cli.main": "asrfs", "replica_store.cli.main": "replica-store"}.get(shown[2], shown[2]),
-            *shown[3:],
+    told = list(words)
+    if told[:1] == [sys.executable] and told[1:2] == ["-m"]:
+        told = [
+            {"asrfs.cli.main": "asrfs", "replica_store.cli.main": "replica-store"}.get(told[2], told[2]),
+            *told[3:],
         ]
-    return " ".join(shown)[:300]
+    return " ".join(told)[:300]

@@ -7,7 +7,9 @@ from statistics import median
 from typing import Any
 
 from asrfs.errors import AsrfsError, IntegrityError, TemporaryError
-from asrfs.model.quantities import format_time
+from asrfs.model.quantities import NS_PER_SECOND, format_time
+from replica_store.failover.plan import Pause
+from replica_store.failover.plan_journal import PlanJournal
 from replica_store.vault.operations import Operation
 
 TREND_LEAST = 3
@@ -52,12 +54,24 @@ def document(operation: Operation) -> dict[str, Any]:
         "check": None
         if checked is None
         else {"command": checked.command, "exit_code": checked.exit_code, "output": checked.output},
+        "boot": None
+        if operation.booted is None
+        else {"kind": operation.booted.kind, "runs": not operation.booted.failure, "failure": operation.booted.failure},
         "begun": format_time(operation.begun_ns),
         "expires": None if operation.expires_ns is None else format_time(operation.expires_ns),
         "epoch": operation.epoch,
         "proof": _proof(operation),
         "handover": _handover(operation),
         "remains": operation.remains,
+        "plan": operation.plan,
+        "reprotection": None
+        if operation.reprotection is None
+        else {
+            "store": operation.reprotection.store,
+            "begun": format_time(operation.reprotection.begun_ns),
+            "enrolled": operation.reprotection.enrolled,
+            "done": None if operation.reprotection.done_ns is None else format_time(operation.reprotection.done_ns),
+        },
         "warnings": list(operation.warnings),
         "log": [
             {"time": format_time(cause.time_ns), "state": cause.state, "cause": cause.text}
@@ -82,8 +96,55 @@ def _handover(operation: Operation) -> dict[str, Any] | None:
     return {"lsn": handover.lsn, "error": handover.error, "taken_back": handover.is_back}
 
 
+def plan_document(journal: PlanJournal, found: Iterable[Operation]) -> dict[str, Any]:
+    """A run of a plan as commands print it. `found`: its failovers; those that a later one replaced are left out.
+
+    `rto_seconds`: from its beginning to the end of its last step, pauses and all; None until it is done.
+    """
+    head, run = journal.head, journal.run
+    times = [event.time_ns for event in journal.events]
+    newest = {each.machine: each for each in found}
+    losses = [each.data_loss_s for each in newest.values() if each.data_loss_s is not None]
+    is_done = run.state == "done"
+    return {
+        "id": head.id,
+        "plan": head.plan.name,
+        "kind": head.kind,
+        "state": run.state,
+        "begun": format_time(min(times)) if times else None,
+        "ended": format_time(max(times)) if times and is_done else None,
+        "rto_seconds": round((max(times) - min(times)) / NS_PER_SECOND, 4) if times and is_done else None,
+        "data_loss_seconds": max(losses, default=None),
+        "waits_for": [step.item.text for step in run.pauses() if isinstance(step.item, Pause)],
+        "steps": [
+            {
+                "name": step.id,
+                "state": run.standing[step.id].state,
+                "critical": step.is_critical,
+                "seconds": round(run.standing[step.id].seconds, 4),
+                "text": run.standing[step.id].text,
+            }
+            for step in run.steps
+        ],
+        "machines": [document(each) for each in newest.values()],
+    }
+
+
+def plan_verdict(journal: PlanJournal) -> AsrfsError | None:
+    """What has stopped a plan."""
+    head, run = journal.head, journal.run
+    for step in run.steps:
+        standing = run.standing[step.id]
+        if standing.state == "failed" and step.is_critical:
+            return TemporaryError(
+                f"plan {head.plan.name} stopped at {step.id}: {standing.text}; see to it, then go on with "
+                f"`replica-store plan resume {head.id[:12]}`"
+            )
+    return None
+
+
 def verdict(operation: Operation) -> AsrfsError | None:
-    """What of the recovered machine is not as it should be: a filesystem, else what the check command said."""
+    """What of the recovered machine is not as it should be: a filesystem, what the check command said, its start."""
     for each in operation.examined:
         if each.result == "damaged":
             return IntegrityError(
@@ -95,6 +156,11 @@ def verdict(operation: Operation) -> AsrfsError | None:
         last = (checked.output.strip().splitlines() or ["it said nothing"])[-1]
         return TemporaryError(
             f"the check command of failover {operation.id[:12]} ended with exit code {checked.exit_code}: {last[:200]}"
+        )
+    if operation.booted is not None and operation.booted.failure:
+        return TemporaryError(
+            f"the disks of failover {operation.id[:12]} are there, but the machine does not run: "
+            f"{operation.booted.failure}; `replica-store failover resume {operation.id[:12]}` starts it again"
         )
     return None
 

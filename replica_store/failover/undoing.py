@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from replica_store.failover import mounts, network, places, processes
+from replica_store.failover import booting, mounts, network, places, processes
 from replica_store.vault.operations import Operation, change
 
 _TREE_S = 10.0
@@ -18,6 +18,7 @@ def discard(operation: Operation) -> None:
     """End and unmount everything, leaving directories. Raises TemporaryError for what resists."""
     where = operation.places
     copy = places.copy_of(where)
+    booting.stop(operation)
     for directory in (where.mount, copy):
         mounts.release_loops(directory)
     for part in ("tool", "copy", "machine"):

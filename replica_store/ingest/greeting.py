@@ -18,6 +18,13 @@ class DivergedError(RefusedError):
     """The host's history is not the one that is here: it was set back, cloned, or talks to another store."""
 
 
+def check_not_replaced(identity: MachineIdentity, machine: MachineRow | None, hello: Hello) -> None:
+    """Raise FencedError for a side that was left behind before another one enrolled: that its certificate is good no
+    more would not stop it (I6). The certificate is of the vault's authority."""
+    if machine is not None and not machine.revoked and machine.serial != identity.serial and not hello.rejoin:
+        _check_not_superseded(hello, machine.epoch)
+
+
 def check_identity(identity: MachineIdentity, machine: MachineRow | None) -> MachineRow:
     """Whether a certificate of the vault's authority is the one that is good now. Raises AuthenticationError."""
     if machine is None:

@@ -83,6 +83,9 @@ class Listener:
         """A connection that did not get through its handshake."""
         self._log.warning("connection refused", reason=reason)
 
+    def now_ns(self) -> int:
+        return self._clock.time_ns()
+
     def make_salt(self) -> bytes:
         return os.urandom(SALT_BYTES)
 

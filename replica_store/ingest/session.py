@@ -55,6 +55,7 @@ from replica_store.ingest.configurations import AGAIN_S, Configurations
 from replica_store.ingest.greeting import (
     check_hello,
     check_identity,
+    check_not_replaced,
     check_position,
     granted_before,
     refusal_code,
@@ -66,7 +67,7 @@ from replica_store.ingest.promoting import Fetching, Promotions
 from replica_store.ingest.seeding import match
 from replica_store.vault.epochs import raise_epoch
 from replica_store.vault.groups import put_place
-from replica_store.vault.protection import check_not_committed
+from replica_store.vault.returning import check_side, end_by_return
 from replica_store.vault.rows import MachineRow
 from replica_store.vault.vault import Vault
 
@@ -117,6 +118,8 @@ class Store(Protocol):
         """Run what blocks; never abandoned."""
 
     def make_salt(self) -> bytes: ...
+
+    def now_ns(self) -> int: ...
 
     async def take_turn(self, machine_id: str, session: StoreSession) -> Ingester:
         """End the machine's other session, wait until it writes no more, and become its only one."""
@@ -172,7 +175,7 @@ class StoreSession:
 
     async def _greet(self) -> tuple[Ingester, Hello]:
         hello = await self._hear_hello()
-        machine = await self._store.in_thread(self._authorised)
+        machine = await self._store.in_thread(self._authorised, hello)
         check_hello(hello, machine)
         ingester = await self._store.take_turn(machine.id, self)
         salt = self._store.make_salt()
@@ -208,11 +211,13 @@ class StoreSession:
             return hello
         raise LinkError(f"the host did not greet within {GREETING_S_MAX:g} s")
 
-    def _authorised(self) -> MachineRow:
+    def _authorised(self, hello: Hello) -> MachineRow:
         """Blocks."""
         catalog = self._store.vault.catalog
-        machine = check_identity(self._identity, catalog.machine_by_id(self._identity.machine_id))
-        check_not_committed(catalog, machine)
+        row = catalog.machine_by_id(self._identity.machine_id)
+        check_not_replaced(self._identity, row, hello)
+        machine = check_identity(self._identity, row)
+        check_side(catalog, machine, hello.epoch)
         return machine
 
     def _begin(self, ingester: Ingester, hello: Hello, salt: bytes) -> tuple[Position, str | None]:
@@ -220,10 +225,10 @@ class StoreSession:
 
         Who rejoins gets a new epoch, behind everything that the old one has brought here.
         """
-        position = ingester.begin_session(self._authorised(), salt)
+        position = ingester.begin_session(self._authorised(hello), salt)
         if hello.rejoin:
             self._grant(ingester, hello, position)
-            position = ingester.begin_session(self._authorised(), salt)
+            position = ingester.begin_session(self._authorised(hello), salt)
         if hello.group_port and (address := hello.group_address or self._host):
             put_place(self._store.vault.catalog, self._identity.machine_id, address, hello.group_port)
         row = self._store.vault.catalog.object_with(self._identity.machine_id, hello.acknowledged_lsn)
@@ -231,18 +236,23 @@ class StoreSession:
         return position, row.digest.hex() if row is not None and ends_there else None
 
     def _grant(self, ingester: Ingester, hello: Hello, position: Position) -> None:
-        """Blocks. A new epoch for who rejoins, unless this order got one that its host has not seen yet."""
+        """Blocks. A new epoch for who rejoins, unless this order got one that its host has not seen yet. A machine that
+        comes back ends its failover: after the epoch was raised, so that never two sides could add something."""
+        vault = self._store.vault
         granted = granted_before(hello, position.epoch, ingester.granted)
         if granted is None:
-            granted = raise_epoch(self._store.vault, self._identity.machine_id, above=hello.epoch)
+            granted = raise_epoch(vault, self._identity.machine_id, above=hello.epoch)
             ingester.granted[hello.order] = granted
+        returns = check_side(vault.catalog, self._authorised(hello), hello.epoch)
+        if returns is not None:
+            end_by_return(vault.root, returns.id, granted, self._store.now_ns())
         self._log.warning("a host rejoins", epoch=granted, acknowledged_lsn=position.lsn, host_epoch=hello.epoch)
 
     # ---- streaming ----------------------------------------------------------------------------------------
 
     async def _stream_objects(self, ingester: Ingester, hello: Hello) -> None:
         arriving, waiting = trio.open_memory_channel[ObjectReceived](OBJECTS_WAITING - 1)
-        tasks: list[Callable[[], Awaitable[None]]] = [self._beat, self._watch]
+        tasks: list[Callable[[], Awaitable[None]]] = [self._beat, partial(self._watch, hello)]
         tasks.append(partial(self._hand_over, takes_handover=hello.takes_handover))
         tasks.append(partial(self._promote, takes_promotion=hello.takes_promotion))
         if hello.takes_configuration:
@@ -364,11 +374,11 @@ class StoreSession:
             await trio.sleep(HEARTBEAT_S)
             await self._send(Heartbeat())
 
-    async def _watch(self) -> None:
+    async def _watch(self, hello: Hello) -> None:
         """Cut a certificate that is not good any more."""
         while True:
             await trio.sleep(HEARTBEAT_S)
-            await self._store.in_thread(self._authorised)
+            await self._store.in_thread(self._authorised, hello)
 
     async def _configure(self) -> None:
         """Say what is wanted of the host, and say it again when that has changed."""

@@ -23,8 +23,10 @@ from replica_store.vault.objects import Objects
 from replica_store.vault.vault import Vault, lock_descriptions
 
 Kind = Literal["test", "unplanned", "planned", "failback"]
-OperationState = Literal["preparing", "serving", "commit-pending", "committed", "cancelled", "cleaned"]
+OperationState = Literal["preparing", "serving", "commit-pending", "committed", "returned", "cancelled", "cleaned"]
 ENDED: tuple[OperationState, ...] = ("cancelled", "cleaned")
+"""What these left is taken away by whoever comes next. Of `returned` ones only a person does that: they hold what may
+be the only copy of something."""
 
 LOCK_S_MAX = 10.0
 _PREFIX = "operations/"
@@ -67,6 +69,23 @@ class Checked(msgspec.Struct, frozen=True, kw_only=True):
     command: str
     exit_code: int
     output: str
+
+
+class Booted(msgspec.Struct, frozen=True, kw_only=True):
+    """How the start of the recovered machine went. `failure`: why it does not run, empty if it does."""
+
+    kind: str
+    failure: str = ""
+
+
+class Reprotection(msgspec.Struct, frozen=True, kw_only=True):
+    """The other direction. `store`: the management address of the other store; `enrolled`: the recovered machine has
+    its certificate; `done_ns`: since when the other store has all of it, None until then."""
+
+    store: str
+    begun_ns: int
+    enrolled: bool = False
+    done_ns: int | None = None
 
 
 class Cause(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,7 +133,9 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """One failover. `remains`: processes, mounts or directories of it are there, or may be.
 
     `begun_s`: when its present preparation began is in the first of `steps`; `rto_s` is their sum once it was ready.
-    `epoch`: what commit raised the machine to. `handover`: of a planned one.
+    `epoch`: what commit raised the machine to; `closed_serial`: of the certificate that was good until then.
+    `handover`: of a planned one. `plan`: id of the run of a plan it belongs to. `boots`: the machine is started as its
+    boot settings say.
     """
 
     id: str
@@ -139,6 +160,11 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
     epoch: int | None = None
     handover: HandoverAsked | None = None
+    plan: str | None = None
+    boots: bool = True
+    booted: Booted | None = None
+    closed_serial: str | None = None
+    reprotection: Reprotection | None = None
     causes: tuple[Cause, ...] = ()
 
     def to(self, state: OperationState, time_ns: int, text: str) -> Operation:
@@ -149,13 +175,18 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
 
 def is_sound(operation: Operation) -> bool:
     """Whether it is such as this program writes, wherever it was found."""
+    other = operation.reprotection
+    times_ns = [operation.point.time_ns, operation.begun_ns]
+    times_ns += [] if other is None else [other.begun_ns, other.done_ns or 0]
     return (
         is_id(operation.id)
         and is_id(operation.machine_id)
         and is_name(operation.machine)
         and operation.generation > 0
         and operation.point.lsn > 0
-        and all(0 <= time_ns < 1 << 63 for time_ns in (operation.point.time_ns, operation.begun_ns))
+        and all(0 <= time_ns < 1 << 63 for time_ns in times_ns)
+        and (operation.plan is None or is_id(operation.plan))
+        and (other is None or other.store.isprintable())
         and all(_is_place(path) for path in (operation.places.directory, operation.places.state))
         and all(_is_place(path) for path in (operation.places.mount, *operation.places.made))
     )
@@ -219,7 +250,7 @@ def _operation(catalog: Catalog, *row: object) -> Operation:
 
 def holder(found: Iterable[Operation]) -> Operation | None:
     """The newest failover of a machine that holds its protection: it is failed over, or committed elsewhere."""
-    holding = [each for each in found if each.kind != "test" and each.state not in ENDED]
+    holding = [each for each in found if each.kind != "test" and each.state not in (*ENDED, "returned")]
     return holding[-1] if holding else None
 
 

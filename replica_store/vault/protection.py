@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from asrfs.errors import FencedError
-from asrfs.model.protection_states import ProtectionState
+from asrfs.errors import FencedError, RefusedError
+from asrfs.model.protection_states import ProtectionEvent, ProtectionState, next_state
 from replica_store.vault.catalog import Catalog
 from replica_store.vault.operations import Operation, committed_by, holder, operations
 from replica_store.vault.rows import MachineRow
@@ -24,8 +24,25 @@ def protection_of(vault: Vault, machine: MachineRow) -> ProtectionState:
 
 
 def state_of(holding: Operation) -> ProtectionState:
-    """What a failover that holds a machine makes of it."""
-    return ProtectionState.COMMITTED if holding.state == "committed" else ProtectionState.FAILED_OVER
+    """What a failover that holds a machine makes of it. `protected` is so in the other direction: by another store."""
+    if holding.state != "committed":
+        return ProtectionState.FAILED_OVER
+    if holding.reprotection is None:
+        return ProtectionState.COMMITTED
+    return ProtectionState.REPROTECTING if holding.reprotection.done_ns is None else ProtectionState.PROTECTED
+
+
+def check_event(vault: Vault, machine: MachineRow, event: ProtectionEvent) -> None:
+    """Raise RefusedError where the table does not let it be, and for whatever would begin here with a machine that
+    another store protects: what is here is of before, and it goes on elsewhere."""
+    state = protection_of(vault, machine)
+    holding = holder(operations(vault.catalog, machine.id))
+    if holding is not None and holding.reprotection is not None and state is ProtectionState.PROTECTED:
+        raise RefusedError(
+            f"machine {machine.name} is {state} in the other direction, by the store at {holding.reprotection.store}: "
+            f"{event} is refused; allowed: failover and failback there"
+        )
+    next_state(state, event, machine.name)
 
 
 def check_not_committed(catalog: Catalog, machine: MachineRow) -> None:

@@ -149,7 +149,7 @@ CREATE TABLE operations (
     id TEXT PRIMARY KEY,            -- 32 hexadecimal digits
     machine_id TEXT NOT NULL,       -- what is failed over
     kind TEXT NOT NULL,             -- test, unplanned, planned or failback
-    state TEXT NOT NULL,            -- preparing, serving, commit-pending, committed, cancelled or cleaned
+    state TEXT NOT NULL,            -- preparing, serving, commit-pending, committed, returned, cancelled or cleaned
     generation INTEGER NOT NULL,    -- counts changes; of its sealed objects the one with the highest is valid
     content TEXT NOT NULL           -- JSON: all of it, see `operations.Operation`
 ) STRICT, WITHOUT ROWID;

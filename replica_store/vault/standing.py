@@ -18,7 +18,7 @@ from replica_store.vault.policies import Assigned, read_book
 from replica_store.vault.rows import LinkRow, MachineRow, PointRow
 from replica_store.vault.vault import Vault
 
-State = Literal["unprotected", "initial-replication", "protected", "failed-over", "committed"]
+State = Literal["unprotected", "initial-replication", "protected", "failed-over", "committed", "reprotecting"]
 
 SILENT_S_MAX = 20.0
 """A link that has not been heard of for so long is down, whatever was last written of it: the store may be, too."""
@@ -71,7 +71,10 @@ def standing_of(vault: Vault, machine: MachineRow, now_ns: int) -> Standing:
     rules, _ = follow_policy(book.texts(policy.policy) or {})
     rpo_s = achieved_rpo_s(received, last.last_time_ns, link, now_ns) if last else None
     said = None if machine.revoked else rpo_text(rpo_s, rules)
-    alarms = () if said is None else (StandingAlarm("rpo", *said),)
+    alarms: tuple[StandingAlarm, ...] = () if said is None else (StandingAlarm("rpo", *said),)
+    alarms += point_alarms(machine, points, vault.catalog.appeared(machine.id), rules, now_ns)
+    if holding is not None and holding.state == "committed":
+        alarms = ()  # nothing is to come: it runs elsewhere, and whoever protects it there has the alarms
     return Standing(
         id=machine.id,
         name=machine.name,
@@ -89,7 +92,7 @@ def standing_of(vault: Vault, machine: MachineRow, now_ns: int) -> Standing:
         enrolled_ns=machine.enrolled_ns,
         disks=tuple(disk for disk in vault.disks_at(machine.id, received) if not disk.removed),
         policy=policy,
-        alarms=(*alarms, *point_alarms(machine, points, vault.catalog.appeared(machine.id), rules, now_ns)),
+        alarms=alarms,
     )
 
 
@@ -122,7 +125,12 @@ def _failed_over(holding: Operation) -> tuple[State, str]:
     """Of a machine that a failover holds."""
     at = f"{holding.kind} failover {holding.id[:12]} to LSN {holding.point.lsn}"
     if holding.state == "committed":
-        return "committed", f"it runs elsewhere since {at}: nothing of its old side is taken any more"
+        text, other = f"it runs elsewhere since {at}: nothing of its old side is taken any more", holding.reprotection
+        if other is None:
+            return "committed", text
+        if other.done_ns is None:
+            return "reprotecting", f"{text}; it is being sent to the store at {other.store}"
+        return "protected", f"in the other direction, by the store at {other.store}; {text}"
     return "failed-over", f"{at} is {holding.state}: change the point, cancel or commit"
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
+import msgspec
 import pytest
 
 from replica_store.failover import actions
+from replica_store.ingest import session
 from replica_store.vault import operations as operations_room
-from replica_store.vault import protection
+from replica_store.vault import protection, returning
 from replica_store.vault.books import Shelf
+from replica_store.vault.catalog import Catalog
 from replica_store.vault.operations import ENDED, Operation
+from replica_store.vault.rows import MachineRow
 from replica_store.vault.vault import Vault
 from tests.planted import Plant
 
 _OPERATIONS = "tests/t1_unit/test_operations.py::"
+_RETURN = "tests/t4_sim/test_return.py::"
 _ACTIONS = "tests/t4_sim/test_failover_actions.py::"
 
 
@@ -67,6 +73,37 @@ def cancel_after_a_commit_began(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(actions, "change", change)
 
 
+def any_side_may_come_back(patch: pytest.MonkeyPatch) -> None:
+    """A new certificate is enough, whatever epoch it comes with."""
+    sound = returning.check_side
+
+    def check_side(catalog: Catalog, machine: MachineRow, epoch: int) -> Operation | None:
+        return sound(catalog, machine, 1 << 30)
+
+    patch.setattr(session, "check_side", check_side)
+
+
+def the_old_certificate_may_come_back(patch: pytest.MonkeyPatch) -> None:
+    """An epoch above the commit's is enough, which anybody can say."""
+    sound = returning.check_side
+
+    def check_side(catalog: Catalog, machine: MachineRow, epoch: int) -> Operation | None:
+        return sound(catalog, replace(machine, serial="new"), epoch)
+
+    patch.setattr(session, "check_side", check_side)
+
+
+def tokens_of_before_the_commit(patch: pytest.MonkeyPatch) -> None:
+    def close_side(vault: Vault, found: Operation) -> Operation:
+        return msgspec.structs.replace(found, closed_serial=vault.machine(found.machine).serial)
+
+    patch.setattr(actions, "close_side", close_side)
+
+
+def what_came_back_is_swept(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(actions, "ENDED", (*ENDED, "returned"))
+
+
 PLANTS = tuple(
     Plant(name, text, level, 1, apply, shows)
     for name, text, level, apply, shows in (
@@ -97,6 +134,34 @@ PLANTS = tuple(
             f"{_OPERATIONS}test_a_failover_holds_its_machine_and_a_test_does_not",
             a_test_holds_its_machine,
             "FAILED_OVER|failed-over",
+        ),
+        (
+            "stale-side-returns",
+            "a token of after the commit lets in the side that was left behind",
+            f"{_RETURN}test_i6_and_i7_the_side_that_went_on_comes_back_and_the_other_never_does",
+            any_side_may_come_back,
+            "assert",
+        ),
+        (
+            "old-certificate-returns",
+            "whoever says a high epoch comes back",
+            f"{_RETURN}test_i6_and_i7_the_side_that_went_on_comes_back_and_the_other_never_does",
+            the_old_certificate_may_come_back,
+            "assert",
+        ),
+        (
+            "tokens-outlive-commit",
+            "a token of before the commit is good after it",
+            f"{_RETURN}test_a_token_of_before_the_commit_is_no_proof_of_intent",
+            tokens_of_before_the_commit,
+            "certificate request cannot be read",
+        ),
+        (
+            "returned-is-swept",
+            "what a machine that came back left where it ran is taken away by whoever comes next",
+            "tests/t4_sim/test_reprotect.py::test_i7_what_it_left_is_removed_by_a_person_and_only_if_nothing_is_lost",
+            what_came_back_is_swept,
+            "assert",
         ),
         (
             "commit-begun-unknown",

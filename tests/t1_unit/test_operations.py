@@ -140,7 +140,9 @@ def test_a_failover_holds_its_machine_and_a_test_does_not(
     with Vault.open(root) as vault:
         machine = vault.machine(history.name)
         assert protection_of(vault, machine) is expected
-        assert standing_of(vault, machine, SystemClock().time_ns()).state == str(expected)
+        standing = standing_of(vault, machine, SystemClock().time_ns())
+        assert standing.state == str(expected)
+        assert bool(standing.alarms) == (state != "committed"), "nothing is to come of who runs elsewhere"
         if state == "committed":
             with pytest.raises(FencedError, match="runs elsewhere"):
                 check_not_committed(vault.catalog, machine)

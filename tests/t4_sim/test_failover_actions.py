@@ -18,8 +18,9 @@ from asrfs.model.quantities import NS_PER_SECOND
 from asrfs.protocol.messages import HandedOver
 from asrfs.storage.system_clock import SystemClock
 from replica_store.failover import actions, handing_over, undoing
-from replica_store.failover.actions import Failovers, Wanted
+from replica_store.failover.actions import Failovers
 from replica_store.failover.preparation import Stopwatch
+from replica_store.failover.wanted import Wanted
 from replica_store.vault.enrolment import put_description
 from replica_store.vault.handovers import note_answer
 from replica_store.vault.operations import Operation, change, operation, operations
@@ -40,8 +41,8 @@ VERBS: dict[str, Callable[[Failovers, str], Operation]] = {
 }
 STATES = {
     "test": ("preparing", "serving", "cleaned"),
-    "unplanned": ("preparing", "commit-pending", "committed", "cancelled"),
-    "planned": ("preparing", "commit-pending", "committed", "cancelled"),
+    "unplanned": ("preparing", "commit-pending", "committed", "returned", "cancelled"),
+    "planned": ("preparing", "commit-pending", "committed", "returned", "cancelled"),
 }
 LEADS_TO = {
     ("test", "preparing", "cleanup"): "cleaned",
@@ -58,6 +59,7 @@ LEADS_TO = {
     ("unplanned", "commit-pending", "commit"): "committed",
     ("unplanned", "commit-pending", "resume"): "commit-pending",
     ("unplanned", "committed", "resume"): "committed",
+    ("unplanned", "returned", "cleanup"): "cleaned",
     ("unplanned", "cancelled", "resume"): "cancelled",
 }
 """Everything else is refused."""
@@ -90,7 +92,7 @@ class Recovery:
         self.answer = HandedOver(id="", outcome="handed-over", lsn=1, chunks_compared=4)
         """What hosts answer, `lsn` being all that is here."""
         monkeypatch.setattr(actions, "prepare", self._prepare)
-        monkeypatch.setattr(actions, "bring_back", lambda root, found: self.there.add(found.id))
+        monkeypatch.setattr(actions, "bring_back", self._bring_back)
         monkeypatch.setattr(undoing, "discard", lambda found: self.there.discard(found.id))
         monkeypatch.setattr(handing_over, "check_present", lambda root, machine, clock: None)
         monkeypatch.setattr(handing_over, "wait_answer", partial(self._wait_answer, handing_over.wait_answer))
@@ -104,6 +106,10 @@ class Recovery:
             answer = msgspec.structs.replace(self.answer, id=operation_id, lsn=lsn)
             note_answer(vault, machine_id, answer, clock.time_ns())
         return sound(root, operation_id, clock)
+
+    def _bring_back(self, root: str, found: Operation) -> Operation:
+        self.there.add(found.id)
+        return found
 
     def _prepare(
         self, root: str, begun: Operation, disks: object, epoch: int, watch: Stopwatch, *, examined: bool
@@ -150,6 +156,9 @@ def begun(failovers: Failovers, root: str, kind: str, state: str) -> Operation:
     found: Operation = getattr(failovers, kind)(wanted())
     if state == "preparing":
         return change(root, found.id, lambda vault, before: before.to("preparing", 0, "it died"))
+    if state == "returned":
+        committed = failovers.commit(found.id)
+        return change(root, committed.id, lambda vault, before: before.to("returned", 0, "the machine came back"))
     ways = {"cleaned": failovers.cleanup, "cancelled": failovers.cancel, "committed": failovers.commit}
     return ways[state](found.id) if state in ways else found
 
@@ -183,7 +192,8 @@ def test_every_verb_in_every_state(
     if kind == "test":
         assert standing(root) == before == "protected"
     else:
-        states = {"commit-pending": "failed-over", "committed": "committed", "cancelled": "protected"}
+        states = {"commit-pending": "failed-over", "committed": "committed"}
+        states |= {"cancelled": "protected", "cleaned": "protected"}
         assert standing(root) == states[expected]
     rebuild(root)
     with Vault.open(root) as vault:

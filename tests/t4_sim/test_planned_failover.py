@@ -19,6 +19,7 @@ from asrfs.protocol.messages import HandedOver, Handover, Heartbeat, Hello, Refu
 from replica_store.failover import handing_over
 from replica_store.failover.actions import Failovers
 from replica_store.failover.report import document
+from replica_store.failover.wanted import HANDOVER_S
 from replica_store.ingest.handovers import LOOK_EVERY_S
 from replica_store.vault.enrolment import put_description
 from replica_store.vault.epochs import raise_epoch
@@ -360,7 +361,7 @@ def test_i8_what_nobody_carries_on_with_is_cancelled_in_time(
         says(root, died, outcome="handed-over", lsn=lsn, chunks_compared=4)
         assert told(root, clock) is None
     assert not failovers.is_anything_due()
-    clock.advance(handing_over.HANDOVER_S + 1)
+    clock.advance(HANDOVER_S + 1)
     assert told(root, clock) is None, "asked no more"
     assert failovers.is_anything_due()
     (ended,) = failovers.sweep()
@@ -370,7 +371,7 @@ def test_i8_what_nobody_carries_on_with_is_cancelled_in_time(
 
 def test_what_a_person_has_moved_is_theirs(failovers: Failovers, root: str, clock: ShiftedClock) -> None:
     found = failovers.planned(wanted())
-    clock.advance(handing_over.HANDOVER_S + 1)
+    clock.advance(HANDOVER_S + 1)
     assert not failovers.is_anything_due(), "commit pending has no end"
     failovers.change_point(found.id, f"lsn:{found.point.lsn - 1}")
     change(root, found.id, lambda vault, before: before.to("preparing", 0, "it died"))
@@ -463,8 +464,8 @@ def test_a_host_that_takes_too_long_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     died = died_waiting(failovers, root)
-    monkeypatch.setattr(handing_over, "_is_present", lambda root, machine, clock: True)
-    waiting(handing_over.HANDOVER_S - 30.0)
+    monkeypatch.setattr(handing_over, "is_present", lambda root, machine, clock: True)
+    waiting(HANDOVER_S - 30.0)
     with pytest.raises(TemporaryError, match="was not handed over within 60m"):
         WAIT_ANSWER(root, died.id, clock)
 

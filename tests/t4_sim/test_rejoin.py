@@ -17,10 +17,13 @@ import trio.testing
 
 from asrfs.errors import FencedError, IntegrityError, RefusedError
 from asrfs.format.record import Kind
+from asrfs.format.segment import SECOND_COPY_OFFSET, SEGMENT_HEADER_BYTES, decode_segment_header
 from asrfs.journal.reader import JournalReader
+from asrfs.journal.segments import segment_name
 from asrfs.model.dirty_map import Gap, GivenUp, Reason
 from asrfs.model.machine import DiskRecord, decode_disk
 from asrfs.model.positions import Cursor, Positions
+from asrfs.model.rejoining import REJOIN_FILE, RejoinOrder
 from asrfs.protocol.messages import PROTOCOL_VERSION, Welcome
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.dirty_map_file import load_dirty_map
@@ -28,6 +31,7 @@ from asrfs.replication.rejoiner import Rejoiner
 from asrfs.replication.rewind import cursor_at
 from asrfs.replication.shipper import HOPELESS_RETRY_S
 from asrfs.replication.trimmer import Trimmer, freeable
+from asrfs.storage.interface import read_whole, write_atomically
 from tests.fakes.applied_world import AppliedWorld
 from tests.fakes.crash_storage import CrashStorage, Fate
 from tests.fakes.healing_host import HealingHost
@@ -294,6 +298,26 @@ async def test_i6_an_older_epoch_at_the_store_is_a_store_that_was_set_back(
         host.store.records[:] = host.appended()
 
 
+async def test_an_order_from_outside_says_what_the_epoch_must_be_above(autojump_clock: trio.testing.MockClock) -> None:
+    """As `asrfs enroll --above-epoch` leaves it: its first word to the store is that it rejoins, and above what."""
+    async with may_rejoin() as host:
+        order = RejoinOrder(id="e" * 32, by="person", why="reprotect", time_ns=1, above=7)
+        await rejoiner_of(host).reread()
+        assert rejoiner_of(host).order is None, "there is none yet"
+        write_atomically(host.world.storage, REJOIN_FILE, msgspec.json.encode(order))
+        await rejoiner_of(host).reread()
+        assert rejoiner_of(host).order == order
+        await host.store.hang_up()
+        with trio.fail_after(60):
+            while not host.store.gaps:
+                await pass_time(1)
+        assert [(hello.rejoin, hello.epoch) for hello in host.store.hellos] == [(False, 1), (True, 7)]
+        assert host.store.epoch == 8 == host.world.journal.epoch and rejoiner_of(host).order is None
+        await rejoiner_of(host).reread()
+        assert rejoiner_of(host).order is None, "once"
+        host.store.records[:] = host.appended()
+
+
 async def test_i6_who_is_superseded_writes_that_down_and_asks_no_more(autojump_clock: trio.testing.MockClock) -> None:
     async with may_rejoin() as host:
         host.store.epoch = 2
@@ -375,6 +399,28 @@ def test_an_lsn_of_an_older_epoch_is_never_sent_again(rng: random.Random) -> Non
                 cursor_at(world.journal_storage, MACHINE_ID, reader, Positions().acknowledged, lsn)
         assert cursor_at(world.journal_storage, MACHINE_ID, reader, Positions().acknowledged, 100).lsn == 100
     world.close()
+
+
+@pytest.mark.parametrize("survived_bytes", [100, SECOND_COPY_OFFSET, SEGMENT_HEADER_BYTES - 1])
+def test_i2_an_epoch_whose_header_came_through_a_power_loss_in_one_copy_has_begun(
+    survived_bytes: int, rng: random.Random
+) -> None:
+    world = written(rng)
+    world.begin_epoch(2, 100)
+    name = segment_name(world.journal.segment)
+    world.close()
+    storage = world.storage.killed()
+    file = storage.open(f"journal/{name}", write=True)
+    file.truncate(survived_bytes)
+    file.close()
+    for _ in range(2):
+        world = JournalWorld(storage, world.model.copy(), segment_bytes=SEGMENT_BYTES)
+        assert (world.journal.epoch, world.journal.appended_lsn) == (2, 100)
+        world.check()
+        world.close()
+        storage = world.storage.crash(rng.choice(list(Fate)), rng)
+    header = read_whole(world.journal_storage, name)[:SEGMENT_HEADER_BYTES]
+    assert decode_segment_header(header[SECOND_COPY_OFFSET:], name) == decode_segment_header(header, name)
 
 
 def test_messages_of_before_rejoining_are_understood() -> None:

@@ -10,7 +10,8 @@ import signal
 import sys
 
 from asrfs.storage.system_clock import SystemClock
-from replica_store.failover.actions import Failovers, Wanted
+from replica_store.failover.actions import Failovers
+from replica_store.failover.wanted import Wanted
 
 if __name__ == "__main__":
     root, last, verb, *words = sys.argv[1:]

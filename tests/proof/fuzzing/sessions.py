@@ -119,6 +119,9 @@ class _InlineStore:
     def make_salt(self) -> bytes:
         return SALT
 
+    def now_ns(self) -> int:
+        return 1
+
     async def take_turn(self, machine_id: str, session: StoreSession) -> Ingester:
         await trio.lowlevel.checkpoint()
         return self.ingester
