@@ -87,6 +87,11 @@ class Promotion(msgspec.Struct, frozen=True, kw_only=True):
     def member(self, machine_id: str) -> PromotedMachine | None:
         return next((each for each in self.machines if each.machine_id == machine_id), None)
 
+    def point_of(self, machine_id: str) -> str:
+        """What one of its machines goes back to, for people."""
+        member = self.member(machine_id)
+        return "a point" if member is None else f"LSN {member.point.lsn}"
+
     def with_member(self, changed: PromotedMachine) -> Promotion:
         machines = tuple(changed if each.machine_id == changed.machine_id else each for each in self.machines)
         return msgspec.structs.replace(self, machines=machines)

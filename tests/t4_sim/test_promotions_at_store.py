@@ -31,6 +31,7 @@ from replica_store.vault.promoting import TIME_IS_UP, promotions_wanted
 from replica_store.vault.promotions import Promotion, check_not_promoting, promotion, promotions, write_promotion
 from replica_store.vault.rebuild import rebuild
 from replica_store.vault.rows import LinkRow
+from replica_store.vault.standing import standing_of
 from replica_store.vault.vault import Vault
 from tests.fakes.listening_store import StoreWorld, make_world
 from tests.fakes.scripted_host import HostEnd, HostHistory
@@ -211,6 +212,8 @@ async def test_the_same_again_is_the_same_and_another_takes_its_place_when_that_
         assert begun(world, clock, "lsn:8").id == made.id, "the same in other words"
         with pytest.raises(RefusedError, match="preparing: wait until that is over"):
             begun(world, clock, "later")
+        said = standing_of(world.vault, world.vault.machine("web1"), clock.time_ns())
+        assert "LSN 8 is being copied back over its disks" in said.reason
         with pytest.raises(RefusedError, match="a point is being copied back"):
             check_not_promoting(world.vault.catalog, history.machine_id, "web1")
         await hear(host)
