@@ -70,6 +70,8 @@ class AgentHealing:
         self._alarms = alarms
         self._shipper = shipper
         self._scanned: Comparison | None = None
+        self.is_held_back: Callable[[], bool] = lambda: False
+        """Whether somebody else brings host and store together just now."""
         self._progress = progress
         self._positions = positions
         self._threads = threads
@@ -121,7 +123,8 @@ class AgentHealing:
             return HealingRules(policy.resync_window, policy.rpo_warning_s, self.quota.quota_bytes)
 
         def may_heal() -> bool:
-            return shipper.is_enrolled and self.rejoiner.fence is None and self.rejoiner.order is None
+            is_one_machine = self.rejoiner.fence is None and self.rejoiner.order is None
+            return shipper.is_enrolled and is_one_machine and not self.is_held_back()
 
         self.resyncer = Resyncer(self._filler, progress, alarms, may_heal, rules, minute_of_day)
 

@@ -125,6 +125,13 @@ class DiskServerClient:
         reply = await self._fill.call("fill", slot=slot, offset=offset, length=length)
         return int(reply["lsn"])
 
+    async def rewrite(
+        self, slot: int, extents: Sequence[tuple[int, int]], content: bytes, zeros: Sequence[tuple[int, int]]
+    ) -> int:
+        extents, zeros = list(extents), list(zeros)
+        reply = await self._fill.call("rewrite", slot=slot, extents=extents, content=content, zeros=zeros)
+        return int(reply["appended"])
+
     async def hydrating(self, slot: int, extents: Sequence[tuple[int, int]], applied_lsn: int) -> None:
         await self._long.call("hydrating", slot=slot, extents=list(extents), applied_lsn=applied_lsn)
 

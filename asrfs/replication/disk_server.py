@@ -34,6 +34,11 @@ class DiskServer(Protocol):
     async def fill(self, slot: int, offset: int, length: int) -> int:
         """Append the extent's present content as a FILL record: its LSN."""
 
+    async def rewrite(
+        self, slot: int, extents: Sequence[tuple[int, int]], content: bytes, zeros: Sequence[tuple[int, int]]
+    ) -> int:
+        """Write extents, their bytes one after the other in `content`, and zeros, behind the fence: the last LSN."""
+
     async def hydrating(self, slot: int, extents: Sequence[tuple[int, int]], applied_lsn: int) -> None:
         """These `(offset, end)` of a disk, and nothing else, are in doubt: they are read from its base."""
 
@@ -41,7 +46,7 @@ class DiskServer(Protocol):
         """Go on in this epoch behind `after_lsn`, unless it has begun already, and say what the disks are: durable."""
 
     async def reread_fence(self) -> None:
-        """Take up whether this side was superseded: then guests can write no more."""
+        """Take up whether this side was superseded, or its disks are being rewritten: then guests can write no more."""
 
     async def reread_disks(self) -> None:
         """Take up changes of the machine's disks and append their DISK records."""
