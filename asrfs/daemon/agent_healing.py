@@ -60,6 +60,7 @@ class AgentHealing:
         maker: PointMaker,
         shipper: Shipper,
         comparing: Callable[[], AbstractAsyncContextManager[Comparer]],
+        hurry_durable: Callable[[], None],
         threads: trio.CapacityLimiter,
         trimmer: Trimmer,
     ) -> None:
@@ -108,6 +109,7 @@ class AgentHealing:
             make_point,
             lambda: 0,
             self._find,
+            hurry_durable,
         )
         if unknown_slots(dirty.map):
             files = DirectoryStorage(state.root)
