@@ -42,7 +42,7 @@ from asrfs.daemon.agent_shipping import AgentShipping
 from asrfs.daemon.agent_status import Facts, OldestUnacknowledged, images_of, status
 from asrfs.daemon.agent_verbs import AgentVerbs, check_is_kept, through_a_restart
 from asrfs.daemon.control_trio import serve_control
-from asrfs.daemon.digesting import DigestProcess, comparing
+from asrfs.daemon.digesting import DigestProcess, ScanRate, comparing
 from asrfs.daemon.disk_server_client import DiskServerClient
 from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.handing_over import HandingOver
@@ -118,7 +118,7 @@ class Agent:
         self._hydration = AgentHydration(state, self._images, self._applier, lambda: self._settings.current, agent)
         self._shipping = self._make_shipping(journal_turn)
         self._shipper = self._shipping.shipper
-        digester = DigestProcess(state, lambda: self._settings.current.scan_rate)
+        digester = DigestProcess(state, ScanRate(self._server, lambda: self._settings.current.scan_rate))
         compare = partial(comparing, digester, self._server, self._shipper, self._applier)
         self._verification = Verification(state, compare, self._threads)
         self._point_processes = PointProcesses(state)
@@ -134,6 +134,7 @@ class Agent:
             maker=self._maker,
             shipper=self._shipper,
             comparing=compare,
+            hurry_durable=self._ticker.poke,
             threads=self._threads,
             trimmer=trimmer,
             hurry_applied=self._applier.hurry,

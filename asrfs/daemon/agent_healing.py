@@ -61,6 +61,7 @@ class AgentHealing:
         maker: PointMaker,
         shipper: Shipper,
         comparing: Callable[[], AbstractAsyncContextManager[Comparer]],
+        hurry_durable: Callable[[], None],
         threads: trio.CapacityLimiter,
         trimmer: Trimmer,
         hurry_applied: Callable[[int], None],
@@ -112,6 +113,7 @@ class AgentHealing:
             make_point,
             lambda: 0,
             self._find,
+            hurry_durable,
             hurry_applied,
         )
         if unknown_slots(dirty.map):

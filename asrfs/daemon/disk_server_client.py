@@ -163,6 +163,8 @@ def host_positions(reply: Fields) -> HostPositions:
             time_ns=int(reply["time_ns"]),
         )
         failed = reply["failed"]
-        return HostPositions(int(reply["appended"]), durable, int(reply["epoch"]), str(failed) if failed else None)
+        said = str(failed) if failed else None
+        served_s = float(reply.get("served_s", 0.0))  # an older one that was adopted does not say
+        return HostPositions(int(reply["appended"]), durable, int(reply["epoch"]), said, served_s)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"the disk server's positions cannot be understood: {error}") from None

@@ -86,6 +86,9 @@ class ServedMachine:
         self._changing = threading.Lock()
         self._based = BasedDisks(state)
         self._readers = BaseReaders()
+        serving = threading.main_thread().ident
+        assert serving is not None
+        self._serving = time.pthread_getcpuclockid(serving)
         self._filled_lsn = 0
         self._images: dict[int, OpenFile] = {}
         """Held and not served: until the disk is, or while what was written to a removed one is being applied."""
@@ -290,6 +293,7 @@ class ServedMachine:
                 "offset": journal.offset,
                 "time_ns": journal.last_time_ns,
                 "failed": journal.failed,
+                "served_s": time.clock_gettime(self._serving),
             }
 
     def sync(self, request: Fields) -> Fields:

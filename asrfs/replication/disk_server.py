@@ -9,12 +9,14 @@ from asrfs.model.positions import Cursor
 
 
 class HostPositions(NamedTuple):
-    """Where the disk server's history stands. `durable` has the segment and offset of the journal's tail."""
+    """Where the disk server's history stands. `durable` has the segment and offset of the journal's tail; `served_s` is
+    the processor time that requests of guests have taken so far."""
 
     appended_lsn: int
     durable: Cursor
     epoch: int
     failed: str | None
+    served_s: float = 0.0
 
 
 class DiskServer(Protocol):
