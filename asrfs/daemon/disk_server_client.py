@@ -31,11 +31,14 @@ class _Line:
         self._client: AsyncControlClient | None = None
 
     async def call(self, verb: str, *, seconds_max: float = CALL_SECONDS_MAX, **fields: Any) -> Fields:
-        client = self._client
-        if client is None:
-            client = self._client = await AsyncControlClient.open(self._path)
         try:
+            client = self._client
+            if client is None:
+                client = self._client = await AsyncControlClient.open(self._path)
             return await client.call(verb, seconds_max=seconds_max, **fields)
+        except UnreachableError as error:
+            self.close()
+            raise TemporaryError(str(error)) from None  # that alone means that it is away and will be back
         except BaseException as error:
             if not _was_answered(error):
                 self.close()
