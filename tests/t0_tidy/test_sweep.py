@@ -127,6 +127,22 @@ def test_only_directories_of_dead_runs_are_taken(scratch: Path) -> None:
     }
 
 
+def test_networks_of_a_dead_run_are_taken(scratch: Path) -> None:
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    dead, alive = f"asrfs-test-{ended.pid}-7", sweep.run_directory(os.getpid()).name
+    networks = [f"{dead}-home", f"{dead}1-home", f"{alive}-swept"]
+    (scratch / dead).mkdir()
+    try:
+        for network in networks:
+            subprocess.run(["ip", "netns", "add", network], check=True, timeout=20)
+        sweep.sweep_dead_runs(scratch)
+        assert sorted(set(networks) & set(os.listdir(sweep.NETWORKS))) == sorted(networks[1:])
+    finally:
+        for network in set(networks) & set(os.listdir(sweep.NETWORKS)):
+            subprocess.run(["ip", "netns", "delete", network], check=True, timeout=20)
+
+
 @pytest.mark.parametrize(
     ("command", "named"),
     [

@@ -24,7 +24,7 @@ from tests.t5_system.networks import SIZES, Disks, NetworkSite, at_home, two_sit
 pytestmark = pytest.mark.timeout(600)
 MACHINE = "web1"
 LOOPS = 20
-LOOPS_WITH_KILLS = 3
+LOOPS_WITH_KILLS = 2
 TRIES_MAX = 20
 ROLES = ("command", "agent", "disk_server", "home", "there")
 
@@ -121,7 +121,7 @@ def test_a_filesystem_goes_out_and_home_again(circle: Circle, scratch: Path) -> 
     """Mounted where the machine runs, and unmounted by a hook of the handover; each file ever written is there."""
     written: dict[str, bytes] = {}
     old = circle.state
-    for number in range(5):
+    for number in range(4):
         mounted = scratch / f"mounted-{number}"
         mounted.mkdir()
         circle.asrfs("attach", "files", *(() if number else ("--format", "ext4", "--yes")), "--on", mounted)
