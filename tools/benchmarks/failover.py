@@ -9,6 +9,7 @@ from typing import Any
 from asrfs.errors import TemporaryError
 from asrfs.model.quantities import format_size
 
+from . import failover_writers
 from .benchmark import Run
 from .own_peers import ShippingPeer
 from .results import Turn, Workload
@@ -33,8 +34,10 @@ def run(bench: Workbench, name: str, command: str) -> Run:
     run.outcome.notes += NOTES
     for size_bytes in SIZES_TINY if options.tiny else SIZES:
         size = format_size(size_bytes).replace(".0 ", "").removesuffix("iB")
+        written = min(options.size_bytes, size_bytes // SHARE_MAX)
+        what = f"test failover of a disk of {format_size(size_bytes)}, {format_size(written)} written"
         frozen, crashed = (
-            Workload(f"{key}-{size}", f"test failover of a disk of {format_size(size_bytes)}, {how}", "s", "", True)
+            Workload(f"{key}-{size}", f"{what}, {how}", "s", "", True)
             for key, how in (("frozen", "filesystem point"), ("crashed", "crash point"))
         )
         run.outcome.workloads += [frozen, crashed]
@@ -42,11 +45,12 @@ def run(bench: Workbench, name: str, command: str) -> Run:
             peer = ShippingPeer(bench, size_bytes)
             peer.start(stack)
             run.facts(KEY).version = peer.version()
-            _write(peer, min(options.size_bytes, size_bytes // SHARE_MAX))
+            _write(peer, written)
             for turn in range(options.turns):
                 for workload in (frozen, crashed):
                     workload.add(KEY, _try(peer, workload.key.partition("-")[0]))
                 bench.say(f"{size}: turn {turn + 1} of {options.turns} done")
+    failover_writers.measure(run)
     return run
 
 
