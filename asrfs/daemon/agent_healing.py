@@ -201,7 +201,7 @@ class AgentHealing:
             return await self._scan()
         self._scanned = None
         await rejoiner.ask("person", "asrfs resync --full-scan")
-        self._shipper.retry_now()
+        self._shipper.begin_again()
         await self._progress.wait_until(lambda: rejoiner.order is None)
         if rejoiner.refusal is not None:
             raise rejoiner.refusal

@@ -37,7 +37,14 @@ from asrfs.format.record import (
     decode_record_header,
     segment_seed,
 )
-from asrfs.format.segment import POSITION_MASK, POSITION_SHIFT, SEGMENT_BYTES, SEGMENT_HEADER_BYTES, SegmentHeader
+from asrfs.format.segment import (
+    POSITION_MASK,
+    POSITION_SHIFT,
+    SEGMENT_BYTES,
+    SEGMENT_HEADER_BYTES,
+    SegmentHeader,
+    encode_segment_header,
+)
 from asrfs.format.segment_index import DiskColumns, SealedSegment, decode_segment_index
 from asrfs.journal.map_table import TableShape, shape_of
 from asrfs.journal.segments import (
@@ -406,8 +413,10 @@ class _Recovery:
         if lsn > segment.last_lsn and not is_header_open:
             return
         at = self._found.offset_of(lsn) if lsn <= segment.last_lsn else SEGMENT_HEADER_BYTES
-        if at == SEGMENT_HEADER_BYTES:
-            at = 0
+        if at == SEGMENT_HEADER_BYTES:  # no claim covers its header either: of the copies one may have come through
+            header = read_header(file, segment.number, self._machine_id)
+            assert header is not None, "it was just read"
+            file.write_at((encode_segment_header(header),), 0)
         while at < segment.end:
             piece = self._buffer[: min(len(self._buffer), segment.end - at)]
             size = file.read_into(piece, at)

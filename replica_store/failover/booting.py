@@ -28,7 +28,10 @@ STOP_S_MAX = 900.0
 
 
 def start(operation: Operation, settings: BootSettings) -> Booted:
-    """Start it and wait until it runs; one that runs is only waited for. Blocks."""
+    """Start it and wait until it runs. Blocks. Of one that was begun before, a guest is only waited for; of a start on
+    mounts everything is ended first, its services too: who was never healthy may still hold its port."""
+    if settings.kind == "mount":
+        stop(operation)
     directory = places.boot_of(operation.places)
     root = os.path.join(directory, "root")
     is_test = operation.kind == "test"

@@ -18,6 +18,8 @@ PRESENT_S_MAX = 10.0
 """For so long a command waits for a host that has just connected: links are written down every few seconds."""
 AWAY_S_MAX = 30.0
 BACK_S_MAX = 15.0
+GONE_S = 6.0
+"""Who is not there for so long is not waited for: links are written down every 5 s."""
 _LOOK_EVERY_S = 0.2
 
 
@@ -68,9 +70,11 @@ def wait_answer(root: str, operation_id: str, clock: Clock) -> Operation:
 
 def wait_back(root: str, found: Operation, clock: Clock) -> Operation:
     """The same when its host has taken its machine back, or later: who is away is told when it comes."""
-    deadline = clock.monotonic() + BACK_S_MAX
-    while found.handover is not None and not found.handover.is_back and clock.monotonic() < deadline:
-        if not _is_present(root, found.machine, clock):
+    seen = clock.monotonic()
+    deadline = seen + BACK_S_MAX
+    while found.handover is not None and not found.handover.is_back and (now := clock.monotonic()) < deadline:
+        seen = now if _is_present(root, found.machine, clock) else seen
+        if now >= seen + GONE_S:
             break
         time.sleep(_LOOK_EVERY_S)  # sleep: another process writes it down
         with Vault.open(root) as vault:

@@ -157,7 +157,12 @@ async def test_the_quota_is_of_bytes_and_not_of_lives(rng: random.Random, lives_
     assert not host.quota.is_over()
     seldom = Trimmer(world.journal_storage, MACHINE_ID)
     has_looked = threading.Event()
-    host.quota.cut_bytes, host.quota.look = seldom.cut_bytes, lambda: (seldom.look(), has_looked.set())
+
+    def look() -> None:
+        seldom.look()
+        has_looked.set()
+
+    host.quota.cut_bytes, host.quota.look = seldom.cut_bytes, look
     assert host.quota.is_over(), "as was seen last"
     async with trio.open_nursery() as nursery:
         nursery.start_soon(host.quota.run)

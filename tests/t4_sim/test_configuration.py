@@ -94,6 +94,7 @@ async def test_a_host_of_before_is_told_nothing(scratch: Path, autojump_clock: t
         put_policy(world, history, "gold", {"crash_interval": "1s"})
         for _ in range(3):
             assert isinstance(await host.hear(), Heartbeat)
+            await host.say(Heartbeat())
 
 
 async def test_a_host_goes_on_with_what_it_has_when_the_catalog_cannot_say(

@@ -17,7 +17,9 @@ import trio.testing
 
 from asrfs.errors import FencedError, IntegrityError, RefusedError
 from asrfs.format.record import Kind
+from asrfs.format.segment import SECOND_COPY_OFFSET, SEGMENT_HEADER_BYTES, decode_segment_header
 from asrfs.journal.reader import JournalReader
+from asrfs.journal.segments import segment_name
 from asrfs.model.dirty_map import Gap, GivenUp, Reason
 from asrfs.model.machine import DiskRecord, decode_disk
 from asrfs.model.positions import Cursor, Positions
@@ -29,7 +31,7 @@ from asrfs.replication.rejoiner import Rejoiner
 from asrfs.replication.rewind import cursor_at
 from asrfs.replication.shipper import HOPELESS_RETRY_S
 from asrfs.replication.trimmer import Trimmer, freeable
-from asrfs.storage.interface import write_atomically
+from asrfs.storage.interface import read_whole, write_atomically
 from tests.fakes.applied_world import AppliedWorld
 from tests.fakes.crash_storage import CrashStorage, Fate
 from tests.fakes.healing_host import HealingHost
@@ -397,6 +399,28 @@ def test_an_lsn_of_an_older_epoch_is_never_sent_again(rng: random.Random) -> Non
                 cursor_at(world.journal_storage, MACHINE_ID, reader, Positions().acknowledged, lsn)
         assert cursor_at(world.journal_storage, MACHINE_ID, reader, Positions().acknowledged, 100).lsn == 100
     world.close()
+
+
+@pytest.mark.parametrize("survived_bytes", [100, SECOND_COPY_OFFSET, SEGMENT_HEADER_BYTES - 1])
+def test_i2_an_epoch_whose_header_came_through_a_power_loss_in_one_copy_has_begun(
+    survived_bytes: int, rng: random.Random
+) -> None:
+    world = written(rng)
+    world.begin_epoch(2, 100)
+    name = segment_name(world.journal.segment)
+    world.close()
+    storage = world.storage.killed()
+    file = storage.open(f"journal/{name}", write=True)
+    file.truncate(survived_bytes)
+    file.close()
+    for _ in range(2):
+        world = JournalWorld(storage, world.model.copy(), segment_bytes=SEGMENT_BYTES)
+        assert (world.journal.epoch, world.journal.appended_lsn) == (2, 100)
+        world.check()
+        world.close()
+        storage = world.storage.crash(rng.choice(list(Fate)), rng)
+    header = read_whole(world.journal_storage, name)[:SEGMENT_HEADER_BYTES]
+    assert decode_segment_header(header[SECOND_COPY_OFFSET:], name) == decode_segment_header(header, name)
 
 
 def test_messages_of_before_rejoining_are_understood() -> None:

@@ -206,6 +206,7 @@ def test_a_cancelled_handover_gives_the_machine_back_and_the_next_one_loses_noth
     lab.stop_host()
     lab.start_host()
     assert is_refused(lab) and "handed-over" in alarms(lab), "whoever was started again keeps it"
+    wait_until(lambda: lab.status()["link"] == "connected", seconds_max=30.0, what="its store")
     with Path(document["disks"][1]["path"]).open("r+b") as disk:
         disk.write(b"given up" * 512)
         os.fsync(disk.fileno())
@@ -294,10 +295,11 @@ def test_i2_and_i6_whoever_is_killed_while_host_and_store_are_compared(
     lab.asrfs("set", SLOWLY)
     load = Load(lab, rng)
     words = ["--vault", str(lab.vault), "--json", "failover", "planned", lab.machine, "--point", "latest"]
-    log = (lab.root / "planned.log").open("w+")
-    command = subprocess.Popen(
-        [sys.executable, "-m", "replica_store.cli.main", *words], stdout=log, stderr=log, stdin=subprocess.DEVNULL
-    )
+    path = lab.root / "planned.log"
+    with path.open("w") as log:
+        command = subprocess.Popen(
+            [sys.executable, "-m", "replica_store.cli.main", *words], stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        )
     acknowledged = load.finish()
     if role == "store":
         lab.kill_store()
@@ -311,8 +313,7 @@ def test_i2_and_i6_whoever_is_killed_while_host_and_store_are_compared(
         lab.kill(role)
     assert is_refused(lab)
     code = command.wait(timeout=120)
-    log.seek(0)
-    assert code == 0, log.read()
+    assert code == 0, path.read_text()
     (document,) = failovers.ask("list")
     check_nothing_lost(lab, document)
     load.stamper.check([Path(document["disks"][1]["path"])], at_least=acknowledged)
