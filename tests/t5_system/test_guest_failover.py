@@ -114,6 +114,8 @@ def check_drill(failovers: FailoversUnderTest, lab: Lab, before: str) -> None:
     """From an overlay, in which after the start there is little more than what was read and written."""
     document = failovers.ask("test", lab.machine, "--point", "noon")
     check_ready(document)
+    (root,) = document["disks"]
+    assert (root["filesystem"], root["fsck"], root["journal_replayed"]) == ("ext4", "clean", True), "in its partition"
     with console_of(boot_of(document)) as console:
         assert console.ask("md5sum before") == before
         console.ask("rm before; echo written > here; sync")
