@@ -127,7 +127,7 @@ def _init(operation: Operation, state: str) -> None:
 
 def _dirty_disks(operation: Operation) -> dict[str, Filesystem]:
     """Of disks whose filesystem may have a journal to replay, by name."""
-    point = os.path.join(places.tree_of(operation.places), operation.machine, f"lsn:{operation.point.lsn}")
+    point = os.path.join(places.tree_of(operation.places), operation.machine, operation.point.place)
     found = {disk: filesystems.filesystem_of(os.path.join(point, f"{disk}.img")) for disk in operation.disks}
     return {disk: each for disk, each in found.items() if each is not None and each.may_be_dirty}
 
