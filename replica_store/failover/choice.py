@@ -109,8 +109,8 @@ def check_in_history(chosen: Chosen) -> None:
     """Raise RefusedError for a cut from which the machine cannot go on: another side has gone on since."""
     if chosen.point.is_tail:
         raise RefusedError(
-            f"{chosen.point.name} is what a superseded host wrote, beside the history: a machine cannot go on from there; "
-            "allowed: failover test, export, mount"
+            f"{chosen.point.name} is what a superseded host wrote, beside the history: a machine cannot go on from "
+            "there; allowed: failover test, export, mount"
         )
 
 
