@@ -57,7 +57,7 @@ WHAT_TO_DO = (
     "this machine is fenced: its disks take no more writes"
 )
 RETRY_S = 1.0
-_NOTHING_MORE = "the store has all that it wrote"
+_HANDED = "the store was handed all that it wrote"
 
 T = TypeVar("T")
 EditMachine = Callable[[Callable[[MachineConfig], MachineConfig]], MachineConfig]
@@ -134,7 +134,7 @@ class Rejoiner:
         before = self.fence
         if is_new := before is None or bool(before.handover):
             has_handed = before is not None and before.handed is not None
-            tail = FencedTail(outcome="none", text=_NOTHING_MORE) if has_handed else None
+            tail = FencedTail(outcome="none", text=_HANDED) if has_handed else None
             await self._write_fence(Fence(epoch=self.progress.epoch, why=why[:1000], time_ns=self.now_ns(), tail=tail))
         self._raise_alarm()
         await self.server.reread_fence()

@@ -51,6 +51,7 @@ from asrfs.transport.stream import ByteStream
 ANSWER_S_MAX = 60.0
 """For a word of the store that says more than that it is alive."""
 _PACE_S = 0.25
+_NOTHING = FencedTail(outcome="none", text="the store has all that it wrote")
 
 
 async def offer_tail(stream: ByteStream, source: Source, keys: MachineKeys) -> None:
@@ -61,6 +62,8 @@ async def offer_tail(stream: ByteStream, source: Source, keys: MachineKeys) -> N
     await rejoiner.server.reread_fence()
     end = (await rejoiner.server.sync()).durable
     settled = _given_up(source, rejoiner)
+    if settled is None and end.lsn <= source.positions.current.acknowledged.lsn:
+        settled = _NOTHING
     if settled is None:
         offer = _Offer(stream, source, keys, end)
         try:
@@ -105,7 +108,7 @@ class _Offer:
             cursor = await self._locate(answer.acknowledged_lsn, answer.acknowledged_time_ns)
             if cursor.lsn >= self._end.lsn:
                 await self._send(self._session.send(Goodbye(reason="the store has all of it")))
-                return FencedTail(outcome="none", text="the store has all that it wrote")
+                return _NOTHING
             answer = await self._send_tail(answer, cursor)
         if answer.tail is None:
             raise refusal(answer.code, answer.text)
