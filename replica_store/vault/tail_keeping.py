@@ -90,6 +90,12 @@ def rebuild_tails(
         found = _first_tail(catalog, machine_id, epoch, _readable(read))
         end = found[1][-1].row.last_lsn if found is not None else 0
         damages += [each.text for each in read if isinstance(each, Unreadable) and each.name.last_lsn > end]
+        cut_off = [each.entry.row for each in _readable(read) if each.entry.row.first_lsn > end + (found is not None)]
+        if cut_off:
+            damages.append(
+                f"{objects.where(tail_prefix(machine_id))}: something before LSN {min(row.first_lsn for row in cut_off)} of the "
+                f"tail of epoch {epoch} is missing or damaged, so {len(cut_off)} log objects are not in the catalog"
+            )
         if found is None:
             continue
         tail, chain = found
