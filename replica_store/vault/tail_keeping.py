@@ -92,9 +92,10 @@ def rebuild_tails(
         damages += [each.text for each in read if isinstance(each, Unreadable) and each.name.last_lsn > end]
         cut_off = [each.entry.row for each in _readable(read) if each.entry.row.first_lsn > end + (found is not None)]
         if cut_off:
+            first_lsn, where = min(row.first_lsn for row in cut_off), objects.where(tail_prefix(machine_id))
             damages.append(
-                f"{objects.where(tail_prefix(machine_id))}: something before LSN {min(row.first_lsn for row in cut_off)} of the "
-                f"tail of epoch {epoch} is missing or damaged, so {len(cut_off)} log objects are not in the catalog"
+                f"{where}: what is before LSN {first_lsn} of the tail of epoch {epoch} is missing or damaged, so "
+                f"{len(cut_off)} later log objects are not in the catalog"
             )
         if found is None:
             continue
