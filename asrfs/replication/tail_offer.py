@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections import deque
 
+import numpy as np
 import trio
 
 from asrfs.errors import FencedError, IntegrityError, TemporaryError
 from asrfs.format.log_object import NO_DIGEST
 from asrfs.format.object_encoder import ZSTD_LEVEL
+from asrfs.format.record import CHANGES
 from asrfs.model.positions import Cursor
 from asrfs.model.quantities import format_size
 from asrfs.model.rejoining import FencedTail
@@ -34,7 +36,7 @@ from asrfs.protocol.messages import (
     Refused,
     Welcome,
 )
-from asrfs.protocol.session import Event, Session
+from asrfs.protocol.session import Event, Session, State
 from asrfs.replication.object_builder import BuiltObject, MachineKeys
 from asrfs.replication.reconciliation import (
     DivergedError,
@@ -51,6 +53,7 @@ from asrfs.transport.stream import ByteStream
 ANSWER_S_MAX = 60.0
 """For a word of the store that says more than that it is alive."""
 _PACE_S = 0.25
+_PIECE_RECORDS, _PIECE_BYTES = 64 * 1024, 8 << 20
 _NOTHING = FencedTail(outcome="none", text="the store has all that it wrote")
 
 
@@ -107,12 +110,17 @@ class _Offer:
         if isinstance(answer, Welcome):
             cursor = await self._locate(answer.acknowledged_lsn, answer.acknowledged_time_ns)
             if cursor.lsn >= self._end.lsn:
-                await self._send(self._session.send(Goodbye(reason="the store has all of it")))
+                if self._is_open:
+                    await self._send(self._session.send(Goodbye(reason="the store has all of it")))
                 return _NOTHING
             answer = await self._send_tail(answer, cursor)
         if answer.tail is None:
             raise refusal(answer.code, answer.text)
         return await self._kept(answer.tail)
+
+    @property
+    def _is_open(self) -> bool:
+        return self._session.state is not State.CLOSED
 
     async def _greet(self) -> Welcome | Refused:
         acknowledged = self._source.positions.current
@@ -156,11 +164,12 @@ class _Offer:
         """Object by object, until the store ends it."""
         digest = bytes.fromhex(welcome.last_digest) or NO_DIGEST
         answer: Acknowledge | Welcome | Refused
-        while cursor.lsn < self._end.lsn:
+        while cursor.lsn < self._end.lsn and self._is_open:
             built = await self._source.in_thread(self._build, cursor, welcome.session_salt, digest)
             begin = ObjectBegin(first_lsn=built.first_lsn, last_lsn=built.last_lsn, length=built.length)
-            for buffer in self._session.send_object(begin, built.pieces):
-                await self._send(buffer)
+            if self._is_open:  # else the store has ended it, and why is heard next
+                for buffer in self._session.send_object(begin, built.pieces):
+                    await self._send(buffer)
             self._source.builder.give_back(built)
             answer = await self._hear()
             if isinstance(answer, Refused):
@@ -191,8 +200,10 @@ class _Offer:
         return built
 
     async def _kept(self, kept: KeptTail) -> FencedTail:
-        """Raises DivergedError where what is kept is another host's."""
+        """Raises DivergedError where what is kept is another host's, or not all of it."""
         cursor = await self._locate(kept.lsn, kept.time_ns)
+        if await self._source.in_thread(self._changes_behind, cursor):
+            raise DivergedError(f"the store keeps it up to LSN {kept.lsn}, and guests wrote behind that")
         name = tail_name(self._epoch)
         if kept.is_point:
             text = (
@@ -205,6 +216,15 @@ class _Offer:
                 "but the store never had all of the disks: their only whole copy is this host's"
             )
         return FencedTail(outcome="kept", text=text)
+
+    def _changes_behind(self, cursor: Cursor) -> bool:
+        """Whether a guest's write comes behind it: what is made later, such as markers, is no loss. Blocks."""
+        while cursor.lsn < self._end.lsn:
+            batch = self._source.reader.read(cursor, min(self._end.lsn, cursor.lsn + _PIECE_RECORDS), _PIECE_BYTES)
+            if any(np.isin(part.headers["kind"], [int(kind) for kind in CHANGES]).any() for part in batch.parts):
+                return True
+            cursor = batch.cursor
+        return False
 
     # ---- stream -------------------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ WELCOME = Welcome(
 )
 _GAP_S = 0.4
 _MACHINE = "0123456789abcdef" * 2
-_HISTORY_TABLES = ("points", "disks", "links", "objects")
+_HISTORY_TABLES = ("points", "disks", "links", "objects", "tails", "tail_objects", "tail_disks")
 
 T = TypeVar("T")
 
@@ -105,6 +105,7 @@ class _InlineStore:
         self.configurations = Configurations(vault, self.in_thread)
         self.handovers = Handovers(vault, SystemClock(), self.in_thread)
         self.comparing = InlineComparing(vault)
+        self.taking_tails: set[str] = set()
         self.ingester = Ingester(vault, _MACHINE, lambda: "deadbeef")
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
