@@ -24,6 +24,7 @@ from tests.planted import (
     security,
     seeding,
     simulation,
+    tails,
 )
 
 PLANTS: tuple[Plant, ...] = (
@@ -45,6 +46,7 @@ PLANTS: tuple[Plant, ...] = (
     *quieting.PLANTS,
     *comparing.PLANTS,
     *seeding.PLANTS,
+    *tails.PLANTS,
 )
 
 NAMED: Mapping[str, tuple[str, ...]] = {

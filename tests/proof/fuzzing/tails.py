@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -155,17 +156,23 @@ def open_hostile_store(_scratch: Path) -> Iterator[Trial]:
     kept = KeptTail(lsn=sent[-1][0], time_ns=world.time_ns(), is_point=True)
     said = [welcome, *_acknowledged(sent)]
     said.append(Piece(FrameType.REFUSED, encode_message(Refused(code="fenced", text="over", tail=kept))))
-    _, settled = world.offer(cut(random.Random(1), encode(said), first_frame(said), 2))
+    ends = [len(encode(said[:count])) for count in range(len(said) + 1)]
+    _, settled = world.offer(_frame_by_frame(encode(said), ends))
     assert settled is not None and settled.outcome == "kept", "an honest store is believed"
 
     def trial(rng: random.Random, strike: Strike) -> None:
-        _, settled = world.offer(cut(rng, break_conversation(rng, said, strike), first_frame(said), 2))
+        _, settled = world.offer(_frame_by_frame(break_conversation(rng, said, strike), ends))
         is_kept = settled is not None and settled.outcome == "kept"
         assert not is_kept or f"LSN {world.durable_lsn})" in str(settled), (
             "I7: it is not kept, and the host believes so"
         )
 
     yield trial
+
+
+def _frame_by_frame(stream: bytes, ends: Sequence[int]) -> list[bytes]:
+    """As the host waits for each; what is behind the last of them, at once."""
+    return [stream[start:end] for start, end in pairwise([*ends[:-1], max(ends[-1], len(stream))])]
 
 
 def _acknowledged(sent: Sequence[tuple[int, str]]) -> Conversation:
