@@ -42,11 +42,20 @@ class Handed(msgspec.Struct, frozen=True, kw_only=True):
     chunks_compared: int
 
 
+class FencedTail(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of the records that the store did not have when this host was superseded (I7): it keeps them, there
+    were none, or they cannot be offered. `text`: the same for people."""
+
+    outcome: Literal["kept", "none", "lost"]
+    text: Line
+
+
 class Fence(msgspec.Struct, frozen=True, kw_only=True):
     """`fenced.json`: another side of the machine goes on, or is about to. `epoch`: this host's, which is over then.
 
     `handover`: id of the planned failover that this host makes way for. As long as that is not committed the store may
     take the fence back; as long as `handed` is None, and so the store was not told that it may go on, the host may.
+    `tail`: None while it is to be offered.
     """
 
     format: Literal[1] = 1
@@ -55,6 +64,7 @@ class Fence(msgspec.Struct, frozen=True, kw_only=True):
     time_ns: int
     handover: Annotated[str, msgspec.Meta(max_length=32)] = ""
     handed: Handed | None = None
+    tail: FencedTail | None = None
 
 
 def decode_order(content: bytes, where: str) -> RejoinOrder:

@@ -47,8 +47,9 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     `takes_configuration`: it knows CONFIGURE; a host of before that would end the session. `group_port` 0: it listens
     to no group; `group_address` empty: others reach it at the address this connection comes from. `rejoin`: it shares
     no history with the store any more and wants to go on in a new epoch, above `epoch`, whatever each of them has;
-    `order` says that two such HELLOs want the same. `takes_handover`: it knows HANDOVER;
-    `takes_promotion`: it knows PROMOTE.
+    `order` says that two such HELLOs want the same. `takes_handover`: it knows HANDOVER; `takes_promotion`: it knows
+    PROMOTE. `tail_lsn` other than 0: it knows that it was superseded, and offers its records of `epoch` up to there,
+    behind those that are acknowledged.
     """
 
     protocol: int
@@ -66,6 +67,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     order: Annotated[str, msgspec.Meta(max_length=32)] = ""
     takes_handover: bool = False
     takes_promotion: bool = False
+    tail_lsn: Number = 0
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +78,9 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     `compares`: how many COMPAREs may be unanswered at once; 0: it cannot compare, and would end the session.
     `takes_matches`: it knows MATCH, and log objects that come without frames of which it has the content.
     `epoch` is higher than the host's only for one that rejoins, and lower only where the store was set back.
-    `disks`: to who rejoins, those that the history has now. `takes_fetches`: it knows FETCH.
+    `disks`: to who rejoins, those that the history has now. `takes_fetches`: it knows FETCH. `is_tail`: what the host
+    offered is wanted, behind `acknowledged_lsn`; it is kept beside the history, as a tail, and the session ends by
+    REFUSED.
     """
 
     protocol: int
@@ -91,13 +95,23 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     takes_matches: bool = False
     disks: tuple[DiskRecord, ...] = ()
     takes_fetches: bool = False
+    is_tail: bool = False
+
+
+class KeptTail(msgspec.Struct, frozen=True, kw_only=True):
+    """The store has all of a host's tail, the last record of which is `lsn` of `time_ns`. `is_point`: it is listed."""
+
+    lsn: Number
+    time_ns: Number
+    is_point: bool = False
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True):
-    """Store ends the session. `text` is one line for people."""
+    """Store ends the session. `text` is one line for people. `tail`: of a host that offered one, if it is kept."""
 
     code: RefusalCode
     text: str
+    tail: KeptTail | None = None
 
 
 class ObjectBegin(msgspec.Struct, frozen=True, kw_only=True):

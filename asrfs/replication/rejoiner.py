@@ -31,6 +31,7 @@ from asrfs.model.rejoining import (
     REJOIN_FILE,
     By,
     Fence,
+    FencedTail,
     Handed,
     RejoinOrder,
     decode_fence,
@@ -56,6 +57,7 @@ WHAT_TO_DO = (
     "this machine is fenced: its disks take no more writes"
 )
 RETRY_S = 1.0
+_HANDED = "the store was handed all that it wrote"
 
 T = TypeVar("T")
 EditMachine = Callable[[Callable[[MachineConfig], MachineConfig]], MachineConfig]
@@ -127,12 +129,28 @@ class Rejoiner:
 
     # ---- being superseded ----
 
-    async def superseded(self, why: str) -> None:
-        """Take no more writes, also after any death. Raises AsrfsError, OSError."""
-        if self.fence is None or self.fence.handover:
-            await self._write_fence(Fence(epoch=self.progress.epoch, why=why[:1000], time_ns=self.now_ns()))
+    async def superseded(self, why: str) -> bool:
+        """Take no more writes, also after any death; whether that is new. Raises AsrfsError, OSError."""
+        before = self.fence
+        if is_new := before is None or bool(before.handover):
+            has_handed = before is not None and before.handed is not None
+            tail = FencedTail(outcome="none", text=_HANDED) if has_handed else None
+            await self._write_fence(Fence(epoch=self.progress.epoch, why=why[:1000], time_ns=self.now_ns(), tail=tail))
         self._raise_alarm()
         await self.server.reread_fence()
+        return is_new
+
+    @property
+    def offers_tail(self) -> bool:
+        """Whether this host was superseded, and it is open what becomes of what the store did not have."""
+        fence = self.fence
+        return fence is not None and not fence.handover and fence.tail is None and self.order is None
+
+    async def tail_settled(self, tail: FencedTail) -> None:
+        """What became of it is known. Raises OSError."""
+        if self.fence is not None and self.offers_tail:
+            await self._write_fence(msgspec.structs.replace(self.fence, tail=tail))
+            structlog.get_logger("asrfs.rejoin").warning("the tail is settled", outcome=tail.outcome, text=tail.text)
 
     async def _write_fence(self, fence: Fence) -> None:
         await self._in_thread(write_atomically, self.storage, FENCE_FILE, msgspec.json.encode(fence))
@@ -148,7 +166,8 @@ class Rejoiner:
         if fence is not None and fence.handover:
             self.alarms.set(HANDOVER_ALARM, "critical", handover_text(fence))
         elif fence is not None:
-            text = f"this host was superseded, and its disks take no more writes: {fence.why}"
+            tail = f"; {fence.tail.text}" if fence.tail is not None else ""
+            text = f"this host was superseded, and its disks take no more writes: {fence.why}{tail}"
             self.alarms.set(ALARM, "critical", f"{text}; {WHAT_TO_DO}")
 
     # ---- making way for a planned failover ----

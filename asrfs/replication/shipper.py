@@ -25,6 +25,7 @@ from asrfs.replication.reconciliation import DivergedError, StoreLostError
 from asrfs.replication.rejoiner import WHAT_TO_DO
 from asrfs.replication.shipping_session import CorruptJournalError, ShippingSession
 from asrfs.replication.source import Source
+from asrfs.replication.tail_offer import offer_tail
 from asrfs.transport.backoff import Backoff
 from asrfs.transport.stream import ByteStream
 
@@ -171,6 +172,8 @@ class Shipper:
             await self._check_may_connect()
             stream = await store.connect()
             try:
+                if self.source.rejoiner is not None and self.source.rejoiner.offers_tail:
+                    await offer_tail(stream, self.source, store.keys)
                 session = ShippingSession(stream, self.source, store.keys, self._welcomed)
                 await session.run()
             finally:
@@ -185,13 +188,13 @@ class Shipper:
         raise AssertionError("a session ends by an error")
 
     async def _check_may_connect(self) -> None:
-        """Whoever is fenced has nothing to say but that it wants to rejoin. Raises AsrfsError, OSError."""
+        """Whoever is fenced has nothing to say but that it wants to rejoin, or its tail. Raises AsrfsError, OSError."""
         rejoiner = self.source.rejoiner
         if rejoiner is None:
             return
         if rejoiner.order is not None:
             await rejoiner.prepare()
-        elif rejoiner.fence is not None and not rejoiner.fence.handover:
+        elif rejoiner.fence is not None and not rejoiner.fence.handover and not rejoiner.offers_tail:
             raise FencedError(rejoiner.fence.why)
 
     async def _takes_consequences(self, error: Exception) -> bool:
@@ -203,7 +206,7 @@ class Shipper:
             if isinstance(error, FencedError) and rejoiner.order is not None:
                 await rejoiner.refused(error)
             if isinstance(error, FencedError):
-                await rejoiner.superseded(str(error))
+                return await rejoiner.superseded(str(error)) and rejoiner.offers_tail
             elif isinstance(error, StoreLostError):
                 await rejoiner.ask("host", str(error))
                 return True

@@ -25,11 +25,15 @@ def point() -> None:
 @pass_invocation
 def list_points(invocation: Invocation, /, machine: str, **options: Any) -> None:
     """Listed points of MACHINE, oldest first. What lies between can be recovered by lsn:N or time:T, too, but for
-    records that came as one stretch."""
+    records that came as one stretch. Last come tails, as tail-of-epoch-N: what a host that was superseded had written
+    and could not send any more."""
     wanted = filter_of(options, SystemClock())
     with invocation.open_vault() as vault:
-        points = wanted.choose(vault.points(vault.machine(machine).id))
-    documents = [_document(each) for each in points]
+        machine_id = vault.machine(machine).id
+        points = wanted.choose(vault.points(machine_id))
+        tails = wanted.choose(vault.tail_points(machine_id))
+    documents = [_document(each) | {"tail": False} for each in points]
+    documents += [_document(each) | {"tail": True} for each in tails]
     keys = ("time", "lsn", "epoch", "consistency", "group", "name", "hold_ms", "failed", "protected", "id")
     rows = [
         ["yes" if cell is True else cell or None for cell in map((each | {"group": group_text(each)}).get, keys)]

@@ -13,7 +13,7 @@ from asrfs.model.quantities import format_size
 from asrfs.storage.system_clock import SystemClock
 from asrfs.terminal.output import pairs, progress_bar
 from replica_store.cli.invocation import Invocation, pass_invocation
-from replica_store.vault.flaws import flaw_before, note_flaws
+from replica_store.vault.flaws import any_flaw, note_flaws
 from replica_store.vault.rows import MachineRow
 from replica_store.vault.scrub import Damage, Scrubbed, scrub
 from replica_store.vault.vault import Vault
@@ -43,7 +43,7 @@ def _remember(vault: Vault, machines: Sequence[MachineRow], scrubbed: Scrubbed) 
     try:
         for each in machines:
             found = [damage for damage in scrubbed.damages if damage.machine == each.name]
-            if found or flaw_before(vault.catalog, each.id, vault.received_lsn(each.id)):
+            if found or any_flaw(vault.catalog, each.id):
                 note_flaws(vault.root, each.id, found, SystemClock().time_ns())
     except AsrfsError as error:
         return f"; failovers do not know of it: {error}"

@@ -26,7 +26,15 @@ from asrfs.model.protection_states import ProtectionEvent
 from asrfs.model.quantities import NS_PER_SECOND, format_duration, format_size
 from asrfs.protocol.messages import HANDOVER_S_MAX
 from replica_store.failover import handing_over, leaving, network, places, processes, undoing
-from replica_store.failover.choice import RESERVE_BYTES, Chosen, check_may_begin, check_space, choose, free_bytes
+from replica_store.failover.choice import (
+    RESERVE_BYTES,
+    Chosen,
+    check_in_history,
+    check_may_begin,
+    check_space,
+    choose,
+    free_bytes,
+)
 from replica_store.failover.due import cause_to_end
 from replica_store.failover.preparation import Stopwatch, Told, bring_back, prepare
 from replica_store.failover.wanted import Wanted, is_same
@@ -121,6 +129,8 @@ class Failovers:
             where = places.choose_places(self._root, operation_id, wanted.state, wanted.mount, namespace)
             with Vault.open(self._root) as vault:
                 chosen = choose(vault, wanted.machine, wanted.selector, accept_damage=wanted.accept_damage)
+                if kind != "test":
+                    check_in_history(chosen)
                 self._check_room(vault, kind, chosen, wanted, where.state)
                 check_may_begin(vault, kind, wanted.machine)
             if kind in HANDED_OVER:
@@ -266,7 +276,7 @@ class Failovers:
                 raise
             return self._prepare(found, chosen, watch)
         with Vault.open(self._root) as vault:
-            chosen = choose(vault, found.machine, f"lsn:{found.point.lsn}", accept_damage=True)
+            chosen = choose(vault, found.machine, found.point.place, accept_damage=True)
         return self._prepare(found, chosen, watch)
 
     def change_point(self, text: str, selector: str, *, accept_damage: bool = False) -> Operation:
@@ -277,6 +287,7 @@ class Failovers:
             with watch.step("resolve"), Vault.open(self._root) as vault:
                 self._allow(vault, self._find(found.id), ProtectionEvent.CHANGE_POINT)
                 chosen = choose(vault, found.machine, selector, accept_damage=accept_damage)
+                check_in_history(chosen)
                 check_space(vault, chosen, found.places.state)
             now = self._clock.time_ns()
 

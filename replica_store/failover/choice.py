@@ -27,7 +27,8 @@ RESERVE_BYTES = 512 << 20
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A cut that may be failed over to. `disks`: all slots, removed ones too. `data_loss_s`: None if nobody knows."""
+    """A cut that may be failed over to. `disks`: all slots, removed ones too. `data_loss_s`: None if nobody knows.
+    `past`: as which machine or tail its content is read."""
 
     machine: MachineRow
     point: ChosenPoint
@@ -35,6 +36,7 @@ class Chosen:
     data_loss_s: float
     warnings: tuple[str, ...]
     boot: BootSettings | None = None
+    past: str = ""
 
     @property
     def disk_names(self) -> tuple[str, ...]:
@@ -49,11 +51,12 @@ def choose(
     Raises NotFoundError where there is no such point, RefusedError for one that verification has flagged."""
     row = vault.machine(machine)
     cut = resolve(vault, machine, selector)
-    disks = vault.disks_at(row.id, cut.lsn)
+    past = cut.machine.id
+    disks = vault.disks_at(past, cut.lsn)
     if not disks_of(vault, cut):
         raise NotFoundError(f"machine {machine} has no disk at LSN {cut.lsn}: choose a later point")
     warnings = _group_warnings(vault, row, cut, with_group)
-    flaw = flaw_before(vault.catalog, row.id, cut.lsn)
+    flaw = flaw_before(vault.catalog, past, cut.lsn)
     if flaw is not None and not accept_damage:
         raise RefusedError(
             f"LSN {cut.lsn} of machine {machine} may need what verification found damaged "
@@ -70,14 +73,15 @@ def choose(
         id=cut.point.id if cut.point else None,
         name=cut.point.name if cut.point else None,
         consistency=cut.point.consistency if cut.point else None,
+        is_tail=past != row.id,
     )
     try:
-        boot = vault.boot_at(row.id, cut.lsn)
+        boot = vault.boot_at(past, cut.lsn)
     except FormatError as error:  # the disks come back all the same
         boot = NO_BOOT
         warnings.append(str(error))
-    loss_s = _data_loss_s(vault, row, cut)
-    return Chosen(row, point, tuple(disks), loss_s, tuple(warnings), None if boot == NO_BOOT else boot)
+    loss_s = 0.0 if point.is_tail else _data_loss_s(vault, row, cut)
+    return Chosen(row, point, tuple(disks), loss_s, tuple(warnings), None if boot == NO_BOOT else boot, past)
 
 
 def _group_warnings(vault: Vault, row: MachineRow, cut: Cut, with_group: str | None) -> list[str]:
@@ -109,6 +113,15 @@ def _data_loss_s(vault: Vault, row: MachineRow, cut: Cut) -> float:
     return max(0, newest_ns - cut.time_ns) / NS_PER_SECOND
 
 
+def check_in_history(chosen: Chosen) -> None:
+    """Raise RefusedError for a cut from which the machine cannot go on: another side has gone on since."""
+    if chosen.point.is_tail:
+        raise RefusedError(
+            f"{chosen.point.name} is what a superseded host wrote, beside the history: a machine cannot go on from "
+            "there; allowed: failover test, export, mount"
+        )
+
+
 def check_may_begin(vault: Vault, kind: Kind, machine: str) -> None:
     """Raise RefusedError where the table does not let such a failover begin, or the machine has no home to come to."""
     if kind == "test":
@@ -126,7 +139,7 @@ def check_space(vault: Vault, chosen: Chosen, directory: str) -> None:
     """Raise RefusedError if hydration would fill the filesystem. Reads the disks' maps and nothing of their content."""
     free = free_bytes(directory)
     live = [disk for disk in chosen.disks if not disk.removed]
-    states = build_states(vault, chosen.machine.id, chosen.point.lsn, live)
+    states = build_states(vault, chosen.past, chosen.point.lsn, live)
     needed = sum(state.layers.bytes_max for state in states.values())
     if needed + RESERVE_BYTES > free:  # that was an upper bound; the exact figure takes longer
         needed = sum(group.mapped_bytes for state in states.values() for group in state.layers.groups())
@@ -151,7 +164,7 @@ def recovered_file(
 ) -> bytes:
     """What `asrfs init --recovered` makes the machine of. `tree`: where the points are mounted."""
     point = operation.point
-    directory = f"{tree}/{operation.machine}/lsn:{point.lsn}"
+    directory = f"{tree}/{operation.machine}/{point.place}"
     return encode_recovered(
         RecoveredMachine(
             machine_id=operation.machine_id,

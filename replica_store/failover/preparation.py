@@ -128,7 +128,7 @@ def _init(operation: Operation, state: str) -> None:
 
 def _filesystems(operation: Operation) -> dict[str, list[Place]]:
     """Of every disk, by its name."""
-    point = os.path.join(places.tree_of(operation.places), operation.machine, f"lsn:{operation.point.lsn}")
+    point = os.path.join(places.tree_of(operation.places), operation.machine, operation.point.place)
     return {
         disk: filesystems.filesystems_on(operation.id, os.path.join(point, f"{disk}.img")) for disk in operation.disks
     }

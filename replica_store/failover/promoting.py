@@ -20,7 +20,7 @@ from asrfs.model.boot import encode_boot
 from asrfs.model.clock import Clock
 from asrfs.model.machine import DiskRecord
 from asrfs.model.quantities import NS_PER_SECOND, format_size
-from replica_store.failover.choice import Chosen, choose
+from replica_store.failover.choice import Chosen, check_in_history, choose
 from replica_store.failover.handing_over import AWAY_S_MAX, check_present, is_present
 from replica_store.points.changed_since import changed_since
 from replica_store.points.selector import AtPoint, AtTime, Newest, parse_selector
@@ -76,6 +76,7 @@ def plan(vault: Vault, target: str, selector: str, *, leave: Collection[str] = (
         chosen = choose(
             vault, name, where, accept_damage=accept_damage, with_group=group.name if group is not None else None
         )
+        check_in_history(chosen)
         member, planned, notes = _plan_machine(vault, chosen, leave, unknown)
         machines.append(member)
         disks += planned

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 import structlog
@@ -16,6 +16,8 @@ from replica_store.vault.vault import Vault
 
 LOOK_EVERY_S = 0.5
 """Commands of other processes ask for it."""
+
+_TOO_OLD = "the host is of before planned failover: update asrfs there"
 
 T = TypeVar("T")
 
@@ -55,6 +57,19 @@ class Handovers:
     async def change(self) -> None:
         """Wait for the next change of anything here."""
         await self._changed.wait()
+
+    async def tell(self, machine_id: str, send: Callable[[Handover], Awaitable[None]], *, takes_handover: bool) -> None:
+        """Say in a session, for ever, what a planned failover wants of its host, once for each thing."""
+        said = None
+        while True:
+            wanted = self.of(machine_id)
+            if wanted is not None and wanted != said:
+                if takes_handover:
+                    await send(wanted)
+                else:
+                    await self.answered(machine_id, HandedOver(id=wanted.id, outcome="failed", error=_TOO_OLD))
+            said = wanted
+            await self.change()
 
     async def answered(self, machine_id: str, word: HandedOver) -> None:
         """Write a host's answer down. Raises AsrfsError: it is to be asked again."""

@@ -47,6 +47,7 @@ class Listener:
         self.handovers = Handovers(vault, clock, self.in_thread)
         self.promotions = Promotions(vault, clock, self.in_thread)
         self.threads = trio.CapacityLimiter(THREADS)
+        self.taking_tails: set[str] = set()
         self._ingesters: dict[str, Ingester] = {}
         self._sessions: dict[str, StoreSession] = {}
         self._log = structlog.get_logger("replica_store.listener")

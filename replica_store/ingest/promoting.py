@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 import structlog
@@ -18,6 +19,7 @@ LOOK_EVERY_S = 0.5
 """Commands of other processes ask for it."""
 AGAIN_S = 20.0
 """What is wanted is said again: a host takes back what nobody asks for any more."""
+_TOO_OLD = "the host is of before promotion: update asrfs there"
 
 
 class Fetching(Protocol):
@@ -69,6 +71,16 @@ class Promotions:
         """Wait for the next change of anything here, or until it is time to say it again."""
         with trio.move_on_after(AGAIN_S):
             await self._changed.wait()
+
+    async def tell(self, machine_id: str, send: Callable[[Promote], Awaitable[None]], *, takes_promotion: bool) -> None:
+        """Say in a session, for ever, what a promotion wants of its host, and again now and then."""
+        while True:
+            wanted = self.of(machine_id)
+            if wanted is not None and takes_promotion:
+                await send(wanted)
+            elif wanted is not None:
+                await self.answered(machine_id, Promoted(id=wanted.id, outcome="failed", exit_code=4, error=_TOO_OLD))
+            await self.change()
 
     async def answered(self, machine_id: str, word: Promoted) -> None:
         """Write a host's answer down. Raises AsrfsError: it is to be asked again."""

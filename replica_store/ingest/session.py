@@ -26,7 +26,7 @@ import msgspec
 import structlog
 import trio
 
-from asrfs.errors import AsrfsError, RefusedError
+from asrfs.errors import AsrfsError, FencedError, RefusedError
 from asrfs.protocol.frames import ProtocolError
 from asrfs.protocol.messages import (
     FETCHES_MAX,
@@ -65,6 +65,7 @@ from replica_store.ingest.ingester import Ingester, Position
 from replica_store.ingest.links import Links
 from replica_store.ingest.promoting import Fetching, Promotions
 from replica_store.ingest.seeding import match
+from replica_store.ingest.tail_session import kept_by, take_tail
 from replica_store.vault.epochs import raise_epoch
 from replica_store.vault.groups import put_place
 from replica_store.vault.returning import check_side, end_by_return
@@ -78,7 +79,6 @@ SEND_S_MAX = 5.0
 OBJECTS_WAITING = 4
 _RECEIVE_BYTES = 256 << 10
 _RUN_OUT_S = 2.0
-_TOO_OLD = "the host is of before planned failover: update asrfs there"
 
 T = TypeVar("T")
 
@@ -103,7 +103,7 @@ class NoComparing:
 
 
 class Store(Protocol):
-    """What a session needs of the store it belongs to."""
+    """What a session needs of the store it belongs to. `taking_tails`: ids of the machines of which one is coming."""
 
     vault: Vault
     links: Links
@@ -113,6 +113,7 @@ class Store(Protocol):
     promotions: Promotions
     comparing: Comparing
     fetching: Fetching
+    taking_tails: set[str]
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run what blocks; never abandoned."""
@@ -156,7 +157,12 @@ class StoreSession:
 
     async def _serve(self) -> None:
         try:
-            ingester, hello = await self._greet()
+            hello = await self._hear_hello()
+            try:
+                ingester = await self._greet(hello)
+            except FencedError as fenced:
+                await take_tail(self, self._store, self._identity, hello, fenced)
+                raise
             self._log.info("session began", acknowledged_lsn=ingester.position.lsn, host_lsn=hello.appended_lsn)
             self._store.links.connected(self._identity.machine_id, hello)
             try:
@@ -173,15 +179,14 @@ class StoreSession:
 
     # ---- greeting -----------------------------------------------------------------------------------------
 
-    async def _greet(self) -> tuple[Ingester, Hello]:
-        hello = await self._hear_hello()
+    async def _greet(self, hello: Hello) -> Ingester:
         machine = await self._store.in_thread(self._authorised, hello)
         check_hello(hello, machine)
         ingester = await self._store.take_turn(machine.id, self)
         salt = self._store.make_salt()
         position, digest = await self._store.in_thread(self._begin, ingester, hello, salt)
         check_position(hello, position, digest)
-        await self._send(
+        await self.send(
             Welcome(
                 protocol=PROTOCOL_VERSION,
                 store_id=self._store.vault.id,
@@ -197,7 +202,7 @@ class StoreSession:
                 takes_fetches=True,
             )
         )
-        return ingester, hello
+        return ingester
 
     async def _hear_hello(self) -> Hello:
         with trio.move_on_after(GREETING_S_MAX):
@@ -253,8 +258,9 @@ class StoreSession:
     async def _stream_objects(self, ingester: Ingester, hello: Hello) -> None:
         arriving, waiting = trio.open_memory_channel[ObjectReceived](OBJECTS_WAITING - 1)
         tasks: list[Callable[[], Awaitable[None]]] = [self._beat, partial(self._watch, hello)]
-        tasks.append(partial(self._hand_over, takes_handover=hello.takes_handover))
-        tasks.append(partial(self._promote, takes_promotion=hello.takes_promotion))
+        machine_id = self._identity.machine_id
+        tasks.append(partial(self._store.handovers.tell, machine_id, self.send, takes_handover=hello.takes_handover))
+        tasks.append(partial(self._store.promotions.tell, machine_id, self.send, takes_promotion=hello.takes_promotion))
         if hello.takes_configuration:
             tasks.append(self._configure)
         async with trio.open_nursery() as nursery:
@@ -324,12 +330,12 @@ class StoreSession:
     async def _compare(self, wanted: Compare) -> None:
         answer = await self._store.comparing.compare(self._identity.machine_id, wanted)
         self._comparing -= 1  # before the host hears it, and asks the next
-        await self._send(answer)
+        await self.send(answer)
 
     async def _match(self, wanted: Match) -> None:
         answer = await self._store.in_thread(match, self._store.vault, self._identity.machine_id, wanted)
         self._matching -= 1
-        await self._send(answer)
+        await self.send(answer)
 
     async def _fetch(self, wanted: Fetch) -> None:
         try:
@@ -338,7 +344,7 @@ class StoreSession:
         except RefusedError as error:
             answer = Fetched(number=wanted.number, exit_code=error.exit_code, text=str(error))
         self._fetching -= 1
-        await self._send(answer)
+        await self.send(answer)
 
     def _end_of_stream(self) -> None:
         try:
@@ -360,7 +366,7 @@ class StoreSession:
             if taken.acknowledged:
                 position = ingester.position
                 self._store.links.received(self._identity.machine_id, position.lsn, position.time_ns)
-                await self._send(*taken.acknowledged)
+                await self.send(*taken.acknowledged)
             if taken.error is not None:
                 raise taken.error
 
@@ -372,7 +378,7 @@ class StoreSession:
     async def _beat(self) -> None:
         while True:
             await trio.sleep(HEARTBEAT_S)
-            await self._send(Heartbeat())
+            await self.send(Heartbeat())
 
     async def _watch(self, hello: Hello) -> None:
         """Cut a certificate that is not good any more."""
@@ -390,40 +396,24 @@ class StoreSession:
             if wanted is not None:
                 looked = max(looked, wanted.generation)
                 if said is None or msgspec.structs.replace(wanted, generation=said.generation) != said:
-                    await self._send(Configure(configuration=wanted))
+                    await self.send(Configure(configuration=wanted))
                     said = wanted
             with trio.move_on_after(math.inf if wanted is not None else AGAIN_S):
                 await configurations.newer_than(looked)
 
-    async def _hand_over(self, *, takes_handover: bool) -> None:
-        """Say what a planned failover wants of the host, once for each thing."""
-        handovers, machine_id = self._store.handovers, self._identity.machine_id
-        said = None
-        while True:
-            wanted = handovers.of(machine_id)
-            if wanted is not None and wanted != said:
-                if takes_handover:
-                    await self._send(wanted)
-                else:
-                    await handovers.answered(machine_id, HandedOver(id=wanted.id, outcome="failed", error=_TOO_OLD))
-            said = wanted
-            await handovers.change()
-
-    async def _promote(self, *, takes_promotion: bool) -> None:
-        """Say what a promotion wants of the host, and again now and then."""
-        promotions, machine_id = self._store.promotions, self._identity.machine_id
-        while True:
-            wanted = promotions.of(machine_id)
-            if wanted is not None and takes_promotion:
-                await self._send(wanted)
-            elif wanted is not None:
-                text = "the host is of before promotion: update asrfs there"
-                await promotions.answered(machine_id, Promoted(id=wanted.id, outcome="failed", exit_code=4, error=text))
-            await promotions.change()
-
     # ---- stream -------------------------------------------------------------------------------------------
 
-    async def _send(self, *messages: Message) -> None:
+    async def receive(self) -> list[Event]:
+        """What the host says next, perhaps nothing whole. Raises LinkError when it is silent or has closed."""
+        with trio.move_on_after(SILENCE_S_MAX):
+            received = await self._stream.receive_some(_RECEIVE_BYTES)
+            if not received:
+                self._end_of_stream()
+                raise LinkError("the host closed the connection")
+            return self._session.receive(received)
+        raise LinkError(f"the host was silent for {SILENCE_S_MAX:g} s")
+
+    async def send(self, *messages: Message) -> None:
         """In one piece and in order: a frame that has got its number is sent whole, even when the session is ending."""
         async with self._turn:
             if self._session.state is State.CLOSED:
@@ -441,7 +431,7 @@ class StoreSession:
         code = refusal_code(error)
         with trio.move_on_after(_RUN_OUT_S):
             try:
-                await self._send(Refused(code=code, text=" ".join(str(error).split())[:500]))
+                await self.send(Refused(code=code, text=" ".join(str(error).split())[:500], tail=kept_by(error)))
                 while await self._stream.receive_some(_RECEIVE_BYTES):
                     pass
             except AsrfsError:

@@ -35,7 +35,15 @@ from replica_store.points.kept_maps import load_runs
 from replica_store.points.painting import MapPainter
 from replica_store.points.point_disk import DiskState, FrameCache, PointDisk
 from replica_store.points.run import Run, stack, weight_of
-from replica_store.points.selector import AtTime, check_exists, choose_lsn, lsn_at_time, object_at_time, parse_selector
+from replica_store.points.selector import (
+    AtPoint,
+    AtTime,
+    check_exists,
+    choose_lsn,
+    lsn_at_time,
+    object_at_time,
+    parse_selector,
+)
 
 RUN_WEIGHT = 1 << 20
 """Of a run that is painted at once: bounds memory; see `run.weight_of`."""
@@ -63,6 +71,8 @@ def resolve(history: History, machine_name: str, selector_text: str) -> Cut:
     gap)."""
     selector = parse_selector(selector_text)
     machine = history.machine(machine_name)
+    if isinstance(selector, AtPoint) and (tail := history.tail(machine.id, selector.label)) is not None:
+        return cut_at(*tail)
     points = history.points(machine.id)
     received = history.received_lsn(machine.id)
     if isinstance(selector, AtTime):

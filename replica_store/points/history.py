@@ -120,6 +120,12 @@ class History(ObjectReader, Protocol):
 
     def points(self, machine_id: str) -> Sequence[Point]: ...
 
+    def tail(self, machine_id: str, label: str) -> tuple[Machine, Point] | None:
+        """The point of that name or id at the end of a tail, beside the history, and the machine as which its past is
+        read."""
+
+    def tail_points(self, machine_id: str) -> Sequence[Point]: ...
+
     def received_lsn(self, machine_id: str) -> int: ...
 
     def gap_at(self, machine_id: str, lsn: int) -> object | None:

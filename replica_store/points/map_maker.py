@@ -20,6 +20,7 @@ from replica_store.points.history import History, LogObject
 from replica_store.points.kept_maps import following, is_of_history, keep_run, load_run, open_map
 from replica_store.points.run import Run, merge_runs, weight_of
 from replica_store.vault.map_files import MapName
+from replica_store.vault.tails import is_tail_id
 
 UNIT = 1 << 18
 """Weight of the shortest checkpoint: at most so much of a history is read from its indexes."""
@@ -162,8 +163,8 @@ def leave_runs(history: History, machine_id: str, slot: int, runs: Sequence[Run]
     be had, or nothing can be written, nothing is."""
     made = Made()
     with suppress(OSError, AsrfsError):
-        if not any(_is_worth(run) for run in runs):
-            return made
+        if is_tail_id(machine_id) or not any(_is_worth(run) for run in runs):
+            return made  # what is of a tail alone would be taken for another history's
         present = set(history.maps.names(machine_id))
         with history.maps.lock():
             for run in runs:

@@ -3,7 +3,7 @@
     latest              everything the store has received
     latest-processed    the newest listed point
     latest-application  the newest listed application-consistent point
-    ID or NAME          a listed point; of several with one name the newest
+    ID or NAME          a listed point; of several with one name the newest; `tail-of-epoch-N` if there is such a tail
     lsn:N               the state just after record N, where the store has one: see `check_exists`
     time:T              the last state at or before T (RFC 3339, up to nanoseconds)
 

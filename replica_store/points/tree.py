@@ -98,11 +98,13 @@ class _MachineDirectory:
         # Ids are entered last, so that nobody's name can hide one.
         newest = {point.name: point for point in points if point.name is not None}
         newest |= {point.id: point for point in points}
-        return [
+        listed = [
             self._entry(name, cut_at(self.machine, point), lasting=name == point.id)
             for name, point in newest.items()
             if isinstance(parse_selector(name), AtPoint)
         ]
+        tails = {point.name for point in self.opener.history.tail_points(self.machine.id) if point.name is not None}
+        return [entry for entry in listed if entry.name not in tails] + [self.lookup(name) for name in sorted(tails)]
 
     def lookup(self, name: str) -> TreeEntry:
         text = name[max(0, *(name.rfind(word) for word in _UNLISTED)) :]

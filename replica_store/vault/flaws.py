@@ -12,6 +12,7 @@ from asrfs.errors import IntegrityError
 from replica_store.vault.catalog import Catalog
 from replica_store.vault.operations import LOCK_S_MAX
 from replica_store.vault.scrub import Damage
+from replica_store.vault.tails import tail_id, tail_with_id, tails
 from replica_store.vault.vault import Vault, lock_descriptions
 
 
@@ -26,16 +27,34 @@ class Flaw(NamedTuple):
 def note_flaws(root: str, machine_id: str, damages: Sequence[Damage], now_ns: int) -> None:
     """Put what a verification found in the place of what the one before found."""
     with lock_descriptions(root, LOCK_S_MAX), Vault.open(root, writable=True) as vault, vault.catalog.transaction():
-        vault.catalog.change("DELETE FROM flaws WHERE machine_id = ?", (machine_id,))
+        ids = [machine_id, *(tail.id for tail in tails(vault.catalog, machine_id))]
+        for each in ids:
+            vault.catalog.change("DELETE FROM flaws WHERE machine_id = ?", (each,))
         for damage in damages:
             vault.catalog.change(
                 "INSERT OR REPLACE INTO flaws (machine_id, first_lsn, last_lsn, what, found_ns) VALUES (?, ?, ?, ?, ?)",
-                (machine_id, damage.first_lsn, damage.last_lsn, damage.text, now_ns),
+                (_whose(machine_id, damage), damage.first_lsn, damage.last_lsn, damage.text, now_ns),
             )
 
 
+def any_flaw(catalog: Catalog, machine_id: str) -> bool:
+    """Whether anything is noted of a machine or its tails."""
+    return bool(
+        catalog.select(
+            "SELECT 1 FROM flaws WHERE machine_id = ? OR machine_id LIKE ? LIMIT 1", (machine_id, f"{machine_id}~%")
+        )
+    )
+
+
+def _whose(machine_id: str, damage: Damage) -> str:
+    return machine_id if damage.tail is None else tail_id(machine_id, damage.tail)
+
+
 def flaw_before(catalog: Catalog, machine_id: str, lsn: int) -> Flaw | None:
-    """The first one that the state at this LSN may need."""
+    """The first one that the state at this LSN may need, of a machine or of one of its tails."""
+    tail = tail_with_id(catalog, machine_id)
+    if tail is not None and (flaw := flaw_before(catalog, tail.machine_id, tail.branch_lsn)) is not None:
+        return flaw
     rows = catalog.select(
         "SELECT first_lsn, last_lsn, what FROM flaws WHERE machine_id = ? AND first_lsn <= ? "
         "ORDER BY first_lsn LIMIT 1",

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 from asrfs.storage.interface import Storage
+from replica_store.vault.tails import machine_of
 
 MAPS_DIRECTORY = "maps"
 MAPS_LOCK_FILE = f"{MAPS_DIRECTORY}/lock"
@@ -50,9 +51,9 @@ class MapFiles:
         self.lock = lock
 
     def names(self, machine_id: str) -> list[MapName]:
-        """Of all checkpoints of a machine; none if nothing can be read there."""
+        """Of all checkpoints of a machine; none if nothing can be read there. A tail has those of its machine."""
         try:
-            found = self._storage.names(f"{MAPS_DIRECTORY}/{machine_id}")
+            found = self._storage.names(f"{MAPS_DIRECTORY}/{machine_of(machine_id)}")
         except OSError:
             return []
         matches = [match for match in map(_NAME.fullmatch, found) if match]
@@ -116,4 +117,4 @@ class MapFiles:
 
 
 def _path(machine_id: str, name: MapName) -> str:
-    return f"{MAPS_DIRECTORY}/{machine_id}/{name}"
+    return f"{MAPS_DIRECTORY}/{machine_of(machine_id)}/{name}"

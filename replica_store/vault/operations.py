@@ -37,7 +37,8 @@ _COLUMNS = "id, machine_id, kind, state, generation, content"
 
 
 class ChosenPoint(msgspec.Struct, frozen=True, kw_only=True):
-    """The cut that was chosen; `id`, `name` and `consistency` of the listed point there, if there is one."""
+    """The cut that was chosen; `id`, `name` and `consistency` of the listed point there, if there is one. `is_tail`: it
+    is the end of a tail, beside the history."""
 
     selector: str
     lsn: int
@@ -46,6 +47,12 @@ class ChosenPoint(msgspec.Struct, frozen=True, kw_only=True):
     id: str | None = None
     name: str | None = None
     consistency: str | None = None
+    is_tail: bool = False
+
+    @property
+    def place(self) -> str:
+        """What means this cut and no other wherever points are chosen."""
+        return self.name if self.is_tail and self.name else f"lsn:{self.lsn}"
 
 
 class Step(msgspec.Struct, frozen=True):

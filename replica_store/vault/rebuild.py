@@ -28,6 +28,7 @@ from replica_store.vault.policy_changes import POLICY_BOOKS
 from replica_store.vault.promotions import sealed_promotions, write_promotion
 from replica_store.vault.rows import Entry, MachineRow, description_prefix, log_prefix, parse_log_name
 from replica_store.vault.survey import Surveyed, Unreadable, chain_of, log_names, survey
+from replica_store.vault.tail_keeping import rebuild_tails
 from replica_store.vault.vault import CATALOG_FILE, describe, lock, lock_descriptions, open_objects
 
 _BATCH = 1000
@@ -103,6 +104,9 @@ def _fill(catalog: Catalog, objects: Objects, sealer: Sealer, progress: Callable
             with catalog.transaction():
                 catalog.put_machine(_machine_row(description, chain[-1].row.epoch))
         _account(report, description, chain, surveyed, unreadable)
+        in_tails, damaged_tails = rebuild_tails(catalog, objects, sealer, machine_id, keys)
+        report.objects += in_tails
+        report.damages += damaged_tails
     return report
 
 

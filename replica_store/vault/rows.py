@@ -9,7 +9,7 @@ from asrfs.model.machine import DiskRecord
 from asrfs.model.marker import Consistency, MarkerRecord
 
 _LOG_NAME = re.compile(
-    r"machines/(?P<machine>[0-9a-f]{32})/log/"
+    r"machines/(?P<machine>[0-9a-f]{32})/(?P<room>log|tail)/"
     r"(?P<epoch>[0-9a-f]{8})-(?P<first>[0-9a-f]{16})-(?P<last>[0-9a-f]{16})-(?P<nonce>[0-9a-f]{8})\.obj"
 )
 
@@ -33,7 +33,8 @@ class MachineRow:
 
 @dataclass(frozen=True, slots=True)
 class ObjectRow:
-    """A log object of the history. `is_stretch`: of its LSNs only the last exists, the others have no state."""
+    """A log object of the history. `is_stretch`: of its LSNs only the last exists, the others have no state. `is_tail`:
+    it lies beside the history, see `tails.py`."""
 
     machine_id: str
     epoch: int
@@ -45,11 +46,13 @@ class ObjectRow:
     length: int
     nonce: str
     is_stretch: bool = False
+    is_tail: bool = False
 
     @property
     def name(self) -> str:
         """Its name among the vault's objects."""
-        return log_object_name(self.machine_id, self.epoch, self.first_lsn, self.last_lsn, self.nonce)
+        name = log_object_name(self.machine_id, self.epoch, self.first_lsn, self.last_lsn, self.nonce)
+        return name.replace("/log/", "/tail/") if self.is_tail else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +123,14 @@ def log_object_name(machine_id: str, epoch: int, first_lsn: int, last_lsn: int, 
 
 @dataclass(frozen=True, slots=True)
 class LogName:
-    """What the name of a log object says."""
+    """What the name of a log object says. `is_tail`: it is of a tail."""
 
     machine_id: str
     epoch: int
     first_lsn: int
     last_lsn: int
     nonce: str
+    is_tail: bool = False
 
 
 def parse_log_name(name: str) -> LogName | None:
@@ -135,12 +139,17 @@ def parse_log_name(name: str) -> LogName | None:
     if match is None:
         return None
     epoch, first_lsn, last_lsn = (int(match[part], 16) for part in ("epoch", "first", "last"))
-    return LogName(match["machine"], epoch, first_lsn, last_lsn, match["nonce"])
+    return LogName(match["machine"], epoch, first_lsn, last_lsn, match["nonce"], match["room"] == "tail")
 
 
 def log_prefix(machine_id: str) -> str:
     """What the names of a machine's log objects begin with."""
     return f"machines/{machine_id}/log/"
+
+
+def tail_prefix(machine_id: str) -> str:
+    """What the names of the objects of its tails begin with."""
+    return f"machines/{machine_id}/tail/"
 
 
 def description_prefix(machine_id: str) -> str:

@@ -8,7 +8,8 @@ it open goes on reading; columns are always named, because their order depends o
 from __future__ import annotations
 
 VERSION = 5
-"""1 knew less of points, and no policies; 2 knew no stretches, 3 no boot settings and no failover, 4 no promotions."""
+"""1 knew less of points, and no policies; 2 knew no stretches, 3 no boot settings and no failover, 4 no promotions and
+no tails."""
 
 _HISTORY_TABLES = """
 CREATE TABLE machines (
@@ -178,7 +179,46 @@ CREATE TABLE promotions (
 CREATE INDEX promotions_live ON promotions (id) WHERE is_over = 0;
 """
 
-TABLES = _HISTORY_TABLES + _POLICY_TABLES + _GROUP_TABLES + _FAILOVER_TABLES + _PROMOTION_TABLES
+_TAIL_TABLES = """
+CREATE TABLE tails (
+    machine_id TEXT NOT NULL,       -- whose history it leaves
+    epoch INTEGER NOT NULL,         -- the superseded one, of all its records
+    branch_lsn INTEGER NOT NULL,    -- the last record that it shares with the history
+    branch_digest BLOB NOT NULL,    -- of the log object of the history that ends there
+    whole INTEGER NOT NULL,         -- 1: its host has nothing more
+    PRIMARY KEY (machine_id, epoch)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE tail_objects (
+    machine_id TEXT NOT NULL,       -- all columns as of objects
+    epoch INTEGER NOT NULL,
+    first_lsn INTEGER NOT NULL,
+    last_lsn INTEGER NOT NULL,
+    first_time_ns INTEGER NOT NULL,
+    last_time_ns INTEGER NOT NULL,
+    digest BLOB NOT NULL,
+    length INTEGER NOT NULL,
+    nonce TEXT NOT NULL,
+    is_stretch INTEGER NOT NULL,
+    PRIMARY KEY (machine_id, epoch, first_lsn)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE tail_disks (
+    machine_id TEXT NOT NULL,       -- all columns as of disks, but that repeats are kept
+    epoch INTEGER NOT NULL,
+    slot INTEGER NOT NULL,
+    lsn INTEGER NOT NULL,
+    id TEXT NOT NULL,
+    name TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    removed INTEGER NOT NULL,
+    gap INTEGER NOT NULL,
+    boot BLOB NOT NULL,
+    PRIMARY KEY (machine_id, epoch, slot, lsn)
+) STRICT, WITHOUT ROWID;
+"""
+
+TABLES = _HISTORY_TABLES + _POLICY_TABLES + _GROUP_TABLES + _FAILOVER_TABLES + _PROMOTION_TABLES + _TAIL_TABLES
 
 _MORE_OF_POINTS = """
 ALTER TABLE points ADD COLUMN wanted TEXT;
@@ -203,12 +243,12 @@ UPGRADES = {
     1: _MORE_OF_POINTS + _POLICY_TABLES + _GROUP_TABLES,
     2: _STRETCHES,
     3: _BOOT_SETTINGS + _FAILOVER_TABLES,
-    4: _PROMOTION_TABLES,
+    4: _PROMOTION_TABLES + _TAIL_TABLES,
 }
 """By the version a catalog has: what makes it one of the next."""
 
 REBUILDABLE = (
     *("machines", "objects", "points", "disks", "policies", "assignments", "groups", "confirmations"),
-    *("operations", "promotions"),
+    *("operations", "promotions", "tails", "tail_objects", "tail_disks"),
 )
 """Tables that are equal after a rebuild."""

@@ -28,6 +28,8 @@ from replica_store.vault.contents import entry_of
 from replica_store.vault.objects import ObjectMissingError
 from replica_store.vault.rows import DiskRow, Entry, MachineRow, ObjectRow, PointRow, parse_log_name
 from replica_store.vault.survey import log_names
+from replica_store.vault.tail_keeping import tail_names
+from replica_store.vault.tails import Tail, TailRows, point_of_tail, tails
 from replica_store.vault.vault import Vault, check_header
 
 Progress = Callable[[int, int], None]
@@ -37,7 +39,8 @@ Progress = Callable[[int, int], None]
 class Damage:
     """One thing that is wrong. `offset`: where in the file, if that is known; LSNs: the records it touches.
 
-    `points`: names or ids of the listed points at or after the first of them, which may need what is damaged.
+    `points`: names or ids of the listed points at or after the first of them, which may need what is damaged. `tail`:
+    the epoch of the tail it is in; else it is in the history.
     """
 
     machine: str
@@ -47,6 +50,7 @@ class Damage:
     last_lsn: int
     text: str
     points: tuple[str, ...] = ()
+    tail: int | None = None
 
 
 @dataclass(slots=True)
@@ -105,6 +109,29 @@ def _scrub_machine(
     if whole:
         _compare_catalog(vault, machine, said, received, report)
     report.uncatalogued += _uncatalogued(vault, machine)
+    for tail in tails(vault.catalog, machine.id):
+        _scrub_tail(vault, machine, tail, report)
+
+
+def _scrub_tail(vault: Vault, machine: MachineRow, tail: Tail, report: Scrubbed) -> None:
+    """What lies beside the history, from where it leaves it."""
+    point = point_of_tail(vault.catalog, tail)
+    lsn, digest = tail.branch_lsn, tail.branch_digest
+    own = TailRows(vault.catalog, tail).own()
+    for row in own:
+        try:
+            if row.first_lsn != lsn + 1:
+                raise _broken(row, f"LSN {lsn + 1}..{row.first_lsn - 1} is missing from the catalog", None)
+            _scrub_object(vault, row, digest, report)
+        except AsrfsError as error:
+            points = [point] if point is not None else []
+            report.damages.append(replace(_damage(machine, vault.where(row), row, error, points), tail=tail.epoch))
+        lsn, digest = row.last_lsn, row.digest
+        report.objects += 1
+        report.bytes += row.length
+    known = {row.name for row in own}
+    beside = [name for name, each in tail_names(vault.objects, machine.id, tail.epoch) if each.last_lsn <= lsn]
+    report.uncatalogued += [vault.objects.where(name) for name in beside if name not in known]
 
 
 def _uncatalogued(vault: Vault, machine: MachineRow) -> list[str]:

@@ -43,6 +43,7 @@ from replica_store.vault.map_files import MAPS_DIRECTORY, MAPS_LOCK_FILE, MapFil
 from replica_store.vault.objects import ObjectMissingError, Objects
 from replica_store.vault.rows import DiskRow, MachineRow, ObjectRow, PointRow
 from replica_store.vault.seed_files import SEEDS_DIRECTORY, SeedFiles
+from replica_store.vault.tails import TailMachine, TailRows, machine_of, point_of_tail, tail_point, tail_with_id, tails
 
 VAULT_FILE = "vault.json"
 CATALOG_FILE = "catalog.sqlite3"
@@ -153,35 +154,57 @@ class Vault:
         """Raises NotFoundError; BadInputError for what cannot be a name."""
         return self.catalog.machine(check_name(name, "machine"))
 
+    def tail(self, machine_id: str, label: str) -> tuple[TailMachine, PointRow] | None:
+        """The point of a tail of the machine that has this name or id, and the machine as which its past is read."""
+        found = tail_point(self.catalog, machine_id, label)
+        machine = self.catalog.machine_by_id(machine_id)
+        if found is None or machine is None:
+            return None
+        return TailMachine(found[0].id, machine.name, found[0].epoch), found[1]
+
+    def tail_points(self, machine_id: str) -> list[PointRow]:
+        """What sides that were superseded wrote last and the history does not have, by epoch (I7)."""
+        found = [point_of_tail(self.catalog, tail) for tail in tails(self.catalog, machine_id)]
+        return [point for point in found if point is not None]
+
+    def _rows(self, machine_id: str) -> Catalog | TailRows:
+        """Where the history is looked up of a machine, or of one of its tails. Raises NotFoundError."""
+        if machine_of(machine_id) == machine_id:
+            return self.catalog
+        tail = tail_with_id(self.catalog, machine_id)
+        if tail is None:
+            raise NotFoundError(f"the store knows no tail {machine_id}")
+        return TailRows(self.catalog, tail)
+
     def received_lsn(self, machine_id: str) -> int:
         """Up to here everything is durable in this vault; 0 if nothing came yet."""
-        last = self.catalog.last_object(machine_id)
+        last = self._rows(machine_id).last_object(machine_id)
         return last.last_lsn if last else 0
 
     def objects_of(self, machine_id: str, up_to_lsn: int, after_lsn: int = 0) -> list[ObjectRow]:
         """In LSN order, all log objects with a record behind `after_lsn` and at or below `up_to_lsn`."""
-        return self.catalog.objects_of(machine_id, up_to_lsn, after_lsn)
+        return self._rows(machine_id).objects_of(machine_id, up_to_lsn, after_lsn)
 
     def object_with(self, machine_id: str, lsn: int) -> ObjectRow | None:
         """The log object that holds record `lsn`."""
-        return self.catalog.object_with(machine_id, lsn)
+        return self._rows(machine_id).object_with(machine_id, lsn)
 
     def disks_at(self, machine_id: str, lsn: int) -> list[DiskRecord]:
         """What holds for each slot at this LSN, removed disks too, by slot."""
         newest: dict[int, DiskRow] = {}
-        for row in self.catalog.disk_rows(machine_id):
+        for row in self._rows(machine_id).disk_rows(machine_id):
             if row.lsn <= lsn:
                 newest[row.record.slot] = row
         return [newest[slot].record for slot in sorted(newest)]
 
     def boot_at(self, machine_id: str, lsn: int) -> BootSettings:
         """How the machine is started in its state at this LSN. Raises FormatError for settings of a newer host."""
-        rows = [row for row in self.catalog.disk_rows(machine_id) if row.lsn <= lsn]
+        rows = [row for row in self._rows(machine_id).disk_rows(machine_id) if row.lsn <= lsn]
         return decode_boot(max(rows, key=lambda row: row.lsn).record.boot) if rows else NO_BOOT
 
     def gap_at(self, machine_id: str, lsn: int) -> Gap | None:
         """The gap that lies open at this LSN: there is no point there (I5)."""
-        return gap_at(gaps_of(self.catalog.disk_rows(machine_id)), lsn)
+        return gap_at(gaps_of(self._rows(machine_id).disk_rows(machine_id)), lsn)
 
     def points(self, machine_id: str) -> list[PointRow]:
         """Listed points, in LSN order: their whole prefix is here and no gap lies under them (I5)."""
@@ -201,14 +224,14 @@ class Vault:
 
     def keys_of(self, machine_id: str) -> MachineKeys:
         """Raises NotFoundError, IntegrityError."""
-        machine = self.catalog.machine_by_id(machine_id)
+        machine = self.catalog.machine_by_id(machine_of(machine_id))
         if machine is None:
             raise NotFoundError(f"the store knows no machine with id {machine_id}")
         return self.machine_keys(machine)
 
     def map_key(self, machine_id: str, salt: bytes) -> bytes:
         """What seals a map checkpoint of this machine with this salt."""
-        return derive_map_key(self.keys_of(machine_id).index_key, bytes.fromhex(machine_id), salt)
+        return derive_map_key(self.keys_of(machine_id).index_key, bytes.fromhex(machine_of(machine_id)), salt)
 
     # ---- log objects ----------------------------------------------------------------------------------------
 

@@ -252,6 +252,12 @@ class MemoryHistory:
         received = self.received_lsn(machine_id)
         return [point for point in self._points if point.lsn <= received and not self.gap_at(machine_id, point.lsn)]
 
+    def tail(self, machine_id: str, label: str) -> None:
+        return None
+
+    def tail_points(self, machine_id: str) -> list[MemoryPoint]:
+        return []
+
     def received_lsn(self, machine_id: str) -> int:
         sealed = self._rows[-1].last_lsn if self._rows else 0
         return sealed if self.hidden_after is None else min(sealed, self.hidden_after)

@@ -26,6 +26,7 @@ from tests.planted import (
     security,
     seeding,
     simulation,
+    tails,
 )
 
 PLANTS: tuple[Plant, ...] = (
@@ -49,6 +50,7 @@ PLANTS: tuple[Plant, ...] = (
     *quieting.PLANTS,
     *comparing.PLANTS,
     *seeding.PLANTS,
+    *tails.PLANTS,
 )
 
 NAMED: Mapping[str, tuple[str, ...]] = {

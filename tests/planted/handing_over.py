@@ -85,9 +85,8 @@ def taken_back_after_commit(patch: pytest.MonkeyPatch) -> None:
     """A host that made way stays revocable when it was superseded."""
     sound = Rejoiner.superseded
 
-    async def superseded(self: Rejoiner, why: str) -> None:
-        if self.fence is None:
-            await sound(self, why)
+    async def superseded(self: Rejoiner, why: str) -> bool:
+        return self.fence is None and await sound(self, why)
 
     patch.setattr(Rejoiner, "superseded", superseded)
 

@@ -60,9 +60,10 @@ def new_epoch_not_synced(patch: pytest.MonkeyPatch) -> None:
 def fence_kept_in_memory(patch: pytest.MonkeyPatch) -> None:
     """Who was superseded does not write that down."""
 
-    async def superseded(self: Rejoiner, why: str) -> None:
+    async def superseded(self: Rejoiner, why: str) -> bool:
         self.fence = Fence(epoch=1, why=why, time_ns=0)
         self._raise_alarm()
+        return False
 
     patch.setattr(Rejoiner, "superseded", superseded)
 

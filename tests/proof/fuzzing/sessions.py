@@ -62,7 +62,7 @@ WELCOME = Welcome(
 )
 _GAP_S = 0.4
 _MACHINE = "0123456789abcdef" * 2
-_HISTORY_TABLES = ("points", "disks", "links", "objects")
+_HISTORY_TABLES = ("points", "disks", "links", "objects", "tails", "tail_objects", "tail_disks")
 
 T = TypeVar("T")
 
@@ -110,6 +110,7 @@ class _InlineStore:
         self.promotions._wanted = {_MACHINE: Promote(id="d" * 32, wanted="write", lsn=2)}
         self.comparing = InlineComparing(vault)
         self.fetching = InlineFetching(vault)
+        self.taking_tails: set[str] = set()
         self.ingester = Ingester(vault, _MACHINE, lambda: "deadbeef")
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:

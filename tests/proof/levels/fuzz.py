@@ -16,13 +16,14 @@ from pathlib import Path
 
 import structlog
 
-from tests.proof.fuzzing import catalog, control, files, groups, journal, maps, nbd, objects, texts, wire
+from tests.proof.fuzzing import catalog, control, files, groups, journal, maps, nbd, objects, tails, texts, wire
 from tests.proof.fuzzing.mutations import KINDS
 from tests.proof.fuzzing.target import Gauge, Target, Trial
 from tests.proof.level import Case, Context, Level, Notes
 
 TARGETS: tuple[Target, ...] = (
     *wire.TARGETS,
+    *tails.TARGETS,
     *journal.TARGETS,
     *objects.TARGETS,
     *catalog.TARGETS,
