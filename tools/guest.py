@@ -155,7 +155,11 @@ class GuestConsole:
         self._seconds_max = seconds_max
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(1.0)
-        self._socket.connect(str(path))
+        directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY)
+        try:
+            self._socket.connect(f"/proc/self/fd/{directory}/{path.name}")  # paths of sockets must be short
+        finally:
+            os.close(directory)
         self._heard = b""
         self._commands = 0
 

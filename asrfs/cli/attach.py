@@ -23,6 +23,7 @@ def attach(invocation: Invocation, disk: str, kind: str | None, directory: str |
     """Attach DISK as a loop device with direct I/O."""
     state = invocation.open_state()
     path = served_path(state, disk)
+    state.check_not_promoting()
     if directory is not None:
         directory = loop_devices.check_mount_point(directory)
     for lost in attachments.stale(state):

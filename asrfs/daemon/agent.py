@@ -37,11 +37,12 @@ from asrfs.daemon.agent_healing import AgentHealing, open_map
 from asrfs.daemon.agent_hydration import AgentHydration
 from asrfs.daemon.agent_images import StateImages
 from asrfs.daemon.agent_log import start_agent_log
+from asrfs.daemon.agent_promoting import make_promoter
 from asrfs.daemon.agent_shipping import AgentShipping
 from asrfs.daemon.agent_status import Facts, OldestUnacknowledged, images_of, status
 from asrfs.daemon.agent_verbs import AgentVerbs, check_is_kept, through_a_restart
 from asrfs.daemon.control_trio import serve_control
-from asrfs.daemon.digesting import DigestProcess, comparing
+from asrfs.daemon.digesting import DigestProcess, ScanRate, comparing
 from asrfs.daemon.disk_server_client import DiskServerClient
 from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.handing_over import HandingOver
@@ -49,6 +50,7 @@ from asrfs.daemon.hardening import ignore_terminal, raise_file_limit
 from asrfs.daemon.health import process_alarms
 from asrfs.daemon.housekeeping import Housekeeping
 from asrfs.daemon.point_processes import PointProcesses
+from asrfs.daemon.promoting import Promoter
 from asrfs.daemon.settings_in_force import SettingsInForce
 from asrfs.daemon.state import CONFIGURATION_FILE, POINTS_FILE, StateDirectory
 from asrfs.daemon.verification import Verification
@@ -88,8 +90,6 @@ class Agent:
         self._status_turn = trio.Lock()
         self._threads = trio.CapacityLimiter(THREADS)
         journal_turn = trio.Lock()
-        journal = DirectoryStorage(state.journal)
-        machine_id = id_bytes(self._machine.id)
         self._positions = PositionsFile(state.load_positions(), state.save_positions)
         self._progress = Progress(self._positions.current)
         self._alarms = Alarms()
@@ -100,7 +100,7 @@ class Agent:
         self._server = DiskServerClient(state.socket_path("disk_server"))
         self._readers: list[JournalReader] = []
         self._oldest = OldestUnacknowledged(self._reader())
-        self._trimmer = trimmer = Trimmer(journal, machine_id)
+        self._trimmer = trimmer = Trimmer(DirectoryStorage(state.journal), id_bytes(self._machine.id))
         self._dirty = dirty = open_map(state, self._positions.current)
         self._ticker = Ticker(self._server, self._progress, self._alarms, lambda: self._settings.current.object_age)
         self._applier = ApplierTask(
@@ -118,7 +118,7 @@ class Agent:
         self._hydration = AgentHydration(state, self._images, self._applier, lambda: self._settings.current, agent)
         self._shipping = self._make_shipping(journal_turn)
         self._shipper = self._shipping.shipper
-        digester = DigestProcess(state, lambda: self._settings.current.scan_rate)
+        digester = DigestProcess(state, ScanRate(self._server, lambda: self._settings.current.scan_rate))
         compare = partial(comparing, digester, self._server, self._shipper, self._applier)
         self._verification = Verification(state, compare, self._threads)
         self._point_processes = PointProcesses(state)
@@ -134,11 +134,13 @@ class Agent:
             maker=self._maker,
             shipper=self._shipper,
             comparing=compare,
+            hurry_durable=self._ticker.poke,
             threads=self._threads,
             trimmer=trimmer,
             hurry_applied=self._applier.hurry,
         )
         self._handing_over = self._make_handing_over(compare)
+        self._promoter = self._make_promoter()
         self._groups = self._make_groups()
         self._scheduler = Scheduler(
             self._machine.id,
@@ -174,6 +176,7 @@ class Agent:
                     self._shipper.run,
                     self._healing.rejoiner.run,
                     self._handing_over.run,
+                    self._promoter.run,
                     self._healing.quota.run,
                     self._healing.resyncer.run,
                     self._verification.run,
@@ -319,6 +322,23 @@ class Agent:
         self._shipper.source.handover = made.heard
         return made
 
+    def _make_promoter(self) -> Promoter:
+        made = make_promoter(
+            self._state,
+            rejoiner=self._healing.rejoiner,
+            shipper=self._shipper,
+            server=self._server,
+            progress=self._progress,
+            alarms=self._alarms,
+            dirty=self._dirty,
+            maker=self._maker,
+            settled=self._settled,
+            threads=self._threads,
+        )
+        self._shipper.source.promotion = made.heard
+        self._healing.is_held_back = made.holds_healing_back
+        return made
+
     async def _settled(self, lsn: int) -> None:
         self._shipper.hurry(lsn)
         self._ticker.poke()
@@ -362,6 +382,7 @@ class Agent:
             quota_bytes=self._healing.quota.quota_bytes,
             healing=self._healing.standing(machine, filled_per_s),
             fence=self._healing.rejoiner.fence,
+            promoting=self._promoter.now,
             policy=self._settings.current.policy,
             link=self._shipping.link.state,
             link_reason=self._shipping.link.reason,

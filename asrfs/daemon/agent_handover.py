@@ -93,6 +93,8 @@ def make_handing_over(
     """`settled` returns when the store has an LSN."""
 
     def check() -> None:
+        if state.is_promoting():
+            raise RefusedError("a point is being copied back over the disks of this machine: wait until that is over")
         if dirty.map.slots() or dirty.given_up.is_open:
             raise RefusedError("the replica is not whole: `asrfs status` says what is missing, heal it first")
 

@@ -61,6 +61,7 @@ class AgentHealing:
         maker: PointMaker,
         shipper: Shipper,
         comparing: Callable[[], AbstractAsyncContextManager[Comparer]],
+        hurry_durable: Callable[[], None],
         threads: trio.CapacityLimiter,
         trimmer: Trimmer,
         hurry_applied: Callable[[int], None],
@@ -70,6 +71,8 @@ class AgentHealing:
         self._alarms = alarms
         self._shipper = shipper
         self._scanned: Comparison | None = None
+        self.is_held_back: Callable[[], bool] = lambda: False
+        """Whether somebody else brings host and store together just now."""
         self._progress = progress
         self._positions = positions
         self._threads = threads
@@ -110,6 +113,7 @@ class AgentHealing:
             make_point,
             lambda: 0,
             self._find,
+            hurry_durable,
             hurry_applied,
         )
         if unknown_slots(dirty.map):
@@ -121,7 +125,8 @@ class AgentHealing:
             return HealingRules(policy.resync_window, policy.rpo_warning_s, self.quota.quota_bytes)
 
         def may_heal() -> bool:
-            return shipper.is_enrolled and self.rejoiner.fence is None and self.rejoiner.order is None
+            is_one_machine = self.rejoiner.fence is None and self.rejoiner.order is None
+            return shipper.is_enrolled and is_one_machine and not self.is_held_back()
 
         self.resyncer = Resyncer(self._filler, progress, alarms, may_heal, rules, minute_of_day)
 

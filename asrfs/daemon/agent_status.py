@@ -11,6 +11,8 @@ from asrfs.daemon.control import call
 from asrfs.daemon.disk_server_client import host_positions
 from asrfs.daemon.enrolment import is_enrolled
 from asrfs.daemon.health import process_alarms, quota_alarms, rpo_alarms, space_alarms
+from asrfs.daemon.promoting import ALARM as PROMOTING_ALARM
+from asrfs.daemon.promoting import load_promoting
 from asrfs.daemon.protection import Healing, protection, protection_alarms, resync_document, standing_of
 from asrfs.daemon.state import DIRTY_MAP_FILE, HYDRATION_FILE, StateDirectory
 from asrfs.errors import AsrfsError
@@ -21,6 +23,7 @@ from asrfs.model.machine import MachineConfig
 from asrfs.model.names import id_bytes
 from asrfs.model.policy import Policy
 from asrfs.model.positions import Cursor, Positions
+from asrfs.model.promoting import Promoting, promoting_text
 from asrfs.model.recovered import RecoveredMachine
 from asrfs.model.rejoining import Fence
 from asrfs.replication.alarms import Alarm, in_order
@@ -61,6 +64,7 @@ class Facts:
     quota_bytes: int
     healing: Healing
     fence: Fence | None
+    promoting: Promoting | None = None
     link: str
     link_reason: str = ""
     policy: Policy = field(default_factory=Policy)
@@ -84,6 +88,8 @@ def status(facts: Facts) -> dict[str, Any]:
         reason = handover_text(facts.fence)
     elif facts.fence is not None:
         state, reason = "unprotected", FENCED
+    if facts.promoting is not None:
+        state, reason = "promoting", promoting_text(facts.promoting)
     is_behind = durable.lsn > acknowledged.lsn
     since_ns = facts.first_unacknowledged_ns or acknowledged.time_ns
     rpo_s: float | None = 0.0
@@ -165,10 +171,11 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
     total_bytes, free_bytes = space_of(state.journal)
     quota_bytes = settings.quota_bytes(provisioned_bytes(machine), used + free_bytes)
     found = find_dirty_map(DirectoryStorage(state.root), DIRTY_MAP_FILE, journal, machine, positions)
-    fence = load_fence(DirectoryStorage(state.root))
+    fence, promoting = load_fence(DirectoryStorage(state.root)), load_promoting(DirectoryStorage(state.root))
     alarms = [
         *process_alarms(processes, has_mount=has_mount(state), agent_answers=False),
         *_fence_alarms(fence),
+        *_promoting_alarms(promoting),
         *quota_alarms(used, quota_bytes),
         *space_alarms(state.root, total_bytes, free_bytes),
     ]
@@ -187,6 +194,7 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
         quota_bytes=quota_bytes,
         healing=standing_of(found.map, found.given_up, machine),
         fence=fence,
+        promoting=promoting,
         policy=settings.policy,
         link=AGENT_NOT_RUNNING if processes["agent"] is None else AGENT_SILENT,
         processes=processes,
@@ -202,6 +210,10 @@ def _fence_alarms(fence: Fence | None) -> list[Alarm]:
     if fence.handover:
         return [Alarm(HANDOVER_ALARM, "critical", handover_text(fence))]
     return [Alarm(FENCE_ALARM, "critical", f"{FENCED}; {WHAT_TO_DO}")]
+
+
+def _promoting_alarms(promoting: Promoting | None) -> list[Alarm]:
+    return [] if promoting is None else [Alarm(PROMOTING_ALARM, "critical", promoting_text(promoting))]
 
 
 def _resting_hydration(state: StateDirectory, machine: MachineConfig) -> dict[int, dict[str, Any]]:

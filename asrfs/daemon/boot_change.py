@@ -14,9 +14,10 @@ from asrfs.model.machine import MachineConfig
 
 
 def change_boot(state: StateDirectory, settings: BootSettings) -> None:
-    """Raises NotFoundError for a disk the machine does not have."""
+    """Raises NotFoundError for a disk the machine does not have, RefusedError while a point is copied back."""
 
     def edit(machine: MachineConfig) -> MachineConfig:
+        state.check_not_promoting()
         for name in settings.disk_names():
             machine.disk(name)
         return msgspec.structs.replace(machine, boot=settings)

@@ -19,7 +19,7 @@ from asrfs.model.digest_tree import Region
 from asrfs.replication.image_digests import digest_image
 from asrfs.storage.directory import open_path
 from asrfs.storage.priority import yield_to_others
-from asrfs.transport.worker import work
+from asrfs.transport.working import work
 
 
 class Order(msgspec.Struct, array_like=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -11,7 +12,7 @@ import trio
 from asrfs.daemon.digest_process import Order, Reply
 from asrfs.daemon.processes import child_environment
 from asrfs.daemon.state import StateDirectory
-from asrfs.errors import TemporaryError
+from asrfs.errors import AsrfsError, TemporaryError
 from asrfs.model.digest_tree import Region
 from asrfs.model.machine import DiskConfig
 from asrfs.replication.applier_task import ApplierTask
@@ -23,11 +24,47 @@ from asrfs.transport.worker import Worker
 _MODULE = "asrfs.daemon.digest_process"
 
 
-class DigestProcess:
-    """One process, which lives as long as it is used in a `with`: by one comparison at a time, the next one waits.
-    `rate`: bytes a second, 0 for no limit."""
+RATE_BESIDE_USE = 400 << 20
+USE_S = 1.0
+"""For so long disks count as used after a request."""
 
-    def __init__(self, state: StateDirectory, rate: Callable[[], int]) -> None:
+
+class ScanRate:
+    """Bytes a second that may be read of images now, 0 for no limit: what was chosen, else (None) by whether guests use
+    their disks. Comparing is the last to get processor and disk, but what it reads is not there for others to read."""
+
+    def __init__(self, server: DiskServer, chosen: Callable[[], int | None]) -> None:
+        self._server = server
+        self._chosen = chosen
+        self._served_s = 0.0
+        self._used_until = 0.0
+
+    async def begin(self) -> None:
+        """From here on it is looked at whether disks are used."""
+        await self._look()
+        self._used_until = 0.0
+
+    async def now(self) -> int:
+        chosen = self._chosen()
+        if chosen is not None:
+            return chosen
+        await self._look()
+        return RATE_BESIDE_USE if trio.current_time() < self._used_until else 0
+
+    async def _look(self) -> None:
+        """A disk server that cannot be asked, or is another one, counts as used."""
+        before = self._served_s
+        with contextlib.suppress(AsrfsError):
+            self._served_s = (await self._server.positions()).served_s
+            if self._served_s == before:
+                return
+        self._used_until = trio.current_time() + USE_S
+
+
+class DigestProcess:
+    """One process, which lives as long as it is used in a `with`: by one comparison at a time, the next one waits."""
+
+    def __init__(self, state: StateDirectory, rate: ScanRate) -> None:
         self._state = state
         self._rate = rate
         self._worker: Worker | None = None
@@ -36,6 +73,11 @@ class DigestProcess:
 
     async def __aenter__(self) -> DigestProcess:
         await self._turn.acquire()
+        try:
+            await self._rate.begin()
+        except BaseException:
+            self._turn.release()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -52,6 +94,7 @@ class DigestProcess:
         """Digests of the region's leaves. Raises TemporaryError."""
         place = (region.size_bytes, region.first, region.nodes)
         order = Order(self._state.image_path(disk), *place, base=disk.base or "")
+        started = trio.current_time()
         try:
             if self._worker is None:
                 self._worker = await Worker.start(_MODULE, [self._state.root], child_environment())
@@ -62,8 +105,8 @@ class DigestProcess:
         reply = msgspec.msgpack.decode(content, type=Reply)
         if reply.failed:
             raise TemporaryError(reply.failed)
-        if rate := self._rate():
-            self._not_before = max(self._not_before, trio.current_time()) + reply.bytes_read / rate
+        if rate := await self._rate.now():
+            self._not_before = max(self._not_before, started) + reply.bytes_read / rate
         return reply.leaves
 
     async def _close(self) -> None:

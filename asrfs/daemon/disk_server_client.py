@@ -31,11 +31,14 @@ class _Line:
         self._client: AsyncControlClient | None = None
 
     async def call(self, verb: str, *, seconds_max: float = CALL_SECONDS_MAX, **fields: Any) -> Fields:
-        client = self._client
-        if client is None:
-            client = self._client = await AsyncControlClient.open(self._path)
         try:
+            client = self._client
+            if client is None:
+                client = self._client = await AsyncControlClient.open(self._path)
             return await client.call(verb, seconds_max=seconds_max, **fields)
+        except UnreachableError as error:
+            self.close()
+            raise TemporaryError(str(error)) from None  # that alone means that it is away and will be back
         except BaseException as error:
             if not _was_answered(error):
                 self.close()
@@ -125,6 +128,13 @@ class DiskServerClient:
         reply = await self._fill.call("fill", slot=slot, offset=offset, length=length)
         return int(reply["lsn"])
 
+    async def rewrite(
+        self, slot: int, extents: Sequence[tuple[int, int]], content: bytes, zeros: Sequence[tuple[int, int]]
+    ) -> int:
+        extents, zeros = list(extents), list(zeros)
+        reply = await self._fill.call("rewrite", slot=slot, extents=extents, content=content, zeros=zeros)
+        return int(reply["appended"])
+
     async def hydrating(self, slot: int, extents: Sequence[tuple[int, int]], applied_lsn: int) -> None:
         await self._long.call("hydrating", slot=slot, extents=list(extents), applied_lsn=applied_lsn)
 
@@ -156,6 +166,8 @@ def host_positions(reply: Fields) -> HostPositions:
             time_ns=int(reply["time_ns"]),
         )
         failed = reply["failed"]
-        return HostPositions(int(reply["appended"]), durable, int(reply["epoch"]), str(failed) if failed else None)
+        said = str(failed) if failed else None
+        served_s = float(reply.get("served_s", 0.0))  # an older one that was adopted does not say
+        return HostPositions(int(reply["appended"]), durable, int(reply["epoch"]), said, served_s)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FormatError(f"the disk server's positions cannot be understood: {error}") from None

@@ -33,6 +33,7 @@ def add_sized(state: StateDirectory, name: str, size_bytes: int) -> DiskConfig:
     check_name(name, "disk")
     check_disk_size(size_bytes, f"disk {name}")
     with state.machine_lock():
+        state.check_not_promoting()
         machine = state.load_machine()
         _check_name_is_free(machine, name)
         disk = DiskConfig(slot=next_slot(machine), id=uuid.uuid4().hex, name=name, size_bytes=size_bytes)
@@ -56,6 +57,7 @@ def add_adopted(state: StateDirectory, name: str, image: str) -> DiskConfig:
     path = os.path.realpath(image)
     size_bytes, is_block_device = _measure(image, path)
     with state.machine_lock():
+        state.check_not_promoting()
         machine = state.load_machine()
         _check_name_is_free(machine, name)
         for other in machine.disks:
@@ -94,6 +96,7 @@ def resize(state: StateDirectory, name: str, size_bytes: int) -> DiskConfig:
     """
     check_disk_size(size_bytes, f"disk {name}")
     with state.machine_lock():
+        state.check_not_promoting()
         machine = state.load_machine()
         disk = machine.disk(name)
         if size_bytes < disk.size_bytes:
@@ -119,6 +122,7 @@ def remove(state: StateDirectory, name: str, apply: Callable[[], object]) -> Dis
     `apply` has everything written so far put into the images. Where it raises, the disk is gone from the machine but
     its image is not given up: the same call again goes on from there.
     """
+    state.check_not_promoting()
     disk = state.load_machine().disk_to_remove(name)
     _check_hydrated(disk)
     disk = _change(state, disk, removed=True)

@@ -13,8 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 
-import trio
-
 import asrfs
 from asrfs.daemon.control import UnreachableError, call
 from asrfs.daemon.logs import LOG_BYTES_MAX
@@ -40,6 +38,8 @@ class WatchedProcess:
 
     async def wait(self) -> int | None:
         """Wait for the end; the exit code (negative: of a signal), None if it was adopted. Any number of times."""
+        import trio  # most commands need this module and no event loop, which takes half as long to load as they run
+
         await trio.lowlevel.wait_readable(self._pidfd)
         return None if self._child is None else self._child.wait()
 

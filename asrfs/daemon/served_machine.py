@@ -24,12 +24,14 @@ from asrfs.daemon.base_readers import BaseReaders
 from asrfs.daemon.based_disks import BasedDisks
 from asrfs.daemon.control import Fields
 from asrfs.daemon.hardening import ARMED_URGENCY, HOLDING_URGENCY, hurry, take_time
+from asrfs.daemon.rewriting import is_partial, rewrite
+from asrfs.daemon.shown_disks import HiddenDisk, UnannouncedDisk
 from asrfs.daemon.state import StateDirectory
 from asrfs.disk.interface import waiting
 from asrfs.disk.overlay import BasedImage
 from asrfs.errors import AsrfsError, BadInputError, IntegrityError, NotFoundError, RefusedError
 from asrfs.format.record import PAYLOAD_BYTES_MAX, Kind
-from asrfs.fuse.volume import Bytes, Volume
+from asrfs.fuse.volume import ServedDisk, Volume
 from asrfs.journal.block_map import BlockMap
 from asrfs.journal.disk import JournaledDisk, WriteTogether, rebuild_maps
 from asrfs.journal.epochs import EpochJournal
@@ -80,9 +82,13 @@ class ServedMachine:
         self._announced: dict[int, DiskRecord] = {}
         self._boot = b""
         """What `machine.json` says of how the machine is started; under `_changing`."""
+        self._is_partial = False
         self._changing = threading.Lock()
         self._based = BasedDisks(state)
         self._readers = BaseReaders()
+        serving = threading.main_thread().ident
+        assert serving is not None
+        self._serving = time.pthread_getcpuclockid(serving)
         self._filled_lsn = 0
         self._images: dict[int, OpenFile] = {}
         """Held and not served: until the disk is, or while what was written to a removed one is being applied."""
@@ -178,6 +184,7 @@ class ServedMachine:
     def _take_over(self, machine: MachineConfig) -> None:
         """Under `_changing`."""
         self._boot = machine.boot_document()
+        self._is_partial = is_partial(self._state)
         for config in machine.disks:
             if config.removed:
                 self._withdraw(config)
@@ -191,12 +198,21 @@ class ServedMachine:
                     raise
                 log.warning("disk %s is not in the history as it is yet: %s", config.name, error.strerror)
                 if not config.removed:
-                    late = _UnannouncedDisk(self, config.slot, self._served[config.slot].disk)
-                    self.volume.add(config.name, config.slot, late)
+                    self._show(config)
                 continue
             if not config.removed:
                 self._grow(config)
-                self.volume.add(config.name, config.slot, self._served[config.slot].disk)
+                self._show(config)
+
+    def _show(self, config: DiskConfig) -> None:
+        """Let guests have the disk, unless it is partly written; under `_changing`."""
+        disk = self._served[config.slot].disk
+        shown: ServedDisk = disk
+        if self._is_partial:
+            shown = HiddenDisk(disk.size_bytes)
+        elif config.slot not in self._announced:
+            shown = UnannouncedDisk(partial(self.announce_late, config.slot), disk)
+        self.volume.add(config.name, config.slot, shown)
 
     def _grow(self, config: DiskConfig) -> None:
         """Let the disk have its present size; under `_changing`, when its DISK record says so. Raises OSError."""
@@ -277,6 +293,7 @@ class ServedMachine:
                 "offset": journal.offset,
                 "time_ns": journal.last_time_ns,
                 "failed": journal.failed,
+                "served_s": time.clock_gettime(self._serving),
             }
 
     def sync(self, request: Fields) -> Fields:
@@ -378,9 +395,23 @@ class ServedMachine:
         return self.sync(request)
 
     def fence(self, request: Fields) -> Fields:
-        """Take over whether this side was superseded."""
-        self.hold.fence(self._state.is_fenced())
+        """Take over whether guests may write, and whether they may read."""
+        with self._changing:
+            self.hold.fence(self._state.is_fenced())
+            self._is_partial = is_partial(self._state)
+            for served in self._served.values():
+                self._show(served.config)
         return {}
+
+    def rewrite(self, request: Fields) -> Fields:
+        """Bring a part of a disk back to what it was; positions behind it."""
+        served = self._served.get(int(request["slot"]))
+        if served is None:
+            raise NotFoundError(f"there is no disk in slot {request['slot']}")
+        if served.config.slot not in self._announced:
+            self.announce_late(served.config.slot)
+        rewrite(served.disk, self.hold, request)
+        return self.positions(request)
 
     def verbs(self) -> dict[str, Any]:
         return {
@@ -396,6 +427,7 @@ class ServedMachine:
             "hydrating": self._based.hydrating,
             "new_epoch": self.new_epoch,
             "fence": self.fence,
+            "rewrite": self.rewrite,
         }
 
 
@@ -410,28 +442,3 @@ def _hold_id(request: Fields) -> str:
     if not isinstance(hold_id, str) or not is_id(hold_id):
         raise BadInputError("a hold is named by the id of the point")
     return hold_id
-
-
-class _UnannouncedDisk:
-    """A disk whose DISK record could not be appended for lack of space: the first change appends it."""
-
-    def __init__(self, machine: ServedMachine, slot: int, disk: JournaledDisk) -> None:
-        self._machine = machine
-        self._slot = slot
-        self._disk = disk
-        self.size_bytes = disk.size_bytes
-
-    def write(self, offset: int, payload: Bytes) -> None:
-        self._machine.announce_late(self._slot)
-        self._disk.write(offset, payload)
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        self._disk.read_into(offset, buffer)
-
-    def zero(self, offset: int, length: int) -> None:
-        self._machine.announce_late(self._slot)
-        self._disk.zero(offset, length)
-
-    def discard(self, offset: int, length: int) -> None:
-        self._machine.announce_late(self._slot)
-        self._disk.discard(offset, length)

@@ -36,8 +36,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     The journal's quota is `journal_quota_bytes` when that is set, else `journal_quota_percent` of the bytes
     of all disks (see `quota_bytes`). `unfollowed`: a line for each thing the store told that cannot be followed.
-    `scan_rate`: bytes a second that comparing may read of images, `hydration_limit`: that are copied from the bases of
-    a recovered machine; 0 for no limit.
+    `scan_rate`: bytes a second that comparing may read of images, None to have that depend on whether they are used.
+    `hydration_limit`: that are copied from the bases of a recovered machine. Of both, 0 for no limit.
     """
 
     journal_quota_bytes: int | None = None
@@ -49,7 +49,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     group_port: int = 20004
     group_address: str = ""
     freeze_deadline: float = 10.0
-    scan_rate: int = 400 << 20
+    scan_rate: int | None = None
     hydration: bool = True
     hydration_limit: int = 0
     policy: Policy = Policy()
@@ -76,7 +76,7 @@ _OWN_TEXTS = {
     "group_port": "20004",
     "group_address": "auto",
     "freeze_deadline": "10s",
-    "scan_rate": "400M",
+    "scan_rate": "auto",
     "hydration": "on",
     "hydration_limit": "none",
 }
@@ -205,6 +205,12 @@ def _rate(key: str) -> Callable[[str], dict[str, Any]]:
     return parse
 
 
+def _scan_rate(text: str) -> dict[str, Any]:
+    if text.lower() == "auto":
+        return {"scan_rate": None}
+    return _rate("scan_rate")(text)
+
+
 def _hydration(text: str) -> dict[str, Any]:
     if text.lower() not in ("on", "off"):
         raise BadInputError("hydration is on or off")
@@ -250,7 +256,7 @@ _PARSERS: dict[str, Callable[[str], dict[str, Any]]] = {
     "group_port": _group_port,
     "group_address": _group_address,
     "freeze_deadline": _duration("freeze_deadline", 0.1, 300),
-    "scan_rate": _rate("scan_rate"),
+    "scan_rate": _scan_rate,
     "hydration": _hydration,
     "hydration_limit": _rate("hydration_limit"),
 }

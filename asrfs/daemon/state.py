@@ -33,6 +33,7 @@ from asrfs.model.configuration import HostConfiguration, decode_configuration
 from asrfs.model.machine import SLOT_MAX, DiskConfig, MachineConfig, check_machine
 from asrfs.model.names import check_name
 from asrfs.model.positions import Positions
+from asrfs.model.promoting import PROMOTING_FILE
 from asrfs.model.recovered import RecoveredMachine, decode_recovered, encode_recovered
 from asrfs.model.rejoining import FENCE_FILE
 from asrfs.storage.directory import DirectoryStorage
@@ -184,8 +185,18 @@ class StateDirectory:
         return os.path.exists(os.path.join(self.keys, "store.json"))
 
     def is_fenced(self) -> bool:
-        """Whether another side of this machine has taken its place; also if the file cannot be read."""
-        return os.path.exists(self.path(FENCE_FILE))
+        """Whether no guest may write: another side of this machine has taken its place, or its disks are being brought
+        to another point. Also if the file cannot be read."""
+        return os.path.exists(self.path(FENCE_FILE)) or self.is_promoting()
+
+    def check_not_promoting(self) -> None:
+        """Raise RefusedError while a point is being copied back over the disks."""
+        if self.is_promoting():
+            raise RefusedError("a point is being copied back over the disks of this machine: wait until that is over")
+
+    def is_promoting(self) -> bool:
+        """Whether a point is being copied back over the disks."""
+        return os.path.exists(self.path(PROMOTING_FILE))
 
     @property
     def points_file(self) -> str:

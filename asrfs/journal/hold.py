@@ -19,7 +19,8 @@ the begin of a hold nor its end wakes anybody, unless there is something to be d
 The deadline is this process's own, on monotonic time: whoever asked for the hold may die. If this process dies, the
 kernel gives every request that was kept to the next one, which holds nothing and knows of no hold.
 
-The bar also serves to fence a machine that was superseded (I6): its changes are refused, and everything else goes on.
+The bar also serves to fence a machine that was superseded (I6), or whose disks are being brought to another point: its
+changes are refused, and everything else goes on.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from typing import NamedTuple
 
@@ -94,6 +96,8 @@ class WriteHold:
         self._state = _State.OPEN
         self._closed = False
         self._is_fenced = False
+        self._passes: threading.Thread | None = None
+        """Whose changes are no guest's, so that the fence is not for them."""
         self._id = ""
         self._begun = 0.0
         self._deadline = 0.0
@@ -111,6 +115,22 @@ class WriteHold:
             if self._is_fenced != is_fenced:
                 self._is_fenced = is_fenced
                 self._bar_or_not()
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Changes of this thread pass the fence meanwhile; of one thread at a time.
+
+        Raises RefusedError where nothing is fenced: then guests write, too.
+        """
+        with self._change:
+            if not self._is_fenced or self._passes is not None:
+                raise RefusedError("the disks are not held for this")
+            self._passes = threading.current_thread()
+        try:
+            yield
+        finally:
+            with self._change:
+                self._passes = None
 
     # ---- whoever cuts a point -----------------------------------------------------------------------------------
 
@@ -202,7 +222,9 @@ class WriteHold:
         if kind not in CHANGES:
             return
         if self._is_fenced:
-            raise OSError(errno.EROFS, "this side of the machine was superseded: it takes no more writes")
+            if threading.current_thread() is self._passes:
+                return
+            raise OSError(errno.EROFS, "this side of the machine takes no writes: it was superseded, or is rewritten")
         if not (self._state is _State.DRAINING and threading.current_thread() is self._thread):
             raise HeldError
 

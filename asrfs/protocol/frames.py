@@ -52,6 +52,10 @@ class FrameType(IntEnum):
     MATCHED = 13
     HANDOVER = 14
     HANDED_OVER = 15
+    PROMOTE = 16
+    PROMOTED = 17
+    FETCH = 18
+    FETCHED = 19
     GROUP = 32
     """Of another conversation, that between machines of a group: `group_session.py`."""
 

@@ -8,6 +8,7 @@ import msgspec
 
 from asrfs.errors import FOREIGN_CHARACTERS_MAX
 from asrfs.format.seed_file import CHUNK_DIGEST_BYTES
+from asrfs.model.boot import BOOT_BYTES_MAX
 from asrfs.model.configuration import ADDRESS_CHARACTERS_MAX, PORT_MAX, HostConfiguration
 from asrfs.model.digest_tree import REGION_LEAVES_BYTES_MAX, REGION_NODES_MAX, TREE_DIGEST_BYTES, Region
 from asrfs.model.extents import CHUNK_BYTES
@@ -27,6 +28,10 @@ MATCH_CHUNKS_MAX = 8192
 OMITTED_BYTES_MAX = 128
 """Bits for so many frames that may be left out of a log object: bounds what completing one costs."""
 HANDOVER_S_MAX = 7 * 24 * 3600
+FETCHES_MAX = 4
+"""Of one session, unanswered."""
+FETCHED_BYTES_MAX = 512 << 10
+FETCHED_EXTENTS_MAX = 4096
 
 Number = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 """LSNs and times: what the store's catalog can hold. The peer's word goes there, so the decoder takes no other."""
@@ -42,7 +47,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     `takes_configuration`: it knows CONFIGURE; a host of before that would end the session. `group_port` 0: it listens
     to no group; `group_address` empty: others reach it at the address this connection comes from. `rejoin`: it shares
     no history with the store any more and wants to go on in a new epoch, above `epoch`, whatever each of them has;
-    `order` says that two such HELLOs want the same. `takes_handover`: it knows HANDOVER.
+    `order` says that two such HELLOs want the same. `takes_handover`: it knows HANDOVER;
+    `takes_promotion`: it knows PROMOTE.
     """
 
     protocol: int
@@ -59,6 +65,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     rejoin: bool = False
     order: Annotated[str, msgspec.Meta(max_length=32)] = ""
     takes_handover: bool = False
+    takes_promotion: bool = False
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +76,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     `compares`: how many COMPAREs may be unanswered at once; 0: it cannot compare, and would end the session.
     `takes_matches`: it knows MATCH, and log objects that come without frames of which it has the content.
     `epoch` is higher than the host's only for one that rejoins, and lower only where the store was set back.
-    `disks`: to who rejoins, those that the history has now.
+    `disks`: to who rejoins, those that the history has now. `takes_fetches`: it knows FETCH.
     """
 
     protocol: int
@@ -83,6 +90,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     compares: Annotated[int, msgspec.Meta(ge=0, le=COMPARES_MAX)] = 0
     takes_matches: bool = False
     disks: tuple[DiskRecord, ...] = ()
+    takes_fetches: bool = False
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True):
@@ -219,6 +227,76 @@ class HandedOver(msgspec.Struct, frozen=True, kw_only=True):
     error: Annotated[str, msgspec.Meta(max_length=FOREIGN_CHARACTERS_MAX)] = ""
 
 
+Extent = tuple[Number, Annotated[int, msgspec.Meta(ge=1, le=FILE_BYTES_MAX)]]
+"""Offset and length in bytes."""
+
+
+class Promote(msgspec.Struct, frozen=True, kw_only=True):
+    """A point is to be copied back over the disks of the machine that runs on this host.
+
+    `id`: of the promotion. `wanted`: `prepare`: see that nobody uses the disks, let nobody write to them, make a point
+    of what they are, answer; `write`: bring them to record `lsn` of the history, by FETCH, as records behind it;
+    `release`: let guests use them again; `take-back`: the same, of disks that nothing was written to. Said again in
+    each session until it is answered.
+
+    `disks`: those that are written, as they were at that record; `left`: slots of those that stay as they are. `boot`:
+    the document that holds there for the machine, None where it stays as it is.
+    """
+
+    id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    wanted: Literal["prepare", "write", "release", "take-back"]
+    lsn: Number = 0
+    disks: Annotated[tuple[DiskRecord, ...], msgspec.Meta(max_length=SLOT_MAX)] = ()
+    left: Annotated[tuple[int, ...], msgspec.Meta(max_length=SLOT_MAX)] = ()
+    boot: Annotated[bytes, msgspec.Meta(max_length=BOOT_BYTES_MAX)] | None = None
+
+
+class Promoted(msgspec.Struct, frozen=True, kw_only=True):
+    """Host's answer. `outcome` `ready`: nobody writes behind record `lsn`, which the store has, and which is a point;
+    `written`: at record `lsn`, which the store has, the disks are what they were at the point; `released` and
+    `taken-back`: guests may use them.
+
+    `failed`: it could not, and `error` says why, `exit_code` of which kind. Of `prepare`, nothing has changed; of
+    `write`, it is tried again.
+    """
+
+    id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    outcome: Literal["ready", "written", "released", "taken-back", "failed"]
+    lsn: Number = 0
+    bytes_written: Number = 0
+    exit_code: Annotated[int, msgspec.Meta(ge=0, le=6)] = 0
+    error: Annotated[str, msgspec.Meta(max_length=FOREIGN_CHARACTERS_MAX)] = ""
+
+
+class Fetch(msgspec.Struct, frozen=True, kw_only=True):
+    """The host asks, of the disk in `slot` with `size_bytes`, incarnation `disk_id`, for the content at record `lsn` of
+    what was written behind that record, from byte `offset` on. `number` comes back in the answer."""
+
+    number: Number
+    slot: Annotated[int, msgspec.Meta(ge=0, le=SLOT_MAX)]
+    disk_id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    size_bytes: Annotated[int, msgspec.Meta(ge=1, le=FILE_BYTES_MAX)]
+    lsn: Number
+    offset: Number
+
+
+class Fetched(msgspec.Struct, frozen=True, kw_only=True):
+    """Store's answer: the bytes of `extents`, one after the other, in `content`, and `zeros`, all in `[offset, next)`.
+    Nothing else there was written; `next` is where to go on, or the disk's size. `total`: bytes that there are in all.
+
+    `exit_code` other than 0: there is no answer, `text` says why.
+    """
+
+    number: Number
+    next: Number = 0
+    extents: Annotated[tuple[Extent, ...], msgspec.Meta(max_length=FETCHED_EXTENTS_MAX)] = ()
+    zeros: Annotated[tuple[Extent, ...], msgspec.Meta(max_length=FETCHED_EXTENTS_MAX)] = ()
+    content: Annotated[bytes, msgspec.Meta(max_length=FETCHED_BYTES_MAX)] = b""
+    total: Number = 0
+    exit_code: Annotated[int, msgspec.Meta(ge=0, le=6)] = 0
+    text: Annotated[str, msgspec.Meta(max_length=FOREIGN_CHARACTERS_MAX)] = ""
+
+
 Message = (
     Hello
     | Welcome
@@ -234,6 +312,10 @@ Message = (
     | Matched
     | Handover
     | HandedOver
+    | Promote
+    | Promoted
+    | Fetch
+    | Fetched
 )
 
 TYPE_OF: dict[type[msgspec.Struct], FrameType] = {
@@ -251,6 +333,10 @@ TYPE_OF: dict[type[msgspec.Struct], FrameType] = {
     Matched: FrameType.MATCHED,
     Handover: FrameType.HANDOVER,
     HandedOver: FrameType.HANDED_OVER,
+    Promote: FrameType.PROMOTE,
+    Promoted: FrameType.PROMOTED,
+    Fetch: FrameType.FETCH,
+    Fetched: FrameType.FETCHED,
 }
 _DECODERS: dict[FrameType, msgspec.msgpack.Decoder[Any]] = {
     frame_type: msgspec.msgpack.Decoder(cls) for cls, frame_type in TYPE_OF.items()
@@ -275,6 +361,20 @@ def check_match(match: Match) -> None:
         is_sound = bool(disk.runs) and all(count for _, count in disk.runs) and total <= MATCH_CHUNKS_MAX
         if not is_sound or len(disk.digests) != chunks * CHUNK_DIGEST_BYTES:
             raise ProtocolError(f"{len(disk.digests)} bytes of digests came for {chunks} chunks of a disk")
+
+
+def check_fetched(answer: Fetched, asked: Fetch) -> None:
+    """Raise ProtocolError unless the answer has what was asked for: extents in order, inside it, with their bytes."""
+    if answer.exit_code:
+        return
+    end = 0
+    is_sound = asked.offset < answer.next <= asked.size_bytes
+    is_sound &= sum(length for _, length in answer.extents) == len(answer.content)
+    for offset, length in sorted((*answer.extents, *answer.zeros)):
+        is_sound &= max(end, asked.offset) <= offset and not (offset | length) % SECTOR_BYTES
+        end = offset + length
+    if not is_sound or end > answer.next:
+        raise ProtocolError(f"the store gave {len(answer.content)} bytes for no extents that could be of that disk")
 
 
 def encode_message(message: Message) -> bytes:

@@ -17,6 +17,10 @@ bug and trips an assertion. Either way nothing has changed.
                        ◀──         MATCHED (in any order)
                        ◀──         HANDOVER (to a host whose HELLO said that it takes it)
       HANDED_OVER      ──▶
+                       ◀──         PROMOTE (to a host whose HELLO said that it takes it)
+      PROMOTED         ──▶
+      FETCH            ──▶         (to a store whose WELCOME said that it takes it)
+                       ◀──         FETCHED (in any order)
       GOODBYE          ──▶
 """
 
@@ -75,6 +79,8 @@ TABLE: dict[State, dict[Speaks, State]] = {
         Speaks("host", F.COMPARE): State.STREAMING,
         Speaks("host", F.MATCH): State.STREAMING,
         Speaks("host", F.HANDED_OVER): State.STREAMING,
+        Speaks("host", F.PROMOTED): State.STREAMING,
+        Speaks("host", F.FETCH): State.STREAMING,
         Speaks("host", F.GOODBYE): State.CLOSED,
         Speaks("store", F.ACKNOWLEDGE): State.STREAMING,
         Speaks("store", F.HEARTBEAT): State.STREAMING,
@@ -82,6 +88,8 @@ TABLE: dict[State, dict[Speaks, State]] = {
         Speaks("store", F.COMPARED): State.STREAMING,
         Speaks("store", F.MATCHED): State.STREAMING,
         Speaks("store", F.HANDOVER): State.STREAMING,
+        Speaks("store", F.PROMOTE): State.STREAMING,
+        Speaks("store", F.FETCHED): State.STREAMING,
         Speaks("store", F.REFUSED): State.CLOSED,
     },
     State.IN_OBJECT: {
@@ -92,6 +100,8 @@ TABLE: dict[State, dict[Speaks, State]] = {
         Speaks("store", F.COMPARED): State.IN_OBJECT,
         Speaks("store", F.MATCHED): State.IN_OBJECT,
         Speaks("store", F.HANDOVER): State.IN_OBJECT,
+        Speaks("store", F.PROMOTE): State.IN_OBJECT,
+        Speaks("store", F.FETCHED): State.IN_OBJECT,
         Speaks("store", F.REFUSED): State.CLOSED,
     },
     State.CLOSED: {},

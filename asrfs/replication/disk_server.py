@@ -9,12 +9,14 @@ from asrfs.model.positions import Cursor
 
 
 class HostPositions(NamedTuple):
-    """Where the disk server's history stands. `durable` has the segment and offset of the journal's tail."""
+    """Where the disk server's history stands. `durable` has the segment and offset of the journal's tail; `served_s` is
+    the processor time that requests of guests have taken so far."""
 
     appended_lsn: int
     durable: Cursor
     epoch: int
     failed: str | None
+    served_s: float = 0.0
 
 
 class DiskServer(Protocol):
@@ -34,6 +36,11 @@ class DiskServer(Protocol):
     async def fill(self, slot: int, offset: int, length: int) -> int:
         """Append the extent's present content as a FILL record: its LSN."""
 
+    async def rewrite(
+        self, slot: int, extents: Sequence[tuple[int, int]], content: bytes, zeros: Sequence[tuple[int, int]]
+    ) -> int:
+        """Write extents, their bytes one after the other in `content`, and zeros, behind the fence: the last LSN."""
+
     async def hydrating(self, slot: int, extents: Sequence[tuple[int, int]], applied_lsn: int) -> None:
         """These `(offset, end)` of a disk, and nothing else, are in doubt: they are read from its base."""
 
@@ -41,7 +48,7 @@ class DiskServer(Protocol):
         """Go on in this epoch behind `after_lsn`, unless it has begun already, and say what the disks are: durable."""
 
     async def reread_fence(self) -> None:
-        """Take up whether this side was superseded: then guests can write no more."""
+        """Take up whether this side was superseded, or its disks are being rewritten: then guests can write no more."""
 
     async def reread_disks(self) -> None:
         """Take up changes of the machine's disks and append their DISK records."""

@@ -58,8 +58,8 @@ class Filler:
 
     `make_point` makes a recovery point that says this of itself: its LSN. Above `lag_bytes_max` nothing is filled.
     `compare` says which chunks of disks may differ from the replica, by slot, and misses none that does; by then it has
-    saved what the store has acknowledged. `hurry_applied` is told of an LSN that is waited for. `filled_bytes`: by this
-    process.
+    saved what the store has acknowledged. `hurry_durable`: that what is appended is waited for; `hurry_applied` is told
+    of an LSN that is. `filled_bytes`: by this process.
     """
 
     server: DiskServer
@@ -72,6 +72,7 @@ class Filler:
     make_point: Callable[[str], Awaitable[int]]
     lag_bytes_max: Callable[[], int]
     compare: FindDifferent
+    hurry_durable: Callable[[], None]
     hurry_applied: Callable[[int], None] = lambda lsn: None
     filled_bytes: int = 0
     pace: Pace = field(default_factory=lambda: Pace(RATE_WINDOW_S))
@@ -162,6 +163,7 @@ class Filler:
             await self.server.reread_disks()
             closing_lsn = (await self.server.positions()).appended_lsn
         lsn = closing_lsn if self._has_others(slots) else await self.make_point(note)
+        self.hurry_durable()
         await self.progress.wait_until(
             lambda: self.progress.acknowledged.lsn >= lsn or self.dirty.given_up.through.lsn >= closing_lsn
         )
@@ -224,6 +226,7 @@ class Filler:
             filled.append((await self.server.fill(disk.slot, offset, length), offset, length))
             self.filled_bytes += length
         if filled:
+            self.hurry_durable()
             await progress.wait_until(lambda: progress.durable.lsn >= filled[-1][0])
             await self._take_from_map(disk, filled)
         return len(filled) == len(batch)

@@ -16,7 +16,20 @@ import trio
 
 from asrfs.errors import RefusedError, TemporaryError, error_class, foreign_line
 from asrfs.protocol.frames import FRAME_HEADER_BYTES, ProtocolError
-from asrfs.protocol.messages import Compare, Compared, HandedOver, encode_message
+from asrfs.protocol.messages import (
+    FETCHES_MAX,
+    Compare,
+    Compared,
+    Fetch,
+    Fetched,
+    HandedOver,
+    Promoted,
+    check_fetched,
+    encode_message,
+)
+
+Said = Compare | Fetch | HandedOver | Promoted
+Answer = Compared | Fetched
 
 ANSWER_S_MAX = 600.0
 """The store reads what it never held in memory; but it does not take for ever."""
@@ -25,19 +38,24 @@ ANSWER_S_MAX = 600.0
 class _Asked:
     """A request the store was asked, or is about to be. `scope` holds who waits for its answer."""
 
-    def __init__(self) -> None:
+    def __init__(self, request: Compare | Fetch | None = None) -> None:
+        self.request = request
         self.scope = trio.CancelScope()
         self.done = trio.Event()
-        self.answer: Compared | None = None
+        self.answer: Answer | None = None
 
 
 class _Line:
     """One session's. A turn is given back by the answer: who asked may have gone, and the store counts all the same."""
 
-    def __init__(self, send: Callable[[Compare | HandedOver], Awaitable[None]], at_once: int) -> None:
+    def __init__(self, send: Callable[[Said], Awaitable[None]], at_once: int, takes_fetches: bool) -> None:
         self.send = send
         self.at_once = at_once
-        self.turns = trio.Semaphore(at_once)
+        self.takes_fetches = takes_fetches
+        self.turns: dict[type[Compare | Fetch], trio.Semaphore] = {
+            Compare: trio.Semaphore(at_once),
+            Fetch: trio.Semaphore(FETCHES_MAX),
+        }
         self.asking: set[_Asked] = set()
         self.asked: dict[int, _Asked] = {}
         self.number = 0
@@ -52,9 +70,11 @@ class Outlet:
         self.bytes_sent = 0
 
     @contextmanager
-    def opened(self, send: Callable[[Compare | HandedOver], Awaitable[None]], at_once: int) -> Iterator[None]:
-        """A session streams while this lasts. `at_once`: how many requests its store takes, 0 for one that cannot."""
-        line = self._line = _Line(send, at_once)
+    def opened(
+        self, send: Callable[[Said], Awaitable[None]], at_once: int, takes_fetches: bool = False
+    ) -> Iterator[None]:
+        """A session streams while this lasts. `at_once`: how many COMPAREs its store takes, 0 for one that cannot."""
+        line = self._line = _Line(send, at_once, takes_fetches)
         self._opened.set()
         self._opened = trio.Event()
         try:
@@ -73,14 +93,17 @@ class Outlet:
         while self._line is None:
             await self._opened.wait()
 
-    def answered(self, answer: Compared) -> None:
+    def answered(self, answer: Answer) -> None:
         """The store's word. Raises ProtocolError for an answer to nothing that was asked."""
         line = self._line
         assert line is not None
         asked = line.asked.pop(answer.number, None)
-        if asked is None:
-            raise ProtocolError(f"the store answered request {answer.number}, which waits for no answer")
-        line.turns.release()
+        if asked is None or isinstance(answer, Fetched) is not isinstance(asked.request, Fetch):
+            raise ProtocolError(f"the store answered request {answer.number}, which waits for no such answer")
+        if isinstance(answer, Fetched):
+            assert isinstance(asked.request, Fetch)
+            check_fetched(answer, asked.request)
+        line.turns[Fetch if isinstance(answer, Fetched) else Compare].release()
         asked.answer = answer
         asked.done.set()
 
@@ -95,7 +118,23 @@ class Outlet:
             raise TemporaryError("there is no connection to the store")
         if not line.at_once:
             raise RefusedError("the store cannot compare: it runs an older version, update it first")
-        asked = _Asked()
+        answer = await self._answer_to(line, request)
+        assert isinstance(answer, Compared)
+        return answer
+
+    async def fetch(self, request: Fetch) -> Fetched:
+        """The answer to a request; its number is given here. Raises as `ask` does."""
+        line = self._line
+        if line is None:
+            raise TemporaryError("there is no connection to the store")
+        if not line.takes_fetches:
+            raise RefusedError("the store gives nothing back: it runs an older version, update it first")
+        answer = await self._answer_to(line, request)
+        assert isinstance(answer, Fetched)
+        return answer
+
+    async def _answer_to(self, line: _Line, request: Compare | Fetch) -> Answer:
+        asked = _Asked(request)
         line.asking.add(asked)
         try:
             with asked.scope, trio.fail_after(ANSWER_S_MAX):
@@ -108,10 +147,10 @@ class Outlet:
         if answer is None:
             raise TemporaryError("the connection to the store was lost before it answered")
         if answer.exit_code:
-            raise error_class(answer.exit_code)(foreign_line(answer.text) or "the store cannot compare this disk")
+            raise error_class(answer.exit_code)(foreign_line(answer.text) or "the store cannot answer for this disk")
         return answer
 
-    async def say(self, word: HandedOver) -> None:
+    async def say(self, word: HandedOver | Promoted) -> None:
         """Say something that is not answered. Raises TemporaryError when there is no session or it ends before that; if
         it ends soon after, the store may not have heard it."""
         line = self._line
@@ -128,8 +167,9 @@ class Outlet:
         if not saying.done.is_set():
             raise TemporaryError("the connection to the store was lost")
 
-    async def _exchange(self, line: _Line, request: Compare, asked: _Asked) -> None:
-        await line.turns.acquire()
+    async def _exchange(self, line: _Line, request: Compare | Fetch, asked: _Asked) -> None:
+        turns = line.turns[type(request)]
+        await turns.acquire()
         line.number += 1
         numbered = msgspec.structs.replace(request, number=line.number)
         line.asked[numbered.number] = asked
@@ -137,7 +177,7 @@ class Outlet:
             await line.send(numbered)
         except BaseException:  # it was not said, so nobody will answer
             del line.asked[numbered.number]
-            line.turns.release()
+            turns.release()
             raise
         self.bytes_sent += FRAME_HEADER_BYTES + len(encode_message(numbered))
         await asked.done.wait()

@@ -31,21 +31,22 @@ from asrfs.protocol.messages import (
     OBJECT_CHUNK_BYTES,
     PROTOCOL_VERSION,
     Acknowledge,
-    Compare,
     Compared,
     Configure,
+    Fetched,
     Goodbye,
-    HandedOver,
     Handover,
     Heartbeat,
     Hello,
     Match,
     Matched,
+    Promote,
     Refused,
     Welcome,
 )
 from asrfs.protocol.session import Event, Session, State
 from asrfs.replication.object_builder import BuiltObject, MachineKeys
+from asrfs.replication.outlet import Said
 from asrfs.replication.pace import Pace
 from asrfs.replication.progress import bytes_between
 from asrfs.replication.reconciliation import (
@@ -113,7 +114,7 @@ class ShippingSession:
             welcome = await self._greet()
             await self._reconcile(welcome)
             self._on_welcome()
-            await self._stream_objects(welcome.compares)
+            await self._stream_objects(welcome)
         except CorruptJournalError:
             await self._say_goodbye("the journal cannot be read")
             raise
@@ -144,6 +145,7 @@ class ShippingSession:
             rejoin=self._rejoins,
             order=order.id if order is not None else "",
             takes_handover=self._source.handover is not None,
+            takes_promotion=self._source.promotion is not None,
         )
         try:
             with trio.fail_after(GREETING_S_MAX):
@@ -216,8 +218,8 @@ class ShippingSession:
 
     # ---- streaming ----------------------------------------------------------------------------------------
 
-    async def _stream_objects(self, compares: int) -> None:
-        sending, receiving = trio.open_memory_channel[Outgoing | Compare | Match | HandedOver](0)
+    async def _stream_objects(self, welcome: Welcome) -> None:
+        sending, receiving = trio.open_memory_channel[Outgoing | Match | Said](0)
         built, matching = trio.open_memory_channel[Outgoing](OBJECTS_UNACKNOWLEDGED_MAX)
         tasks: list[Callable[[], Awaitable[None]]] = [
             self._receive,
@@ -225,7 +227,7 @@ class ShippingSession:
             partial(self._matching.pass_on, matching, sending.send),
             partial(self._send_objects, receiving),
         ]
-        with self._source.outlet.opened(sending.send, compares):
+        with self._source.outlet.opened(sending.send, welcome.compares, welcome.takes_fetches):
             async with trio.open_nursery() as nursery:
                 for task in tasks:
                     nursery.start_soon(self._until_failure, task, nursery.cancel_scope)
@@ -317,7 +319,7 @@ class ShippingSession:
             await progress.wait_until(is_due)
         self._cut_at = trio.current_time()
 
-    async def _send_objects(self, channel: trio.MemoryReceiveChannel[Outgoing | Compare | Match | HandedOver]) -> None:
+    async def _send_objects(self, channel: trio.MemoryReceiveChannel[Outgoing | Match | Said]) -> None:
         self._heartbeat_at = trio.current_time() + HEARTBEAT_S
         while True:
             next_one = None
@@ -358,7 +360,7 @@ class ShippingSession:
             event = await self._next_event()
             if isinstance(event, Acknowledge):
                 self._on_acknowledge(event)
-            elif isinstance(event, Compared):
+            elif isinstance(event, Compared | Fetched):
                 self._source.outlet.answered(event)
             elif isinstance(event, Matched):
                 self._matching.answered(event)
@@ -368,6 +370,10 @@ class ShippingSession:
                 if self._source.handover is None:
                     raise ProtocolError("the store asked for a handover, which this host never said that it takes")
                 self._source.handover(event)
+            elif isinstance(event, Promote):
+                if self._source.promotion is None:
+                    raise ProtocolError("the store asked for a promotion, which this host never said that it takes")
+                self._source.promotion(event)
             elif isinstance(event, Refused):
                 self._source.seeds.is_useless |= event.code == "seed"
                 raise refusal(event.code, event.text)

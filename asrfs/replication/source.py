@@ -12,7 +12,7 @@ from asrfs.journal.reader import JournalReader
 from asrfs.model.configuration import HostConfiguration
 from asrfs.model.dirty_map import GivenUp
 from asrfs.model.rejoining import RejoinOrder
-from asrfs.protocol.messages import Handover
+from asrfs.protocol.messages import Handover, Promote
 from asrfs.replication.object_builder import ObjectBuilder
 from asrfs.replication.outlet import Outlet
 from asrfs.replication.positions_file import PositionsFile
@@ -41,6 +41,9 @@ HandoverWanted = Callable[[Handover], None]
 """Told what the store wants; returns at once."""
 
 
+PromotionWanted = Callable[[Promote], None]
+
+
 @dataclass(slots=True)
 class Source:
     """What sessions ship from; outlives them. `journal_turn` is held while segments are freed or gone back to.
@@ -48,7 +51,8 @@ class Source:
     `configured` is told what the store wants of this host, unchecked, and returns at once. `given_up`: by
     the dirty map that is saved. `group_port` and `group_address` are said to the store when a session begins: where
     other members of a group reach this machine. `rejoiner`: by whom this side goes on in a new epoch, if it may.
-    `handover`: who is told of planned failovers; None where nobody knows what that is.
+    `handover`: who is told of planned failovers, `promotion`: of points to be copied back; None where nobody knows what
+    that is.
     """
 
     machine_id: bytes
@@ -70,6 +74,7 @@ class Source:
     seeds: Seeds = field(default_factory=Seeds)
     rejoiner: Rejoiner | None = None
     handover: HandoverWanted | None = None
+    promotion: PromotionWanted | None = None
 
     @property
     def order(self) -> RejoinOrder | None:

@@ -3,23 +3,21 @@
     4 bytes length, little-endian | so many bytes
 
 It is in a session of its own and ends when its standard input does, so at the latest with who started it. What the
-bytes mean is its own and its master's concern.
+bytes mean is its own and its master's concern. Here is the master's end; the worker's is `transport.working`.
 """
 
 from __future__ import annotations
 
-import os
-import struct
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import trio
 
 from asrfs.errors import TemporaryError
+from asrfs.transport.working import LENGTH
 
 MESSAGE_BYTES_MAX = 4 << 20
-_LENGTH = struct.Struct("<I")
 
 
 class Worker:
@@ -52,8 +50,8 @@ class Worker:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         try:
-            await stdin.send_all(_LENGTH.pack(len(request)) + request)
-            (length,) = _LENGTH.unpack(await _receive(stdout, _LENGTH.size))
+            await stdin.send_all(LENGTH.pack(len(request)) + request)
+            (length,) = LENGTH.unpack(await _receive(stdout, LENGTH.size))
             answer = await _receive(stdout, length)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             raise TemporaryError("a process that works for us ended before it had answered") from None
@@ -81,33 +79,3 @@ async def _receive(stream: trio.abc.ReceiveStream, length: int) -> bytes:
             raise trio.BrokenResourceError
         received += piece
     return bytes(received)
-
-
-def work(answer: Callable[[bytes], bytes]) -> None:
-    """The worker's end: answer until nobody asks any more."""
-    while (prefix := _read(_LENGTH.size)) is not None:
-        request = _read(_LENGTH.unpack(prefix)[0])
-        if request is None:
-            return
-        said = answer(request)
-        try:
-            _write(_LENGTH.pack(len(said)) + said)
-        except BrokenPipeError:
-            return
-
-
-def _read(length: int) -> bytes | None:
-    """So many bytes, None at the end."""
-    read = b""
-    while len(read) < length:
-        piece = os.read(0, length - len(read))
-        if not piece:
-            return None
-        read += piece
-    return read
-
-
-def _write(content: bytes) -> None:
-    rest = memoryview(content)
-    while len(rest):
-        rest = rest[os.write(1, rest) :]

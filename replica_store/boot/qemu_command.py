@@ -2,12 +2,12 @@
 
 What is not asked for is not there: no default devices, no display, no way to start another program where none is
 needed. In a test every network is the one that was set aside for tests, and where there is none, one that reaches
-nothing. The serial console goes to a log and to a socket, QEMU itself is spoken to over another (QMP).
+nothing. The serial console goes to a log and to a socket, QEMU itself is spoken to over another (QMP). QEMU is started
+in the machine's directory and knows its files by their names alone: paths of sockets must be short.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -17,6 +17,12 @@ from asrfs.model.boot import Network, QemuBoot
 Accelerator = Literal["kvm", "tcg"]
 """`tcg` is QEMU's own translation, which is slow and works everywhere."""
 CONSOLE_LOG, CONSOLE_SOCKET, CONTROL_SOCKET, FIRMWARE_VARIABLES = "console.log", "console", "control", "firmware.vars"
+_CONSOLE_AND_CONTROL = (
+    *("-chardev", f"socket,id=console,path={CONSOLE_SOCKET},server=on,wait=off,logfile={CONSOLE_LOG},logappend=on"),
+    *("-serial", "chardev:console"),
+    *("-chardev", f"socket,id=control,path={CONTROL_SOCKET},server=on,wait=off"),
+    *("-mon", "chardev=control,mode=control"),
+)
 
 
 class Forward(NamedTuple):
@@ -45,15 +51,14 @@ def qemu_command(
     name: str,
     boot: QemuBoot,
     drives: Sequence[Drive],
-    directory: str,
     *,
     is_test: bool,
     accelerator: Accelerator,
     firmware: str | None = None,
     forward: Forward | None = None,
 ) -> list[str]:
-    """All words. `directory` is the machine's own, for its console, its control socket and firmware's variables;
-    `firmware`: the file with UEFI, None for BIOS. A `forward` goes to the first network of QEMU's own.
+    """All words, for a start in the machine's directory. `firmware`: the file with UEFI, None for BIOS. A `forward`
+    goes to the first network of QEMU's own.
 
     Raises BadInputError.
     """
@@ -61,11 +66,10 @@ def qemu_command(
     command = ["qemu-system-x86_64", "-name", f"guest={_quoted(name)}", "-nodefaults", "-no-user-config"]
     command += ["-machine", f"q35,accel={accelerator}", "-cpu", "max"]
     command += ["-smp", str(boot.cpus), "-m", f"{memory_mib}M", "-rtc", "base=utc", "-vga", "std", "-display", "none"]
-    command += _console_and_control(directory)
+    command += _CONSOLE_AND_CONTROL
     if firmware is not None:
-        variables = os.path.join(directory, FIRMWARE_VARIABLES)
         command += ["-drive", f"if=pflash,unit=0,format=raw,readonly=on,file={_quoted(firmware)}"]
-        command += ["-drive", f"if=pflash,unit=1,format=raw,file={_quoted(variables)}"]
+        command += ["-drive", f"if=pflash,unit=1,format=raw,file={FIRMWARE_VARIABLES}"]
     for number, drive in enumerate(drives):
         command += _drive(number, drive)
     bridges = [network.test_bridge if is_test else network.bridge for network in boot.networks]
@@ -81,18 +85,6 @@ def qemu_command(
 def takes_forward(boot: QemuBoot, *, is_test: bool) -> bool:
     """Whether a port of the guest can be forwarded: it has a network of QEMU's own."""
     return any((network.test_bridge if is_test else network.bridge) is None for network in boot.networks)
-
-
-def _console_and_control(directory: str) -> list[str]:
-    log, console, control = (
-        _quoted(os.path.join(directory, name)) for name in (CONSOLE_LOG, CONSOLE_SOCKET, CONTROL_SOCKET)
-    )
-    return [
-        *("-chardev", f"socket,id=console,path={console},server=on,wait=off,logfile={log},logappend=on"),
-        *("-serial", "chardev:console"),
-        *("-chardev", f"socket,id=control,path={control},server=on,wait=off"),
-        *("-mon", "chardev=control,mode=control"),
-    ]
 
 
 def _drive(number: int, drive: Drive) -> list[str]:

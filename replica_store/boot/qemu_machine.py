@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from asrfs.errors import AsrfsError, NotFoundError, RefusedError, TemporaryError, foreign_line
+from asrfs.errors import AsrfsError, NotFoundError, TemporaryError, foreign_line
 from asrfs.model.boot import BootSettings
 from replica_store.boot.health import Place, wait_until_healthy
 from replica_store.boot.qemu_command import (
@@ -44,7 +44,6 @@ POWER_DOWN_S = 60.0
 _END_S_MAX = 10.0
 _CONTROL_S_MAX = 10.0
 _LOOK_INTERVAL_S = 0.02
-_SOCKET_PATH_BYTES_MAX = 107
 _UEFI_FILES = (
     ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
     ("/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/OVMF/OVMF_VARS.fd"),
@@ -75,8 +74,7 @@ class QemuMachine:
         """Start it and wait until it runs; seconds that took, until QEMU was there where no health check is wanted.
 
         `disks`: by name, where each is. `accelerators` are tried in this order: a KVM may be there and be of no use.
-        Raises NotFoundError, RefusedError, TemporaryError, AsrfsError; then it may
-        still run, for somebody to look at its console.
+        Raises NotFoundError, TemporaryError, AsrfsError; then it may still run, for somebody to look at its console.
         """
         assert settings.qemu is not None
         begin = time.monotonic()
@@ -91,7 +89,6 @@ class QemuMachine:
                     name,
                     settings.qemu,
                     drives,
-                    str(self.directory),
                     is_test=is_test,
                     accelerator=each,
                     firmware=firmware,
@@ -135,8 +132,6 @@ class QemuMachine:
     # ---- parts ----------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        if len(os.fsencode(self.directory / CONTROL_SOCKET)) > _SOCKET_PATH_BYTES_MAX:
-            raise RefusedError(f"{self.directory}: this path is too long for a socket: choose a shorter one")
         self.directory.mkdir(mode=0o700, exist_ok=True)
         for left in (CONTROL_SOCKET, CONSOLE_SOCKET, CONSOLE_LOG, QEMU_LOG):
             (self.directory / left).unlink(missing_ok=True)
@@ -167,6 +162,7 @@ class QemuMachine:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
+                    cwd=self.directory,
                     env=self._variables,
                     start_new_session=True,
                 )
@@ -209,16 +205,27 @@ class QemuMachine:
 
     def _ask(self, command: str) -> Any:
         """One QMP command. Raises OSError where nobody answers, ValueError, AsrfsError."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        with self._control() as connection, connection.makefile("rwb") as stream:
+            stream.readline()  # its greeting
+            for each in ("qmp_capabilities", command):
+                stream.write(json.dumps({"execute": each}).encode() + b"\n")
+                stream.flush()
+                answer = _answer(stream.readline)
+            return answer
+
+    def _control(self) -> socket.socket:
+        """Connected. However long the directory's path is, that of the socket is short. Raises OSError."""
+        directory = os.open(self.directory, os.O_PATH | os.O_DIRECTORY)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
             connection.settimeout(_CONTROL_S_MAX)
-            connection.connect(str(self.directory / CONTROL_SOCKET))
-            with connection.makefile("rwb") as stream:
-                stream.readline()  # its greeting
-                for each in ("qmp_capabilities", command):
-                    stream.write(json.dumps({"execute": each}).encode() + b"\n")
-                    stream.flush()
-                    answer = _answer(stream.readline)
-                return answer
+            connection.connect(f"/proc/self/fd/{directory}/{CONTROL_SOCKET}")
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            os.close(directory)
+        return connection
 
     def _wait_for_end(self, seconds: float) -> None:
         """Until it has ended: the control socket is closed with it."""
@@ -227,8 +234,7 @@ class QemuMachine:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(seconds)
             return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, contextlib.suppress(OSError):
-            connection.connect(str(self.directory / CONTROL_SOCKET))
+        with contextlib.suppress(OSError), self._control() as connection:
             poll = select.poll()
             poll.register(connection, select.POLLIN)
             while (left := deadline - time.monotonic()) > 0 and poll.poll(left * 1000):

@@ -34,6 +34,8 @@ class StoreVerbs(frame.Verbs):
         "reprotect": "reprotect:reprotect",
         "failback": "failback:failback",
         "export": "export:export",
+        "promote": "promote:promote",
+        "promotions": "promote:list_promotions",
         "mount": "mount:mount",
         "nbd": "nbd:nbd",
         "boot": "boot:boot",

@@ -11,7 +11,7 @@ from asrfs.errors import AsrfsError
 from asrfs.protocol.frames import FrameType
 from asrfs.protocol.messages import Compare, decode_message, encode_message
 from asrfs.storage.priority import yield_to_others
-from asrfs.transport.worker import work
+from asrfs.transport.working import work
 from replica_store.points.digests import Comparer
 from replica_store.vault.vault import Vault
 

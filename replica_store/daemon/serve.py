@@ -35,6 +35,7 @@ from asrfs.transport import stream, tls
 from replica_store.api.app import make_app
 from replica_store.daemon.digest_keeper import DigestKeeper
 from replica_store.daemon.failover_keeper import FailoverKeeper
+from replica_store.daemon.fetch_keeper import FetchKeeper
 from replica_store.daemon.group_keeper import GroupKeeper
 from replica_store.daemon.map_keeper import MapKeeper
 from replica_store.daemon.seed_keeper import SeedKeeper
@@ -106,7 +107,7 @@ async def _serve(
     keys = vault.keys
     context = tls.server_context(keys.path("server.crt"), keys.path("server.key"), keys.path("ca.crt"))
     comparing = DigestKeeper(vault.root)
-    listener = Listener(vault, clock, comparing)
+    listener = Listener(vault, clock, comparing, FetchKeeper(vault))
     app = make_app(vault, clock, data.getsockname()[1], listener.threads)
 
     async def handle(connection: stream.SecureStream) -> None:
@@ -125,6 +126,7 @@ async def _serve(
             nursery.start_soon(listener.save_links)
             nursery.start_soon(listener.configurations.run)
             nursery.start_soon(listener.handovers.run)
+            nursery.start_soon(listener.promotions.run)
             nursery.start_soon(GroupKeeper(vault, lambda: listener.connected, clock, listener.threads).run)
             nursery.start_soon(comparing.run)
             nursery.start_soon(SeedKeeper(vault, listener.threads).run)

@@ -202,7 +202,7 @@ class Failovers:
     def _prepare(self, begun: Operation, chosen: Chosen, watch: Stopwatch) -> Operation:
         is_test = begun.kind == "test"
         epoch = chosen.machine.epoch if is_test else chosen.machine.epoch + 1
-        with processes.within(self._seconds_max):
+        with processes.within(self._seconds_max), processes.giving_way(is_test):
             ready = prepare(self._root, begun, chosen, epoch, watch, examined=is_test)
         state: OperationState = "serving" if is_test else "commit-pending"
         self._told("report")
@@ -250,7 +250,7 @@ class Failovers:
 
     def _back(self, found: Operation) -> Operation:
         """Start what is missing of it, and note how it runs. The caller has its lock."""
-        with processes.within(self._seconds_max):
+        with processes.within(self._seconds_max), processes.giving_way(found.kind == "test"):
             after = bring_back(self._root, found)
         if after.booted == found.booted:
             return found

@@ -16,6 +16,7 @@ from replica_store.vault.arrivals import check_away
 from replica_store.vault.flaws import flaw_before
 from replica_store.vault.groups import read_groups
 from replica_store.vault.operations import HANDED_OVER, ChosenPoint, Kind, Operation
+from replica_store.vault.promotions import check_not_promoting
 from replica_store.vault.protection import check_event
 from replica_store.vault.rows import MachineRow
 from replica_store.vault.vault import Vault
@@ -40,14 +41,18 @@ class Chosen:
         return tuple(disk.name for disk in self.disks if not disk.removed)
 
 
-def choose(vault: Vault, machine: str, selector: str, *, accept_damage: bool = False) -> Chosen:
-    """Raises NotFoundError where there is no such point, RefusedError for one that verification has flagged."""
+def choose(
+    vault: Vault, machine: str, selector: str, *, accept_damage: bool = False, with_group: str | None = None
+) -> Chosen:
+    """`with_group`: all of its members are taken there, too.
+
+    Raises NotFoundError where there is no such point, RefusedError for one that verification has flagged."""
     row = vault.machine(machine)
     cut = resolve(vault, machine, selector)
     disks = vault.disks_at(row.id, cut.lsn)
     if not disks_of(vault, cut):
         raise NotFoundError(f"machine {machine} has no disk at LSN {cut.lsn}: choose a later point")
-    warnings = _group_warnings(vault, row, cut)
+    warnings = _group_warnings(vault, row, cut, with_group)
     flaw = flaw_before(vault.catalog, row.id, cut.lsn)
     if flaw is not None and not accept_damage:
         raise RefusedError(
@@ -75,8 +80,8 @@ def choose(vault: Vault, machine: str, selector: str, *, accept_damage: bool = F
     return Chosen(row, point, tuple(disks), loss_s, tuple(warnings), None if boot == NO_BOOT else boot)
 
 
-def _group_warnings(vault: Vault, row: MachineRow, cut: Cut) -> list[str]:
-    groups = read_groups(vault.catalog).of(row.id)
+def _group_warnings(vault: Vault, row: MachineRow, cut: Cut, with_group: str | None) -> list[str]:
+    groups = [group for group in read_groups(vault.catalog).of(row.id) if group.name != with_group]
     names = {machine.id: machine.name for machine in vault.machines()}
     warnings = []
     for group in groups:
@@ -111,6 +116,8 @@ def check_may_begin(vault: Vault, kind: Kind, machine: str) -> None:
     row = vault.machine(machine)
     is_handed_over = kind in HANDED_OVER
     check_event(vault, row, ProtectionEvent.PLANNED_FAILOVER if is_handed_over else ProtectionEvent.UNPLANNED_FAILOVER)
+    if is_handed_over:
+        check_not_promoting(vault.catalog, row.id, machine)
     if kind == "failback":
         check_away(vault, row)
 

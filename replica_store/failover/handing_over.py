@@ -18,6 +18,7 @@ PRESENT_S_MAX = 10.0
 """For so long a command waits for a host that has just connected: links are written down every few seconds."""
 AWAY_S_MAX = 30.0
 BACK_S_MAX = 15.0
+OTHERWISE = "use `failover unplanned`"
 GONE_S = 6.0
 """Who is not there for so long is not waited for: links are written down every 5 s."""
 _LOOK_EVERY_S = 0.2
@@ -28,14 +29,14 @@ def asked(clock: Clock, seconds_max: int) -> HandoverAsked:
     return HandoverAsked(seconds_max=seconds_max, until_ns=clock.time_ns() + seconds_max * NS_PER_SECOND)
 
 
-def check_present(root: str, machine: str, clock: Clock) -> None:
+def check_present(root: str, machine: str, clock: Clock, otherwise: str = OTHERWISE) -> None:
     """Return when the host is connected to a store that serves. Raises RefusedError if it is not, after a moment."""
     deadline = clock.monotonic() + PRESENT_S_MAX
-    while not _is_present(root, machine, clock):
+    while not is_present(root, machine, clock):
         if clock.monotonic() >= deadline:
             raise RefusedError(
-                f"the host of machine {machine} is not connected to this store: a planned failover is handed over by "
-                "it; see that `replica-store serve` and the host run, or use `failover unplanned`"
+                f"the host of machine {machine} is not connected to this store, and this needs it: see that "
+                f"`replica-store serve` and the host run, or {otherwise}"
             )
         time.sleep(_LOOK_EVERY_S)  # sleep: another process writes it down
 
@@ -59,7 +60,7 @@ def wait_answer(root: str, operation_id: str, clock: Clock) -> Operation:
         if found.state != "preparing":
             raise RefusedError(f"failover {found.id[:12]} is {found.state} meanwhile")
         now = clock.monotonic()
-        seen = now if _is_present(root, found.machine, clock) else seen
+        seen = now if is_present(root, found.machine, clock) else seen
         if clock.time_ns() >= handover.until_ns:
             limit = format_duration(float(handover.seconds_max))
             raise TemporaryError(f"machine {found.machine} was not handed over within {limit}")
@@ -73,7 +74,7 @@ def wait_back(root: str, found: Operation, clock: Clock) -> Operation:
     seen = clock.monotonic()
     deadline = seen + BACK_S_MAX
     while found.handover is not None and not found.handover.is_back and (now := clock.monotonic()) < deadline:
-        seen = now if _is_present(root, found.machine, clock) else seen
+        seen = now if is_present(root, found.machine, clock) else seen
         if now >= seen + GONE_S:
             break
         time.sleep(_LOOK_EVERY_S)  # sleep: another process writes it down
@@ -82,7 +83,7 @@ def wait_back(root: str, found: Operation, clock: Clock) -> Operation:
     return found
 
 
-def _is_present(root: str, machine: str, clock: Clock) -> bool:
+def is_present(root: str, machine: str, clock: Clock) -> bool:
     """Whether its host said something lately to a store that serves."""
     with Vault.open(root) as vault:
         link = vault.catalog.link(vault.machine(machine).id)

@@ -24,7 +24,7 @@ from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import read_whole, write_atomically
 from replica_store.failover import booting, filesystems, mounts, network, places, processes, undoing
 from replica_store.failover.choice import Chosen, recovered_file
-from replica_store.failover.filesystems import Filesystem
+from replica_store.failover.filesystems import Place
 from replica_store.failover.processes import Starting
 from replica_store.vault.operations import Checked, Examined, Operation, Step
 
@@ -71,16 +71,17 @@ def prepare(
         _init(operation, where.state)
     with watch.step("tree"):
         tree.wait_ready()
-        dirty = _dirty_disks(operation) if examined else {}
+        found = _filesystems(operation) if examined else {}
     with watch.step("serve"):
         if where.namespace is not None:
             network.make(operation.id, where.namespace)
-        copy = _start_copy(operation) if dirty else None  # beside it: what it is made of must not be in use yet
+        is_dirty = any(each.found.may_be_dirty for places_found in found.values() for each in places_found)
+        copy = _start_copy(operation) if is_dirty else None  # beside it: what it is made of must not be in use yet
         _start_machine(operation).wait_ready()
     verdicts: tuple[Examined, ...] = ()
     if examined:
         with watch.step("fsck"):
-            verdicts = _examine(operation, dirty, copy)
+            verdicts = _examine(operation, found, copy)
     checked = None
     if operation.check_command is not None:
         with watch.step("check"):
@@ -125,11 +126,12 @@ def _init(operation: Operation, state: str) -> None:
 # ---- what it is worth -----------------------------------------------------------------------------------------------
 
 
-def _dirty_disks(operation: Operation) -> dict[str, Filesystem]:
-    """Of disks whose filesystem may have a journal to replay, by name."""
+def _filesystems(operation: Operation) -> dict[str, list[Place]]:
+    """Of every disk, by its name."""
     point = os.path.join(places.tree_of(operation.places), operation.machine, f"lsn:{operation.point.lsn}")
-    found = {disk: filesystems.filesystem_of(os.path.join(point, f"{disk}.img")) for disk in operation.disks}
-    return {disk: each for disk, each in found.items() if each is not None and each.may_be_dirty}
+    return {
+        disk: filesystems.filesystems_on(operation.id, os.path.join(point, f"{disk}.img")) for disk in operation.disks
+    }
 
 
 def _start_copy(operation: Operation) -> Starting:
@@ -143,36 +145,41 @@ def _start_copy(operation: Operation) -> Starting:
     return Starting(operation.id, "copy", inside, places.log_of(operation.places, "copy"))
 
 
-def _examine(operation: Operation, dirty: dict[str, Filesystem], copy: Starting | None) -> tuple[Examined, ...]:
-    """fsck of every disk; of those whose journal may have to be replayed, on the copy."""
-    verdicts: dict[str, Examined] = {}
-    for disk in operation.disks:
-        if disk not in dirty:
-            path = os.path.join(operation.places.mount, f"{disk}.img")
-            verdicts[disk] = filesystems.examine(operation.id, disk, path, filesystems.filesystem_of(path))
+def _examine(operation: Operation, found: dict[str, list[Place]], copy: Starting | None) -> tuple[Examined, ...]:
+    """fsck of every disk; of filesystems whose journal may have to be replayed, on the copy."""
+    everywhere = [(disk, place) for disk in operation.disks for place in found[disk]]
+    verdicts = {each: _examine_at_rest(operation, *each) for each in everywhere if not each[1].found.may_be_dirty}
     if copy is not None:
         try:
             copy.wait_ready()
-            verdicts |= _examine_replayed(operation, dirty)
+            verdicts |= {each: _examine_replayed(operation, *each) for each in everywhere if each not in verdicts}
         finally:
             undoing.discard_copy(operation)
-    return tuple(verdicts[disk] for disk in operation.disks)
+    return tuple(
+        filesystems.of_whole_disk(disk, [verdicts[disk, place] for place in found[disk]]) for disk in operation.disks
+    )
 
 
-def _examine_replayed(operation: Operation, dirty: dict[str, Filesystem]) -> dict[str, Examined]:
+def _examine_at_rest(operation: Operation, disk: str, place: Place) -> Examined:
+    path = os.path.join(operation.places.mount, f"{disk}.img")
+    if not place.partition:
+        return filesystems.examine(operation.id, disk, path, place)
+    device = filesystems.attach(operation.id, path, place, is_read_only=True)
+    try:
+        return filesystems.examine(operation.id, disk, device, place)
+    finally:
+        filesystems.detach(operation.id, device)
+
+
+def _examine_replayed(operation: Operation, disk: str, place: Place) -> Examined:
+    """The copy is taken away with what is attached to it."""
     copy = places.copy_of(operation.places)
     mounted = os.path.join(copy, "mounted")
     os.makedirs(mounted, mode=0o700, exist_ok=True)
-    verdicts = {}
-    for disk, found in dirty.items():
-        device = filesystems.attach(operation.id, os.path.join(copy, "disks", f"{disk}.img"))
-        failure = filesystems.replay(operation.id, device, found, mounted)
-        verdicts[disk] = (
-            filesystems.examine(operation.id, disk, device, found, replayed=True)
-            if not failure
-            else Examined(disk=disk, filesystem=found.type, result="damaged", text=failure, replayed=True)
-        )
-    return verdicts
+    device = filesystems.attach(operation.id, os.path.join(copy, "disks", f"{disk}.img"), place)
+    if failure := filesystems.replay(operation.id, device, place.found, mounted):
+        return filesystems.verdict(disk, place, failure, replayed=True)
+    return filesystems.examine(operation.id, disk, device, place, replayed=True)
 
 
 def _check(operation: Operation, command: str) -> Checked:

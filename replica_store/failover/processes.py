@@ -22,6 +22,7 @@ from typing import IO, Literal, NamedTuple
 
 import replica_store
 from asrfs.errors import AsrfsError, NotFoundError, TemporaryError, error_class, foreign_line
+from asrfs.storage.priority import run_only_when_idle
 
 Part = Literal["tree", "machine", "copy", "boot", "tool"]
 """`tree`: the read-only points; `machine`: what serves the recovered disks; `copy`: the same for a copy that is
@@ -34,6 +35,7 @@ _DEATH_S_MAX = 10.0
 _LINE_BYTES = 4096
 _PIECE_BYTES = 1 << 16
 _deadline: ContextVar[float] = ContextVar("deadline", default=math.inf)
+_gives_way: ContextVar[bool] = ContextVar("gives_way", default=False)
 _ANNOUNCED = b"ready"
 
 
@@ -71,6 +73,17 @@ def within(seconds: float | None) -> Iterator[None]:
         yield
     finally:
         _deadline.reset(token)
+
+
+@contextmanager
+def giving_way(is_wanted: bool) -> Iterator[None]:
+    """Whatever this thread starts inside, and what that starts, has processors only while nobody else wants them:
+    points are received on this machine, and disks may be served here, which a drill must not be felt by."""
+    token = _gives_way.set(is_wanted)
+    try:
+        yield
+    finally:
+        _gives_way.reset(token)
 
 
 def _time_left(seconds_max: float) -> float:
@@ -169,7 +182,7 @@ def _spawn(
     words: Sequence[str], errors: IO[bytes] | int, variables: dict[str, str], *, is_told: bool = False
 ) -> subprocess.Popen[bytes]:
     try:
-        return subprocess.Popen(
+        child = subprocess.Popen(
             words,
             stdin=subprocess.PIPE if is_told else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -180,6 +193,9 @@ def _spawn(
         )
     except FileNotFoundError:
         raise NotFoundError(f"the program {words[0]} is not installed") from None
+    if _gives_way.get():
+        run_only_when_idle(child.pid)  # before it can have begun anything: it has only just become the program
+    return child
 
 
 # ---- finding and ending ---------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from replica_store.ingest.configurations import Configurations
 from replica_store.ingest.handovers import Handovers
 from replica_store.ingest.ingester import Ingester
 from replica_store.ingest.links import Links
+from replica_store.ingest.promoting import Fetching, NoFetching, Promotions
 from replica_store.ingest.session import Comparing, NoComparing, StoreSession
 from replica_store.vault.vault import Vault
 
@@ -33,14 +34,18 @@ T = TypeVar("T")
 class Listener:
     """Turns authenticated connections into sessions. One for each vault, in the process that holds its lock."""
 
-    def __init__(self, vault: Vault, clock: Clock, comparing: Comparing | None = None) -> None:
+    def __init__(
+        self, vault: Vault, clock: Clock, comparing: Comparing | None = None, fetching: Fetching | None = None
+    ) -> None:
         self.vault = vault
         self.comparing: Comparing = comparing or NoComparing()
+        self.fetching: Fetching = fetching or NoFetching()
         self._clock = clock
         self.links = Links(vault, clock)
         self.budget = Budget()
         self.configurations = Configurations(vault, self.in_thread)
         self.handovers = Handovers(vault, clock, self.in_thread)
+        self.promotions = Promotions(vault, clock, self.in_thread)
         self.threads = trio.CapacityLimiter(THREADS)
         self._ingesters: dict[str, Ingester] = {}
         self._sessions: dict[str, StoreSession] = {}

@@ -4,6 +4,8 @@
     beat: HEARTBEAT every few seconds            watch: is the certificate still good?
     configure: CONFIGURE at once and on change, to a host that takes it
     hand_over: HANDOVER as long as a planned failover wants something of the host
+    promote: PROMOTE as long as a promotion wants something of the host
+    fetch: one task for each FETCH; what it asks is done elsewhere
     match: one task for each MATCH, answered from a table
     compare: one task for each COMPARE that is not answered yet; what it asks is done elsewhere
 
@@ -24,20 +26,24 @@ import msgspec
 import structlog
 import trio
 
-from asrfs.errors import AsrfsError
+from asrfs.errors import AsrfsError, RefusedError
 from asrfs.protocol.frames import ProtocolError
 from asrfs.protocol.messages import (
+    FETCHES_MAX,
     MATCHES_MAX,
     PROTOCOL_VERSION,
     Compare,
     Compared,
     Configure,
+    Fetch,
+    Fetched,
     Goodbye,
     HandedOver,
     Heartbeat,
     Hello,
     Match,
     Message,
+    Promoted,
     Refused,
     Welcome,
 )
@@ -57,6 +63,7 @@ from replica_store.ingest.greeting import (
 from replica_store.ingest.handovers import Handovers
 from replica_store.ingest.ingester import Ingester, Position
 from replica_store.ingest.links import Links
+from replica_store.ingest.promoting import Fetching, Promotions
 from replica_store.ingest.seeding import match
 from replica_store.vault.epochs import raise_epoch
 from replica_store.vault.groups import put_place
@@ -103,7 +110,9 @@ class Store(Protocol):
     budget: Budget
     configurations: Configurations
     handovers: Handovers
+    promotions: Promotions
     comparing: Comparing
+    fetching: Fetching
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run what blocks; never abandoned."""
@@ -132,6 +141,7 @@ class StoreSession:
         self._held = 0
         self._comparing = 0
         self._matching = 0
+        self._fetching = 0
         self._log = structlog.get_logger("replica_store.session").bind(machine=identity.name)
         self.scope = trio.CancelScope()
         self.finished = trio.Event()
@@ -184,6 +194,7 @@ class StoreSession:
                 compares=self._store.comparing.at_once,
                 takes_matches=True,
                 disks=ingester.live_disks if hello.rejoin else (),
+                takes_fetches=True,
             )
         )
         return ingester, hello
@@ -243,6 +254,7 @@ class StoreSession:
         arriving, waiting = trio.open_memory_channel[ObjectReceived](OBJECTS_WAITING - 1)
         tasks: list[Callable[[], Awaitable[None]]] = [self._beat, partial(self._watch, hello)]
         tasks.append(partial(self._hand_over, takes_handover=hello.takes_handover))
+        tasks.append(partial(self._promote, takes_promotion=hello.takes_promotion))
         if hello.takes_configuration:
             tasks.append(self._configure)
         async with trio.open_nursery() as nursery:
@@ -295,6 +307,13 @@ class StoreSession:
                     raise ProtocolError(f"the host asked for more than {MATCHES_MAX} matches at once")
                 self._matching += 1
                 nursery.start_soon(self._until_failure, nursery.cancel_scope, partial(self._match, event))
+            elif isinstance(event, Fetch):
+                if self._fetching >= FETCHES_MAX:
+                    raise ProtocolError(f"the host asked for more than {FETCHES_MAX} pieces at once")
+                self._fetching += 1
+                nursery.start_soon(self._until_failure, nursery.cancel_scope, partial(self._fetch, event))
+            elif isinstance(event, Promoted):
+                await self._store.promotions.answered(self._identity.machine_id, event)
             elif isinstance(event, HandedOver):
                 await self._store.handovers.answered(self._identity.machine_id, event)
             elif isinstance(event, Goodbye):
@@ -310,6 +329,15 @@ class StoreSession:
     async def _match(self, wanted: Match) -> None:
         answer = await self._store.in_thread(match, self._store.vault, self._identity.machine_id, wanted)
         self._matching -= 1
+        await self._send(answer)
+
+    async def _fetch(self, wanted: Fetch) -> None:
+        try:
+            self._store.promotions.check_asked(self._identity.machine_id, wanted)
+            answer = await self._store.fetching.fetch(self._identity.machine_id, wanted)
+        except RefusedError as error:
+            answer = Fetched(number=wanted.number, exit_code=error.exit_code, text=str(error))
+        self._fetching -= 1
         await self._send(answer)
 
     def _end_of_stream(self) -> None:
@@ -380,6 +408,18 @@ class StoreSession:
                     await handovers.answered(machine_id, HandedOver(id=wanted.id, outcome="failed", error=_TOO_OLD))
             said = wanted
             await handovers.change()
+
+    async def _promote(self, *, takes_promotion: bool) -> None:
+        """Say what a promotion wants of the host, and again now and then."""
+        promotions, machine_id = self._store.promotions, self._identity.machine_id
+        while True:
+            wanted = promotions.of(machine_id)
+            if wanted is not None and takes_promotion:
+                await self._send(wanted)
+            elif wanted is not None:
+                text = "the host is of before promotion: update asrfs there"
+                await promotions.answered(machine_id, Promoted(id=wanted.id, outcome="failed", exit_code=4, error=text))
+            await promotions.change()
 
     # ---- stream -------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from replica_store.vault.objects import Objects
 from replica_store.vault.operations import sealed_operations, write_operation
 from replica_store.vault.policies import write_book
 from replica_store.vault.policy_changes import POLICY_BOOKS
+from replica_store.vault.promotions import sealed_promotions, write_promotion
 from replica_store.vault.rows import Entry, MachineRow, description_prefix, log_prefix, parse_log_name
 from replica_store.vault.survey import Surveyed, Unreadable, chain_of, log_names, survey
 from replica_store.vault.vault import CATALOG_FILE, describe, lock, lock_descriptions, open_objects
@@ -110,10 +111,13 @@ def _fill_decisions(catalog: Catalog, objects: Objects, sealer: Sealer, report: 
     book, damages = POLICY_BOOKS.newest(objects, sealer)
     groups, more_damages = GROUP_BOOKS.newest(objects, sealer)
     failovers, damaged_failovers = sealed_operations(objects, sealer)
-    report.damages += damages + more_damages + damaged_failovers
+    promoted, damaged_promotions = sealed_promotions(objects, sealer)
+    report.damages += damages + more_damages + damaged_failovers + damaged_promotions
     with catalog.transaction():
         for each in failovers:
             write_operation(catalog, each)
+        for promotion in promoted:
+            write_promotion(catalog, promotion)
         if book is not None:
             write_book(catalog, book)
         if groups is not None:

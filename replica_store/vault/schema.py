@@ -7,8 +7,8 @@ it open goes on reading; columns are always named, because their order depends o
 
 from __future__ import annotations
 
-VERSION = 4
-"""1 knew less of points, and no policies; 2 knew no stretches, 3 no boot settings and no failover."""
+VERSION = 5
+"""1 knew less of points, and no policies; 2 knew no stretches, 3 no boot settings and no failover, 4 no promotions."""
 
 _HISTORY_TABLES = """
 CREATE TABLE machines (
@@ -166,7 +166,19 @@ CREATE TABLE flaws (
 ) STRICT, WITHOUT ROWID;
 """
 
-TABLES = _HISTORY_TABLES + _POLICY_TABLES + _GROUP_TABLES + _FAILOVER_TABLES
+_PROMOTION_TABLES = """
+CREATE TABLE promotions (
+    id TEXT PRIMARY KEY,            -- 32 hexadecimal digits
+    state TEXT NOT NULL,            -- preparing, writing, releasing, done or cancelled
+    is_over INTEGER NOT NULL,       -- 1: no host has anything to hear of it any more
+    generation INTEGER NOT NULL,    -- counts changes; of its sealed objects the one with the highest is valid
+    content TEXT NOT NULL           -- JSON: all of it, see `promotions.Promotion`
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX promotions_live ON promotions (id) WHERE is_over = 0;
+"""
+
+TABLES = _HISTORY_TABLES + _POLICY_TABLES + _GROUP_TABLES + _FAILOVER_TABLES + _PROMOTION_TABLES
 
 _MORE_OF_POINTS = """
 ALTER TABLE points ADD COLUMN wanted TEXT;
@@ -187,11 +199,16 @@ _BOOT_SETTINGS = """
 ALTER TABLE disks ADD COLUMN boot BLOB NOT NULL DEFAULT x'';
 """
 
-UPGRADES = {1: _MORE_OF_POINTS + _POLICY_TABLES + _GROUP_TABLES, 2: _STRETCHES, 3: _BOOT_SETTINGS + _FAILOVER_TABLES}
+UPGRADES = {
+    1: _MORE_OF_POINTS + _POLICY_TABLES + _GROUP_TABLES,
+    2: _STRETCHES,
+    3: _BOOT_SETTINGS + _FAILOVER_TABLES,
+    4: _PROMOTION_TABLES,
+}
 """By the version a catalog has: what makes it one of the next."""
 
 REBUILDABLE = (
     *("machines", "objects", "points", "disks", "policies", "assignments", "groups", "confirmations"),
-    "operations",
+    *("operations", "promotions"),
 )
 """Tables that are equal after a rebuild."""

@@ -15,6 +15,7 @@ from replica_store.vault.configuration import policy_of
 from replica_store.vault.gaps import Gap
 from replica_store.vault.operations import Operation, holder, operations
 from replica_store.vault.policies import Assigned, read_book
+from replica_store.vault.promotions import live_promotion
 from replica_store.vault.rows import LinkRow, MachineRow, PointRow
 from replica_store.vault.vault import Vault
 
@@ -65,6 +66,8 @@ def standing_of(vault: Vault, machine: MachineRow, now_ns: int) -> Standing:
     heard_recently = link is not None and now_ns - link.heard_ns < SILENT_S_MAX * NS_PER_SECOND
     holding = holder(operations(vault.catalog, machine.id))
     state, reason = _failed_over(holding) if holding else _state(machine, is_empty=last is None, gap=gap)
+    if (promotion := live_promotion(vault.catalog, machine.id)) is not None:
+        reason = f"{promotion.point_of(machine.id)} is being copied back over its disks (promotion {promotion.id[:12]})"
     points = vault.points(machine.id)
     book = read_book(vault.catalog)
     policy = policy_of(vault.catalog, book, machine.id)

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import trio
 
-from asrfs.protocol.messages import Compare, Compared
+from asrfs.protocol.messages import Compare, Compared, Fetch, Fetched
+from replica_store.points.changed_since import Fetcher
 from replica_store.points.digests import Comparer
 from replica_store.points.history import History
+
+
+class InlineFetching:
+    """`replica_store.ingest.promoting.Fetching` over a history; `seconds`: of virtual time that reading takes."""
+
+    def __init__(self, history: History, seconds: float = 0.0) -> None:
+        self._fetcher = Fetcher(history)
+        self._seconds = seconds
+
+    async def fetch(self, machine_id: str, wanted: Fetch) -> Fetched:
+        await trio.sleep(self._seconds)  # sleep: virtual
+        return self._fetcher.answer(machine_id, wanted)
 
 
 class InlineComparing:

@@ -187,6 +187,7 @@ class HealingHost:
         )
         self.alarms = Alarms()
         self.points: list[int] = []
+        self.hurries = 0
         threads = trio.CapacityLimiter(1)
         self.quota = InlineQuota(
             self.server,
@@ -212,12 +213,16 @@ class HealingHost:
             self.make_point,
             lambda: LAG_BYTES_MAX,
             self.find,
+            self.hurry_durable,
         )
 
     async def find(self, disks: Sequence[DiskConfig]) -> Mapping[int, Sequence[int]]:
         """What is compared differs."""
         await trio.lowlevel.checkpoint()
         return {disk.slot: range(-(-disk.size_bytes >> dirty_map.CHUNK_SHIFT)) for disk in disks}
+
+    def hurry_durable(self) -> None:
+        self.hurries += 1
 
     async def make_point(self, note: str) -> int:
         point = MarkerRecord(id=f"{len(self.world.model.records):032x}", note=note)

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from asrfs.daemon.digesting import ScanRate
 from asrfs.model.digest_tree import Region, numbers_of
 from asrfs.model.dirty_map import DirtyMap, GivenUp
 from asrfs.model.machine import DiskConfig, MachineConfig
@@ -55,6 +56,15 @@ def broken_span_counts_as_none(patch: pytest.MonkeyPatch) -> None:
             yield
 
     patch.setattr(ExactImages, "applying", applying)
+
+
+def gives_way_to_nobody(patch: pytest.MonkeyPatch) -> None:
+    """Images are read at full speed beside whoever uses the disks."""
+
+    async def now(self: ScanRate) -> int:
+        return self._chosen() or 0
+
+    patch.setattr(ScanRate, "now", now)
 
 
 def one_chunk_of_a_node(patch: pytest.MonkeyPatch) -> None:
@@ -175,6 +185,14 @@ PLANTS: tuple[Plant, ...] = (
         1,
         broken_span_counts_as_none,
         "the images hold more than the position says",
+    ),
+    Plant(
+        "scan-beside-users",
+        "comparing reads at full speed whoever uses the disks",
+        "tests/t4_sim/test_scan_rate.py::test_disks_that_are_used_are_read_slowly_until_nobody_has_used_them_for_a_while",
+        1,
+        gives_way_to_nobody,
+        "assert",
     ),
     Plant(
         "difference-not-seen",

@@ -19,7 +19,6 @@ def command(
         "web1,x",
         boot,
         chosen_drives(boot, DISKS),
-        "/run/m",
         is_test=is_test,
         accelerator="tcg",
         firmware=firmware,
@@ -41,7 +40,7 @@ def test_disks_come_in_the_order_that_was_set_and_start_from_the_first() -> None
 
 
 def test_a_device_is_opened_as_one() -> None:
-    words = qemu_command("m", QemuBoot(), [Drive("root", "/dev/loop3")], "/run/m", is_test=False, accelerator="kvm")
+    words = qemu_command("m", QemuBoot(), [Drive("root", "/dev/loop3")], is_test=False, accelerator="kvm")
     assert "driver=host_device,file.filename=/dev/loop3" in " ".join(words)
 
 
@@ -78,10 +77,7 @@ def test_a_port_is_forwarded_once_and_only_from_this_machine() -> None:
 
 def test_firmware_is_read_only_and_its_variables_are_the_machines_own() -> None:
     said = command(QemuBoot(firmware="uefi"), firmware="/usr/share/OVMF/OVMF_CODE.fd")
-    assert (
-        "readonly=on,file=/usr/share/OVMF/OVMF_CODE.fd" in said
-        and "unit=1,format=raw,file=/run/m/firmware.vars" in said
-    )
+    assert "readonly=on,file=/usr/share/OVMF/OVMF_CODE.fd" in said and "unit=1,format=raw,file=firmware.vars" in said
 
 
 def test_mounts_in_order_then_commands_then_services_and_in_a_test_no_services() -> None:

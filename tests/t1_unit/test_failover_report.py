@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import struct
+from pathlib import Path
+
 import msgspec
 import pytest
 
-from replica_store.failover.filesystems import Filesystem, recognise
+from replica_store.failover.filesystems import Filesystem, Place, filesystems_on, of_whole_disk, recognise
+from replica_store.failover.filesystems import verdict as of_filesystem
 from replica_store.failover.report import document, drills, verdict
 from replica_store.vault.operations import (
     Checked,
@@ -94,3 +98,31 @@ def superblock(compatible: int, incompatible: int) -> bytes:
 )
 def test_what_is_on_a_disk(head: bytes, expected: Filesystem | None) -> None:
     assert recognise(head) == expected
+
+
+def test_a_disk_with_partitions_is_as_good_as_the_worst_of_them() -> None:
+    first, second = Place(Filesystem("ext4", True), 1, 1 << 20, 8 << 20), Place(Filesystem("xfs", True), 3, 9 << 20, 1)
+    good = of_filesystem("root", first, "", replayed=True)
+    bad = of_filesystem("root", second, "it cannot be mounted", replayed=False)
+    assert of_whole_disk("root", []).result == "no filesystem"
+    assert of_whole_disk("root", [good]) == good
+    whole = of_whole_disk("root", [good, bad])
+    assert (whole.filesystem, whole.result, whole.replayed) == ("ext4, xfs", "damaged", True)
+    assert whole.text == "partition 3: it cannot be mounted"
+
+
+def test_filesystems_are_found_in_partitions(tmp_path: Path) -> None:
+    superblock = bytes(1024 + 0x38) + b"\x53\xef"
+    image = tmp_path / "disk.img"
+    table = b"".join(struct.pack("<4xB3xII", 0x83, *extent) for extent in ((2048, 2048), (4096, 2048)))
+    with image.open("wb") as disk:
+        disk.truncate(4 << 20)
+        disk.seek(446)
+        disk.write(table + bytes(32) + b"\x55\xaa")
+        disk.seek(4096 * 512)
+        disk.write(superblock)
+    assert filesystems_on("f", str(image)) == [Place(Filesystem("ext2", False), 2, 2 << 20, 1 << 20)]
+    image.write_bytes(superblock + bytes(1 << 20))
+    assert filesystems_on("f", str(image)) == [Place(Filesystem("ext2", False))]
+    image.write_bytes(bytes(1 << 20))
+    assert filesystems_on("f", str(image)) == []

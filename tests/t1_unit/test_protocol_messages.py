@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asrfs.model.configuration import GroupOrder, HostConfiguration, Member
+from asrfs.model.machine import DiskRecord
 from asrfs.protocol.frames import FrameType, ProtocolError
 from asrfs.protocol.messages import (
     TYPE_OF,
@@ -16,6 +17,8 @@ from asrfs.protocol.messages import (
     Compare,
     Compared,
     Configure,
+    Fetch,
+    Fetched,
     Goodbye,
     HandedOver,
     Handover,
@@ -25,13 +28,18 @@ from asrfs.protocol.messages import (
     Matched,
     Message,
     ObjectBegin,
+    Promote,
+    Promoted,
     Refused,
     Welcome,
+    check_fetched,
     decode_message,
     encode_message,
     region_of,
 )
 
+PROMOTED_DISK = DiskRecord(slot=2, id="e" * 32, name="root", size_bytes=5 << 20)
+FETCH = Fetch(number=1, slot=2, disk_id="e" * 32, size_bytes=5 << 20, lsn=9, offset=4096)
 MESSAGES: list[Message] = [
     Hello(
         protocol=1,
@@ -71,6 +79,13 @@ MESSAGES: list[Message] = [
     Handover(id="f" * 32, wanted="hand-over", seconds_max=600),
     HandedOver(id="f" * 32, outcome="handed-over", lsn=77, chunks_compared=16),
     HandedOver(id="f" * 32, outcome="failed", error="a disk differs"),
+    Promote(id="f" * 32, wanted="write", lsn=9, disks=(PROMOTED_DISK,), left=(3,), boot=b"{}"),
+    Promote(id="f" * 32, wanted="release"),
+    Promoted(id="f" * 32, outcome="written", lsn=77, bytes_written=4096),
+    Promoted(id="f" * 32, outcome="failed", exit_code=4, error="a disk is in use"),
+    FETCH,
+    Fetched(number=1, next=16384, extents=((4096, 512),), zeros=((8192, 8192),), content=bytes(512), total=8704),
+    Fetched(number=1, exit_code=3, text="no such disk"),
     Configure(
         configuration=HostConfiguration(
             generation=7,
@@ -186,6 +201,31 @@ def test_a_host_that_says_it_is_nowhere_is_not_believed(change: dict[str, object
     hello = msgspec.msgpack.decode(encode_message(MESSAGES[0]))
     with pytest.raises(ProtocolError):
         decode_message(FrameType.HELLO, msgspec.msgpack.encode(hello | change))
+
+
+GOOD = Fetched(number=1, next=16384, extents=((4096, 512), (5120, 512)), zeros=((8192, 8192),), content=bytes(1024))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"next": 4096},
+        {"next": (5 << 20) + 512},
+        {"next": 8192},
+        {"content": bytes(512)},
+        {"extents": ((0, 512), (5120, 512))},
+        {"extents": ((4096, 512), (4096, 512))},
+        {"extents": ((4096, 1), (5120, 1023))},
+        {"zeros": ((4096, 512),)},
+        {"zeros": ((8193, 512),)},
+    ],
+    ids=str,
+)
+def test_what_a_store_gives_back_is_of_what_was_asked_for(change: dict[str, object]) -> None:
+    check_fetched(GOOD, FETCH)
+    check_fetched(Fetched(number=1, exit_code=3), FETCH)
+    with pytest.raises(ProtocolError):
+        check_fetched(msgspec.structs.replace(GOOD, **change), FETCH)
 
 
 def test_a_refusal_has_a_code_we_know() -> None:

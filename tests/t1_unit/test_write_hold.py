@@ -362,3 +362,30 @@ def test_i6_a_fence_that_comes_in_a_hold_stays_when_the_hold_ends() -> None:
     assert refused.value.errno == errno.EROFS
     rig.hold.end()
     rig.journal.close()
+
+
+def test_i6_behind_the_fence_only_one_thread_writes_and_it_must_be_there(rig: Rig) -> None:
+    with pytest.raises(RefusedError), rig.hold.passing():
+        pytest.fail("nothing is fenced: guests write, too")
+    rig.hold.fence(True)
+    with rig.hold.passing():
+        rig.disk.write(0, b"x" * BLOCK)
+        rig.disk.discard(BLOCK, BLOCK)
+        refused: list[int | None] = []
+
+        def guest() -> None:
+            try:
+                rig.disk.write(0, b"y" * BLOCK)
+            except OSError as error:
+                refused.append(error.errno)
+
+        thread = threading.Thread(target=guest)
+        thread.start()
+        thread.join()
+        assert refused == [errno.EROFS]
+        with pytest.raises(RefusedError), rig.hold.passing():
+            pytest.fail("one at a time")
+    with pytest.raises(OSError, match="takes no writes"):
+        rig.disk.write(0, b"z" * BLOCK)
+    assert rig.kinds() == [(Kind.WRITE, 0), (Kind.DISCARD, BLOCK)]
+    assert rig.disk.read(0, 2 * BLOCK) == b"x" * BLOCK + bytes(BLOCK)

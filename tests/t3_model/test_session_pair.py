@@ -20,6 +20,8 @@ from asrfs.protocol.messages import (
     Compare,
     Compared,
     Configure,
+    Fetch,
+    Fetched,
     Goodbye,
     HandedOver,
     Handover,
@@ -28,6 +30,8 @@ from asrfs.protocol.messages import (
     Matched,
     Message,
     ObjectBegin,
+    Promote,
+    Promoted,
     Refused,
     encode_message,
 )
@@ -42,6 +46,10 @@ MATCH = Match(number=3, disks=(ChunksOfDisk(name="root", runs=((2, 3),), digests
 MATCHED = Matched(number=3, equal=(b"\x05",))
 HANDOVER = Handover(id="ab" * 16, wanted="hand-over", seconds_max=60)
 HANDED_OVER = HandedOver(id="ab" * 16, outcome="handed-over", lsn=10, chunks_compared=4)
+PROMOTE = Promote(id="ab" * 16, wanted="write", lsn=3, left=(2,), boot=b"{}")
+PROMOTED = Promoted(id="ab" * 16, outcome="ready", lsn=10)
+FETCH = Fetch(number=3, slot=0, disk_id="ab" * 16, size_bytes=5 << 20, lsn=3, offset=4096)
+FETCHED = Fetched(number=3, next=16384, extents=((4096, 512),), zeros=((8192, 8192),), content=bytes(512))
 COMPARED = Compared(number=3, lsn=10, differs=b"\x01", leaves=bytes(16 * 32))
 CONFIGURE = Configure(configuration=HostConfiguration(generation=3, policy="gold", keys={"crash_interval": "1s"}))
 
@@ -58,11 +66,13 @@ def test_a_whole_session_however_it_is_cut(cut: Cut) -> None:
     pair.say("host", Heartbeat(appended_lsn=10, durable_lsn=10, durable_time_ns=1))
     pair.say("host", COMPARE)
     pair.say("host", MATCH)
+    pair.say("host", FETCH)
     assert pair.carry("host", cut) == [
         ObjectReceived(begin_of(content), content),
         Heartbeat(appended_lsn=10, durable_lsn=10, durable_time_ns=1),
         COMPARE,
         MATCH,
+        FETCH,
     ]
     pair.say("store", Acknowledge(lsn=10, digest="12" * 32))
     pair.say("store", Heartbeat())
@@ -70,6 +80,8 @@ def test_a_whole_session_however_it_is_cut(cut: Cut) -> None:
     pair.say("store", COMPARED)
     pair.say("store", MATCHED)
     pair.say("store", HANDOVER)
+    pair.say("store", PROMOTE)
+    pair.say("store", FETCHED)
     assert pair.carry("store", cut) == [
         Acknowledge(lsn=10, digest="12" * 32),
         Heartbeat(),
@@ -77,10 +89,13 @@ def test_a_whole_session_however_it_is_cut(cut: Cut) -> None:
         COMPARED,
         MATCHED,
         HANDOVER,
+        PROMOTE,
+        FETCHED,
     ]
     pair.say("host", HANDED_OVER)
+    pair.say("host", PROMOTED)
     pair.say("host", GOODBYE)
-    assert pair.carry("host", cut) == [HANDED_OVER, GOODBYE]
+    assert pair.carry("host", cut) == [HANDED_OVER, PROMOTED, GOODBYE]
     assert {end.state for end in pair.ends.values()} == {State.CLOSED}
 
 
@@ -101,7 +116,10 @@ def test_what_the_store_says_within_an_object_does_not_end_it() -> None:
     pair.say("store", CONFIGURE)
     pair.say("store", COMPARED)
     pair.say("store", HANDOVER)
-    assert pair.carry("store") == [Acknowledge(lsn=7, digest=""), CONFIGURE, COMPARED, HANDOVER]
+    pair.say("store", PROMOTE)
+    pair.say("store", FETCHED)
+    said = [Acknowledge(lsn=7, digest=""), CONFIGURE, COMPARED, HANDOVER, PROMOTE, FETCHED]
+    assert pair.carry("store") == said
     assert pair.ends["store"].state is State.IN_OBJECT
     for buffer in buffers:
         pair.sent["host"] += buffer
@@ -141,6 +159,13 @@ ILLEGAL: list[tuple[str, Callable[[], tuple[SessionPair, Role]], Message]] = [
     ("a handover before hello", lambda: (SessionPair(), "host"), HANDOVER),
     ("the store hands over", lambda: (greeted(), "host"), HANDED_OVER),
     ("handed over before it is welcome", lambda: (SessionPair(), "store"), HANDED_OVER),
+    ("the host asks for a promotion", lambda: (greeted(), "store"), PROMOTE),
+    ("a promotion before hello", lambda: (SessionPair(), "host"), PROMOTE),
+    ("the store promotes", lambda: (greeted(), "host"), PROMOTED),
+    ("promoted before it is welcome", lambda: (SessionPair(), "store"), PROMOTED),
+    ("the store fetches", lambda: (greeted(), "host"), FETCH),
+    ("fetching before it is welcome", lambda: (SessionPair(), "store"), FETCH),
+    ("the host gives back", lambda: (greeted(), "store"), FETCHED),
     (
         "chunks without digests",
         lambda: (greeted(), "store"),

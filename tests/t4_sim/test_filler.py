@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 import pytest
@@ -88,6 +89,30 @@ async def test_all_content_is_in_the_history_when_the_gap_closes(
     assert set(kinds[kinds.index(Kind.DISK) :]) == {Kind.DISK, Kind.MARKER}, (
         "the closing record comes after all content"
     )
+    machine.world.close()
+
+
+async def test_what_was_filled_is_hurried_to_be_durable(
+    autojump_clock: trio.testing.MockClock, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each batch, and the end, waits until somebody looks whether anything is appended."""
+    monkeypatch.setattr("asrfs.replication.filler.RUN_BYTES_MAX", CHUNK)
+    monkeypatch.setattr("asrfs.replication.filler.RUNS_PER_SAVE", 3)
+    machine = Machine(rng)
+    batches = 0
+    async with filling(machine) as host:
+        fill_batch = host.filler._fill_batch
+
+        async def count(*arguments: Any) -> bool:
+            nonlocal batches
+            batches += 1
+            return await fill_batch(*arguments)
+
+        monkeypatch.setattr(type(host.filler), "_fill_batch", staticmethod(count))
+        await pass_time(30)
+        assert not host.dirty.map.slots()
+    assert batches > 1
+    assert host.hurries == batches + 1
     machine.world.close()
 
 

@@ -464,7 +464,7 @@ def test_a_host_that_takes_too_long_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     died = died_waiting(failovers, root)
-    monkeypatch.setattr(handing_over, "_is_present", lambda root, machine, clock: True)
+    monkeypatch.setattr(handing_over, "is_present", lambda root, machine, clock: True)
     waiting(HANDOVER_S - 30.0)
     with pytest.raises(TemporaryError, match="was not handed over within 60m"):
         WAIT_ANSWER(root, died.id, clock)

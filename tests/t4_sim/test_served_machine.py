@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -200,6 +201,19 @@ def test_positions_are_those_of_one_instant(serve: Open) -> None:
     after = machine.sync({})
     assert after["durable"] == after["appended"] == 3
     assert (after["segment"], after["offset"]) == (before["segment"], before["offset"])
+
+
+def test_positions_say_how_long_requests_took(serve: Open) -> None:
+    """Of the thread that serves them, which is the main one."""
+    machine = serve()
+    before = machine.positions({})["served_s"]
+    thread = threading.Thread(target=lambda: sum(range(2_000_000)))
+    thread.start()
+    thread.join()
+    of_others = machine.positions({})["served_s"] - before
+    write(machine, "root", 0, b"x" * 4096)
+    sum(range(2_000_000))
+    assert machine.positions({})["served_s"] - before > 5 * of_others > 0
 
 
 def test_marker_is_durable_when_it_is_answered(state: StateDirectory, serve: Open) -> None:

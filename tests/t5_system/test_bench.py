@@ -115,9 +115,10 @@ def test_scale_and_export(scratch: Path, name: str) -> None:
 
 
 def test_failover(scratch: Path) -> None:
-    outcome = bench(scratch, "failover")["failover"]
+    outcome = bench(scratch, "failover", "--seconds", "2")["failover"]
     check(outcome, {"asrfs-shipping"})
-    assert {workload["key"] for workload in outcome["workloads"]} == {"frozen-128M", "crashed-128M"}
+    beside = {f"{what}-{kind}" for what in ("writers", "rpo") for kind in ("without", "with", "noise")}
+    assert {workload["key"] for workload in outcome["workloads"]} == {"frozen-128M", "crashed-128M"} | beside
 
 
 def test_barrier(scratch: Path) -> None:

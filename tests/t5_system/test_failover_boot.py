@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from replica_store.failover import processes
 from tests.t5_system.failovers import FailoversUnderTest, failovers_of
 from tools.lab import Lab, run, wait_until
 
@@ -110,6 +111,7 @@ def test_a_drill_is_started_apart_and_one_in_earnest_where_it_belongs(
     ask = f"import socket; print(socket.create_connection(('127.0.0.1', {production.port})).recv(100).decode())"
     assert run([*inside, ask]).strip() == "it runs"
     assert len(production.mounts()) == 1 and production.mounts() != [str(production.path)]
+    assert schedulers(drill["id"]) == {os.SCHED_IDLE}, "production and the store come first"
 
     plain = failovers.ask("unplanned", machine, "--point", "ready", "--no-boot")
     assert plain["boot"] is None and production.says() == ""
@@ -117,6 +119,7 @@ def test_a_drill_is_started_apart_and_one_in_earnest_where_it_belongs(
     earnest = failovers.ask("unplanned", machine, "--point", "ready")
     assert production.says() == "it runs" and str(production.path) in production.mounts()
     assert failovers.ask("resume", earnest["id"])["boot"]["runs"]
+    assert schedulers(earnest["id"]) == {os.SCHED_OTHER}
     failovers.ask("cancel", earnest["id"])
     assert production.says() == "" and len(production.mounts()) == 1
     failovers.ask("cleanup", drill["id"])
@@ -166,6 +169,11 @@ def test_a_plan_brings_machines_back(production: Production, failovers: Failover
     assert failovers.run("plan", "resume", earnest["id"]).returncode == 4
     failovers.ask("cancel", earnest["machines"][0]["id"])
     assert production.mounts() == []
+
+
+def schedulers(operation_id: str) -> set[int]:
+    """By which rules the processes of a failover get a processor."""
+    return {os.sched_getscheduler(each.pid) for each in processes.find(operation_id)}
 
 
 def _free_port() -> int:

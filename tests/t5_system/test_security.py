@@ -58,7 +58,10 @@ from tests.waiting import wait_until
 
 CUT_S_MAX = 10.0
 DAY_NS = 86_400 * 1_000_000_000
-HOST_SAYS = {"HELLO", "OBJECT_BEGIN", "OBJECT_BYTES", "HEARTBEAT", "GOODBYE", "COMPARE", "MATCH", "HANDED_OVER"}
+HOST_SAYS = {
+    *("HELLO", "OBJECT_BEGIN", "OBJECT_BYTES", "HEARTBEAT", "GOODBYE"),
+    *("COMPARE", "MATCH", "HANDED_OVER", "PROMOTED", "FETCH"),
+}
 OPEN_PATHS = {("POST", ENROL_PATH), ("GET", HEALTH_PATH), ("HEAD", HEALTH_PATH)}
 TRIED_NAMES = {"machine": "web1", "name": "web1", "id": "1", "point": "noon", "disk": "root"}
 """What stands for the parameters of a path that exists."""
@@ -111,8 +114,8 @@ def welcomed(machine: Enrolled) -> tuple[RawClient, Welcome]:
 
 
 def test_a_host_may_append_and_nothing_else() -> None:
-    """No word of the protocol lets a host delete, shorten or change the time of anything: COMPARE and MATCH ask, and
-    HANDED_OVER answers."""
+    """No word of the protocol lets a host delete, shorten or change the time of anything: COMPARE, MATCH
+    and FETCH ask, HANDED_OVER and PROMOTED answer."""
     said = {speaks.type.name for following in TABLE.values() for speaks in following if speaks.role == "host"}
     assert said == HOST_SAYS
 

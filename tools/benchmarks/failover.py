@@ -9,6 +9,7 @@ from typing import Any
 from asrfs.errors import TemporaryError
 from asrfs.model.quantities import format_size
 
+from . import failover_writers
 from .benchmark import Run
 from .own_peers import ShippingPeer
 from .results import Turn, Workload
@@ -21,33 +22,40 @@ FILE_BYTES = 64 << 20
 KEY = "asrfs-shipping"
 NOTES = (
     "A disk with ext4 and files of random bytes; a point while it is frozen, and one as a crash leaves it, whose "
-    "journal is replayed on a copy before fsck. The time is from the start of the command to the end of fsck; the "
-    "store and the protected machine run beside it.",
+    "journal is replayed on a copy before fsck. The time is from the start of the command to the end of fsck; stores "
+    "and protected machines of all sizes run beside it.",
 )
 
 
 def run(bench: Workbench, name: str, command: str) -> Run:
     options = bench.options
-    run = Run(bench, name, command, {"written": format_size(options.size_bytes), "turns": options.turns})
+    run = Run(bench, name, command, {"written at most": format_size(options.size_bytes), "turns": options.turns})
     run.facts(KEY, "asrfs")
     run.outcome.notes += NOTES
-    for size_bytes in SIZES_TINY if options.tiny else SIZES:
-        size = format_size(size_bytes).replace(".0 ", "").removesuffix("iB")
-        frozen, crashed = (
-            Workload(f"{key}-{size}", f"test failover of a disk of {format_size(size_bytes)}, {how}", "s", "", True)
-            for key, how in (("frozen", "filesystem point"), ("crashed", "crash point"))
-        )
-        run.outcome.workloads += [frozen, crashed]
-        with bench.stack() as stack:
+    with bench.stack() as stack:
+        steps: list[tuple[ShippingPeer, str, Workload]] = []
+        for size_bytes in SIZES_TINY if options.tiny else SIZES:
+            written = min(options.size_bytes, size_bytes // SHARE_MAX)
             peer = ShippingPeer(bench, size_bytes)
             peer.start(stack)
             run.facts(KEY).version = peer.version()
-            _write(peer, min(options.size_bytes, size_bytes // SHARE_MAX))
-            for turn in range(options.turns):
-                for workload in (frozen, crashed):
-                    workload.add(KEY, _try(peer, workload.key.partition("-")[0]))
-                bench.say(f"{size}: turn {turn + 1} of {options.turns} done")
+            _write(peer, written)
+            for point, how in (("frozen", "filesystem point"), ("crashed", "crash point")):
+                steps.append((peer, point, _workload(point, how, size_bytes, written)))
+            bench.say(f"a disk of {format_size(size_bytes)} is there, {format_size(written)} of it written")
+        run.outcome.workloads += [workload for _, _, workload in steps]
+        for turn in range(options.turns):
+            for peer, point, workload in steps:
+                workload.add(KEY, _try(peer, point))
+            bench.say(f"turn {turn + 1} of {options.turns} of all sizes done")
+    failover_writers.measure(run)
     return run
+
+
+def _workload(point: str, how: str, size_bytes: int, written: int) -> Workload:
+    size = format_size(size_bytes).replace(".0 ", "").removesuffix("iB")
+    what = f"test failover of a disk of {format_size(size_bytes)}, {format_size(written)} written, {how}"
+    return Workload(f"{point}-{size}", what, "s", less_is_better=True)
 
 
 def _write(peer: ShippingPeer, count: int) -> None:

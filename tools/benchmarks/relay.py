@@ -31,8 +31,15 @@ class Relay:
 
     def stand_between(self, state: Path) -> None:
         """Have the machine in this state directory, which is enrolled and not served, connect to the relay."""
+        self._point(state, self.port)
+
+    def stand_aside(self, state: Path) -> None:
+        """Have it connect to the store itself again, from its next start on."""
+        self._point(state, self._target[1])
+
+    def _point(self, state: Path, port: int) -> None:
         path = state / "keys" / "store.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"data_port": self.port}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"data_port": port}))
 
     def close(self) -> None:
         self._listening.close()

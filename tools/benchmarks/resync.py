@@ -6,14 +6,13 @@ from __future__ import annotations
 import os
 import random
 import re
-import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lab import Lab, LabError, wait_until
 
@@ -26,15 +25,17 @@ from asrfs.storage.directory import open_path
 from replica_store.points.digests import Comparer
 from replica_store.vault.vault import Vault
 
+from . import rsync
 from .benchmark import Run
 from .measuring import MIB, fio, lasting
 from .own_peers import STORE_NICE, AsrfsPeer
 from .packages import version_of
 from .relay import Relay
 from .results import Turn, Workload
+from .rsync import Change
 from .workbench import Workbench
 
-KEY, RSYNC, DISK = "asrfs", "rsync", "bench"
+KEY, DISK = "asrfs", "bench"
 PERCENTS = (0, 1, 10)
 SECONDS = 10
 WRITES_PER_S = 1000
@@ -49,21 +50,17 @@ NOTES = (
     "The image is half random bytes and half bytes that pack to a tenth. Scanning: what the process that digests does, "
     "in this process, by its processor time, from the page cache; the store reads log objects as a host shipped them.",
     "Changed: 4 KiB anywhere in each of so many chunks of 64 KiB, while the machine is stopped. asrfs: the command "
-    "`resync --full-scan --now`, until the store has all. rsync: `--inplace --no-whole-file --ignore-times --fsync` to "
-    "another file of this machine, before asrfs in one turn and behind it in the next. On the wire: both directions; "
-    "of asrfs with TLS, counted by a relay; of rsync what it says of itself.",
+    "`resync --full-scan --now`, from its start until the store has all of it, durably. rsync: `--inplace "
+    "--no-whole-file --ignore-times --fsync` to another file of this machine, and over loopback to its daemon, which "
+    "does not encrypt; both before asrfs in one turn and behind it in the next. All read from the page cache. On the "
+    "wire: both directions; of asrfs with TLS, counted by a relay; of rsync what it says of itself.",
     "Dirty map: the store was away until the journal was over its quota. What is read is all that the disk server read "
     "from then on until the store had everything.",
     f"Writers: 4 KiB at random places, depth 1, {WRITES_PER_S} a second, through the loop device; with: while half of "
-    "all chunks are compared and sent. The resync began before and ended behind each measurement, or it is said.",
+    "all chunks are compared and sent. The resync began before and ended behind each measurement, or it is said. The "
+    "store, which in earnest is another machine, has what processors the host leaves to it, and no relay is between; "
+    "`beside the store` is with a store that has as much right to them.",
 )
-
-
-class Change(NamedTuple):
-    """What one resync took."""
-
-    seconds: float
-    wire_bytes: int
 
 
 def run(bench: Workbench, name: str, command: str) -> Run:
@@ -74,8 +71,9 @@ def run(bench: Workbench, name: str, command: str) -> Run:
     run.use_fio()
     run.outcome.notes += NOTES
     run.facts(KEY, "asrfs", AsrfsPeer(bench, 0).version())
-    run.facts(RSYNC, "rsync --inplace").unavailable = bench.packages.missing(("rsync",))
-    run.facts(RSYNC).version = f"rsync {version_of('rsync')}" if version_of("rsync") else ""
+    for key, title in rsync.TITLES.items():
+        run.facts(key, title).unavailable = bench.packages.missing(("rsync",))
+        run.facts(key).version = f"rsync {version_of('rsync')}" if version_of("rsync") else ""
     bench.say(f"making an image of {format_size(size_bytes)}")
     image = bench.directory("image") / "disk.raw"
     make_image(image, size_bytes)
@@ -105,7 +103,8 @@ def make_image(path: Path, size_bytes: int) -> None:
 class _Machine:
     """A store and a machine whose one disk is the image, with a relay between them."""
 
-    def __init__(self, lab: Lab, relay: Relay, image: Path) -> None:
+    def __init__(self, bench: Workbench, lab: Lab, relay: Relay, image: Path) -> None:
+        self.bench = bench
         self.lab = lab
         self.relay = relay
         self.image = image
@@ -165,7 +164,7 @@ def _machine(bench: Workbench, image: Path) -> Iterator[_Machine]:
         relay = Relay(lab.data)
         stack.callback(relay.close)
         relay.stand_between(lab.state)
-        machine = _Machine(lab, relay, image)
+        machine = _Machine(bench, lab, relay, image)
         lab.start_host()
         bench.say("the first copy is made")
         machine.wait_until_whole()
@@ -240,45 +239,37 @@ def _store_scan(machine: _Machine, regions: list[Region]) -> float:
 
 def _beside_rsync(run: Run, machine: _Machine) -> None:
     bench = run.bench
-    copy = bench.directory("rsync") / "copy.raw"
-    has_rsync = not run.facts(RSYNC).unavailable
-    if has_rsync:
-        _rsync(machine.image, copy)
     speeds, wires = {}, {}
     for percent in PERCENTS:
         title = f"{percent} % of the chunks changed"
-        speeds[percent] = Workload(f"resync-{percent}", f"{title}: disk by time", "MiB/s", RSYNC)
+        speeds[percent] = Workload(f"resync-{percent}", f"{title}: disk by time", "MiB/s", rsync.LOCAL)
         wires[percent] = Workload(f"wire-{percent}", f"{title}: on the wire", "% of the disk", less_is_better=True)
     run.outcome.workloads += [*speeds.values(), *wires.values()]
-    for turn in range(bench.options.turns):
-        for percent in PERCENTS:
-            machine.stop()
-            changed = machine.change(percent)
-            bench.flush_everything()
-            found: dict[str, Change] = {}
-            if has_rsync and turn % 2 == 0:
-                found[RSYNC] = _rsync(machine.image, copy)
-            machine.start()
-            found[KEY] = machine.resync(changed)
-            bench.flush_everything()
-            if has_rsync and turn % 2:
-                found[RSYNC] = _rsync(machine.image, copy)
-            for key, each in found.items():
-                speeds[percent].add(key, Turn(machine.size_bytes / MIB / each.seconds, {"seconds": each.seconds}))
-                share = 100 * each.wire_bytes / machine.size_bytes
-                wires[percent].add(key, Turn(share, {"wire_kib": each.wire_bytes / 1024}))
-        bench.say(f"turn {turn + 1} of {bench.options.turns} beside rsync done")
+    has_rsync = not run.facts(rsync.LOCAL).unavailable
+    with bench.stack() as stack:
+        others = stack.enter_context(rsync.peers(bench, machine.image)) if has_rsync else {}
+        for turn in range(bench.options.turns):
+            for percent in PERCENTS:
+                for key, each in _one_change(machine, percent, others, others_first=turn % 2 == 0).items():
+                    speeds[percent].add(key, Turn(machine.size_bytes / MIB / each.seconds, {"seconds": each.seconds}))
+                    share = 100 * each.wire_bytes / machine.size_bytes
+                    wires[percent].add(key, Turn(share, {"wire_kib": each.wire_bytes / 1024}))
+            bench.say(f"turn {turn + 1} of {bench.options.turns} beside rsync done")
 
 
-def _rsync(image: Path, copy: Path) -> Change:
-    words = ["rsync", "--inplace", "--no-whole-file", "--ignore-times", "--fsync", "--stats", str(image), str(copy)]
-    began = time.monotonic()
-    done = subprocess.run(words, capture_output=True, text=True, timeout=WAIT_S_MAX, check=False)
-    seconds = time.monotonic() - began
-    if done.returncode:
-        raise LabError(f"rsync ended with {done.returncode}: {done.stderr[-300:]}")
-    counts = re.findall(r"Total bytes (?:sent|received): ([\d,]+)", done.stdout)
-    return Change(seconds, sum(int(count.replace(",", "")) for count in counts))
+def _one_change(
+    machine: _Machine, percent: float, others: Mapping[str, Callable[[], Change]], *, others_first: bool
+) -> dict[str, Change]:
+    """What it takes everybody to bring one change over."""
+    bench = machine.bench
+    machine.stop()
+    changed = machine.change(percent)
+    bench.flush_everything()
+    found = {key: bring() for key, bring in others.items() if others_first}
+    machine.start()
+    found[KEY] = machine.resync(changed)
+    bench.flush_everything()
+    return found | {key: bring() for key, bring in others.items() if not others_first}
 
 
 # ---- by the dirty map ----------------------------------------------------------------------------------------------
@@ -333,26 +324,36 @@ def _bytes_read(machine: _Machine) -> int:
 
 
 def _writers(run: Run, machine: _Machine, seconds: float) -> None:
+    titles = {"without": "without a resync", "with": "with a resync", "beside": "with a resync, beside the store"}
     workloads = {
-        kind: Workload(f"writers-{kind}", f"write of 4 KiB {kind} a resync, p99", "µs", less_is_better=True)
-        for kind in ("without", "with")
+        kind: Workload(f"writers-{kind}", f"write of 4 KiB {title}, p99", "µs", less_is_better=True)
+        for kind, title in titles.items()
     }
     ratios = Workload("writers-ratio", "p99 with a resync by p99 without", "×", less_is_better=True)
     run.outcome.workloads += [*workloads.values(), ratios]
     for turn in range(run.bench.options.turns):
         values = {}
         for kind, workload in workloads.items():
-            found = _write(run, machine, seconds, with_resync=kind == "with")
+            _rank_store(machine, 0 if kind == "beside" else STORE_NICE)
+            found = _write(run, machine, seconds, with_resync=kind != "without")
             workload.add(KEY, found)
             values[kind] = found.value
         ratios.add(KEY, Turn(values["with"] / values["without"]))
         run.bench.say(f"turn {turn + 1} of {run.bench.options.turns} of writers done")
 
 
+def _rank_store(machine: _Machine, niceness: int) -> None:
+    """Where sessions are scheduled as groups, niceness alone counts within each."""
+    assert machine.lab.store is not None
+    with suppress(OSError):
+        Path(f"/proc/{machine.lab.store.pid}/autogroup").write_text(str(niceness))
+
+
 def _write(run: Run, machine: _Machine, seconds: float, *, with_resync: bool) -> Turn:
     lab = machine.lab
     machine.stop()
     machine.change(_HALF_DIFFERENT if with_resync else 0)
+    machine.relay.stand_aside(lab.state)
     run.bench.flush_everything()
     machine.start()
     device = str(lab.asrfs("attach", DISK)["device"])

@@ -19,7 +19,7 @@ from asrfs.model.configuration import HostConfiguration, check_configuration
 from asrfs.model.digest_tree import LeafDigester, Region, node_digests
 from asrfs.model.positions import Cursor, Positions
 from asrfs.protocol.frames import FRAME_HEADER_BYTES, ProtocolError
-from asrfs.protocol.messages import PROTOCOL_VERSION, Compare, Welcome
+from asrfs.protocol.messages import PROTOCOL_VERSION, Compare, Fetch, Promote, Welcome
 from asrfs.protocol.session import Bytes, Event, ObjectReceived, Session
 from asrfs.replication.comparer import chunks_in
 from asrfs.replication.object_builder import MachineKeys as HostKeys
@@ -36,11 +36,12 @@ from replica_store.ingest.configurations import Configurations
 from replica_store.ingest.handovers import Handovers
 from replica_store.ingest.ingester import Ingester
 from replica_store.ingest.links import Links
+from replica_store.ingest.promoting import Promotions
 from replica_store.ingest.session import StoreSession
 from replica_store.vault.keys import MachineKeys
 from replica_store.vault.rows import MachineRow
 from replica_store.vault.vault import Vault
-from tests.fakes.comparing import InlineComparing
+from tests.fakes.comparing import InlineComparing, InlineFetching
 from tests.fakes.crash_storage import CrashStorage
 from tests.fakes.journal_world import MACHINE_ID, JournalWorld
 from tests.fakes.memory_objects import MemoryObjects
@@ -57,6 +58,7 @@ WELCOME = Welcome(
     acknowledged_time_ns=0,
     last_digest="",
     compares=4,
+    takes_fetches=True,
 )
 _GAP_S = 0.4
 _MACHINE = "0123456789abcdef" * 2
@@ -104,7 +106,10 @@ class _InlineStore:
         self.budget = Budget()
         self.configurations = Configurations(vault, self.in_thread)
         self.handovers = Handovers(vault, SystemClock(), self.in_thread)
+        self.promotions = Promotions(vault, SystemClock(), self.in_thread)
+        self.promotions._wanted = {_MACHINE: Promote(id="d" * 32, wanted="write", lsn=2)}
         self.comparing = InlineComparing(vault)
+        self.fetching = InlineFetching(vault)
         self.ingester = Ingester(vault, _MACHINE, lambda: "deadbeef")
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -244,6 +249,7 @@ class HostWorld:
                 journal_turn=trio.Lock(),
                 configured=configured,
                 handover=lambda wanted: None,
+                promotion=lambda wanted: None,
             )
             keys = HostKeys(MACHINE_ID, b"i" * 32, b"p" * 32)
             async with trio.open_nursery() as nursery:
@@ -264,7 +270,7 @@ class HostWorld:
 
 
 async def _compare(outlet: Outlet, differing: list[int]) -> None:
-    """Ask about a disk of 5 MiB of zeros."""
+    """Ask about a disk of 5 MiB of zeros, then for what it was."""
     region = Region(5 << 20, 0, 2)
     leaves = LeafDigester(region).finish()
     digests = node_digests(leaves)
@@ -272,6 +278,9 @@ async def _compare(outlet: Outlet, differing: list[int]) -> None:
     await outlet.wait_open()
     with contextlib.suppress(AsrfsError):
         differing += chunks_in(await outlet.ask(asked), region, leaves)
+        wanted = Fetch(number=0, slot=0, disk_id="0" * 32, size_bytes=5 << 20, lsn=2, offset=0)
+        answer = await outlet.fetch(wanted)
+        assert 0 < answer.next <= wanted.size_bytes and len(answer.content) <= answer.next, "what is given fits"
 
 
 def _objects_in(said: bytes) -> list[tuple[int, str]]:

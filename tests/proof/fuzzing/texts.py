@@ -123,7 +123,7 @@ def try_boot(rng: random.Random, strike: Strike) -> None:
     for settings in filter(None, (taken, document)):
         if settings.qemu is not None:
             chosen = refused(lambda: chosen_drives(settings.qemu, {"root": "/a", "data": "/b"}))  # noqa: B023
-            words = qemu_command("m", settings.qemu, chosen or [], "/m", is_test=True, accelerator="tcg")
+            words = qemu_command("m", settings.qemu, chosen or [], is_test=True, accelerator="tcg")
             assert all(type(word) is str and "\0" not in word for word in words)
         assert settings.health is None or 0 < settings.health.timeout_s <= TIMEOUT_S_MAX
 

@@ -34,12 +34,16 @@ from asrfs.protocol.messages import (
     Compare,
     Compared,
     Configure,
+    Fetch,
+    Fetched,
     Goodbye,
     HandedOver,
     Handover,
     Heartbeat,
     Match,
     Matched,
+    Promote,
+    Promoted,
     Refused,
     encode_message,
 )
@@ -230,6 +234,9 @@ def host_says(history: HostHistory, records_each: int) -> Conversation:
     wanted = Match(number=1, disks=(ChunksOfDisk(name="root", runs=((0, 2),), digests=bytes(32)),))
     said.append(_piece(wanted, FrameType.MATCH))
     said.append(_piece(HandedOver(id="d" * 32, outcome="failed", error="no"), FrameType.HANDED_OVER))
+    said.append(_piece(Promoted(id="d" * 32, outcome="ready", lsn=2), FrameType.PROMOTED))
+    fetch = Fetch(number=1, slot=0, disk_id="0" * 32, size_bytes=1 << 20, lsn=2, offset=0)
+    said.append(_piece(fetch, FrameType.FETCH))
     said += [_piece(ask, FrameType.COMPARE), _piece(msgspec.structs.replace(ask, lsn=2), FrameType.COMPARE)]
     return [*said, _piece(Goodbye(reason="done"), FrameType.GOODBYE)]
 
@@ -242,6 +249,9 @@ def store_says(acknowledged: list[Acknowledge]) -> Conversation:
     said.append(_piece(Compared(number=1, lsn=3, differs=b"\x02", leaves=bytes(range(32)) * 16), FrameType.COMPARED))
     said.append(_piece(Matched(number=1, equal=(b"\x02",)), FrameType.MATCHED))
     said.append(_piece(Handover(id="d" * 32, wanted="take-back"), FrameType.HANDOVER))
+    said.append(_piece(Promote(id="d" * 32, wanted="write", lsn=2, boot=b"{}"), FrameType.PROMOTE))
+    given = Fetched(number=2, next=8192, extents=((0, 512),), zeros=((4096, 4096),), content=bytes(512))
+    said.append(_piece(given, FrameType.FETCHED))
     return [*said, _piece(Refused(code="busy", text="later"), FrameType.REFUSED)]
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.waiting import wait_until
 
 USER = "postgres"
-_AS_USER = (
+AS_USER = (
     *("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"),
     *("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"),
 )
@@ -37,6 +37,9 @@ class Postgres:
         self.directory = directory
         self.sockets = sockets
         self.process: subprocess.Popen[bytes] | None = None
+        self.address: tuple[str, ...] = ("-h", str(sockets))
+        """Words by which clients find it; `within`: a command that runs them, such as in another network."""
+        self.within: tuple[str, ...] = ()
         sockets.mkdir(exist_ok=True)
         shutil.chown(sockets, USER)
         self.log = sockets / "postgres.log"
@@ -60,7 +63,7 @@ class Postgres:
         words = [word for key, value in settings.items() for word in ("-c", f"{key}={value}")]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*_AS_USER, program("postgres"), "-D", str(self.directory), *words],
+                [*AS_USER, program("postgres"), "-D", str(self.directory), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -86,7 +89,7 @@ class Postgres:
     def run(self, name: str, *arguments: str | Path, seconds_max: float = 120.0) -> str:
         """A program of PostgreSQL as its user, which must succeed; its output."""
         done = subprocess.run(
-            [*_AS_USER, program(name), *map(str, arguments)],
+            [*self.within, *AS_USER, program(name), *map(str, arguments)],
             capture_output=True,
             text=True,
             timeout=seconds_max,
@@ -99,7 +102,7 @@ class Postgres:
 
     def client(self, name: str, *arguments: str | Path) -> str:
         """A client program of the server in its database `postgres`."""
-        return self.run(name, "-h", self.sockets, "-U", USER, *arguments)
+        return self.run(name, *self.address, "-U", USER, *arguments)
 
     def query(self, text: str) -> str:
         return self.client("psql", "-XqAt", "-v", "ON_ERROR_STOP=1", "-c", text).strip()

@@ -233,6 +233,7 @@ class Agent:
             self._make_point,
             lambda: 0,
             self._compare,
+            self.ticker.poke,
         )
         self._comparing = trio.Lock()
         self._ordered = trio.Event()

@@ -1,0 +1,131 @@
+"""What promotions want of hosts, and what their answers make of them.
+
+A host hears `write` only when all of the promotion are ready, `release` only when all have written, and `take-back`
+only as long as none was told to write.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from asrfs.errors import IntegrityError, NotFoundError, foreign_line
+from asrfs.protocol.frames import ProtocolError
+from asrfs.protocol.messages import Promote, Promoted
+from replica_store.vault.promotions import (
+    PromotedMachine,
+    Promotion,
+    change_promotion,
+    promotion,
+    promotions,
+    sealed_promotion,
+)
+from replica_store.vault.vault import Vault
+
+TIME_IS_UP = "not all hosts were ready in time"
+
+
+def wanted_of(found: Promotion, member: PromotedMachine) -> Promote | None:
+    """What the host of one of its machines is to be told. PURE."""
+    if member.is_back:
+        return None
+    if found.state == "cancelled":
+        return Promote(id=found.id, wanted="take-back")
+    if found.state in ("releasing", "done"):
+        return Promote(id=found.id, wanted="release")
+    return Promote(
+        id=found.id,
+        wanted="prepare" if found.state == "preparing" else "write",
+        lsn=member.point.lsn,
+        disks=member.records,
+        left=member.left,
+        boot=member.boot,
+    )
+
+
+def promotions_wanted(vault: Vault, now_ns: int) -> dict[str, Promote]:
+    """By machine, of several the oldest's. Those whose time is up are cancelled. A row that nobody sealed wants
+    nothing. Raises AsrfsError."""
+    wanted: dict[str, Promote] = {}
+    for row in promotions(vault.catalog, live=True):
+        try:
+            found = sealed_promotion(vault, row.id)
+        except IntegrityError:  # whoever acts on it is told so
+            continue
+        if found.state == "preparing" and now_ns >= found.until_ns:
+            found = change_promotion(vault.root, found.id, lambda before: expired(before, now_ns))
+        for member in found.machines:
+            word = wanted_of(found, member)
+            if word is not None:
+                wanted.setdefault(member.machine_id, word)
+    return wanted
+
+
+def expired(before: Promotion, now_ns: int) -> Promotion:
+    """PURE."""
+    is_due = before.state == "preparing" and now_ns >= before.until_ns
+    return before.to("cancelled", now_ns, TIME_IS_UP) if is_due else before
+
+
+def note_answer(vault: Vault, machine_id: str, word: Promoted, now_ns: int) -> None:
+    """Write down what a host answered, durably, unless it says nothing new. Blocks.
+
+    Raises ProtocolError for a host that speaks of another's, AsrfsError where it cannot be written.
+    """
+    try:
+        found = promotion(vault.catalog, word.id)
+    except NotFoundError:
+        return  # of a vault that this one is an older copy of
+    if found.member(machine_id) is None:
+        raise ProtocolError(f"promotion {word.id[:12]} asked nothing of this host")
+    received_lsn = vault.received_lsn(machine_id)
+    if answered(found, machine_id, word, received_lsn, now_ns) != found:
+        change_promotion(vault.root, found.id, lambda before: answered(before, machine_id, word, received_lsn, now_ns))
+
+
+def answered(before: Promotion, machine_id: str, word: Promoted, received_lsn: int, now_ns: int) -> Promotion:
+    """The promotion with a host's answer, gone on where that was the last it waited for. PURE."""
+    member = before.member(machine_id)
+    assert member is not None
+    if word.outcome in ("ready", "written") and not 0 < word.lsn <= received_lsn:
+        text = f"its host speaks of LSN {word.lsn}, and LSN {received_lsn} is here"
+        word = Promoted(id=word.id, outcome="failed", exit_code=IntegrityError.exit_code, error=text)
+    if before.state == "preparing":
+        return _while_preparing(before, member, word, now_ns)
+    if before.state == "writing":
+        return _while_writing(before, member, word, now_ns)
+    if word.outcome in ("released", "taken-back") and not member.is_back:
+        after = before.with_member(msgspec.structs.replace(member, is_back=True))
+        if before.state == "releasing" and all(each.is_back for each in after.machines):
+            return after.to("done", now_ns, "guests may use the disks")
+        return after
+    return before
+
+
+def _while_preparing(before: Promotion, member: PromotedMachine, word: Promoted, now_ns: int) -> Promotion:
+    change = msgspec.structs.replace
+    if word.outcome == "ready":
+        if member.before_lsn is not None:
+            return before
+        after = before.with_member(change(member, before_lsn=word.lsn))
+        if any(each.before_lsn is None for each in after.machines):
+            return after
+        return after.to("writing", now_ns, "nobody uses the disks, and what they are is a point")
+    if word.outcome in ("failed", "taken-back"):
+        error = foreign_line(word.error) or "it took its machine back"
+        failed = change(member, error=error, exit_code=word.exit_code or 1, is_back=True)
+        return before.with_member(failed).to("cancelled", now_ns, f"machine {member.machine}: {error}")
+    return before
+
+
+def _while_writing(before: Promotion, member: PromotedMachine, word: Promoted, now_ns: int) -> Promotion:
+    change = msgspec.structs.replace
+    if word.outcome == "written" and member.end_lsn is None:
+        written = change(member, end_lsn=word.lsn, bytes_written=word.bytes_written, error=None, exit_code=0)
+        after = before.with_member(written)
+        if any(each.end_lsn is None for each in after.machines):
+            return after
+        return after.to("releasing", now_ns, "all disks are what they were at the point")
+    if word.outcome == "failed" and member.end_lsn is None:
+        error = foreign_line(word.error)
+        return before.with_member(change(member, error=error, exit_code=word.exit_code or 1))
+    return before
