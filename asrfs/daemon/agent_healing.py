@@ -96,26 +96,7 @@ class AgentHealing:
             cut_bytes=trimmer.cut_bytes,
             look=trimmer.look,
         )
-
-        async def make_point(note: str) -> int:
-            point, _ = await maker.make(PointRequest(consistency="crash", note=note))
-            shipper.hurry(point.lsn)
-            return point.lsn
-
-        self._filler = Filler(
-            server,
-            progress,
-            dirty,
-            threads,
-            state.load_machine,
-            self._set_gaps,
-            self._open_image,
-            make_point,
-            lambda: 0,
-            self._find,
-            hurry_durable,
-            hurry_applied,
-        )
+        self._filler = self._make_filler(server, maker, hurry_durable, hurry_applied)
         if unknown_slots(dirty.map):
             files = DirectoryStorage(state.root)
             alarms.set(LOST_MAP_ALARM, "warning", lost_text(files, DIRTY_MAP_FILE))
@@ -129,6 +110,33 @@ class AgentHealing:
             return shipper.is_enrolled and is_one_machine and not self.is_held_back()
 
         self.resyncer = Resyncer(self._filler, progress, alarms, may_heal, rules, minute_of_day)
+
+    def _make_filler(
+        self,
+        server: DiskServer,
+        maker: PointMaker,
+        hurry_durable: Callable[[], None],
+        hurry_applied: Callable[[int], None],
+    ) -> Filler:
+        async def make_point(note: str) -> int:
+            point, _ = await maker.make(PointRequest(consistency="crash", note=note))
+            self._shipper.hurry(point.lsn)
+            return point.lsn
+
+        return Filler(
+            server,
+            self._progress,
+            self._dirty,
+            self._threads,
+            self._state.load_machine,
+            self._set_gaps,
+            self._open_image,
+            make_point,
+            lambda: 0,
+            self._find,
+            hurry_durable,
+            hurry_applied,
+        )
 
     def _make_rejoiner(self, server: DiskServer, positions: PositionsFile) -> Rejoiner:
         state = self._state

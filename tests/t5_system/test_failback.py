@@ -21,7 +21,7 @@ from asrfs.daemon.state import StateDirectory
 from tests.t5_system.machine import HostUnderTest, run_tool
 from tests.t5_system.networks import SIZES, Disks, NetworkSite, at_home, two_sites
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 MACHINE = "web1"
 LOOPS = 20
 LOOPS_WITH_KILLS = 2
