@@ -120,7 +120,10 @@ class _Offer:
                 return _NOTHING
             answer = await self._send_tail(answer, cursor)
         if answer.tail is None:
-            raise refusal(answer.code, answer.text)
+            error = refusal(answer.code, answer.text)
+            if isinstance(error, DivergedError):  # its word for a session of another kind, which settles nothing
+                raise FencedError(str(error))
+            raise error
         return await self._kept(answer.tail)
 
     @property
