@@ -34,6 +34,8 @@ HOPELESS_RETRY_S = 300.0
 USEFUL_SESSION_S = 5.0
 """A session that lasted so long, or moved something, is followed by a try at once."""
 DISCONNECTED_ALARM_S = 60.0
+TOLD_EVERY_S = 600.0
+"""The same reason again comes to the log no oftener: a store may be away for weeks, with a try every few seconds."""
 SAVE_INTERVAL_S = 0.5
 """At least so long between two saves of the acknowledged position; a lost one is made good at the next handshake."""
 
@@ -82,6 +84,7 @@ class Shipper:
         self._poked = trio.Event()
         self._scope = trio.CancelScope()
         self._connected_at = 0.0
+        self._told: tuple[str, float] = ("", 0.0)
         self._log = structlog.get_logger("asrfs.shipper")
 
     @property
@@ -214,6 +217,7 @@ class Shipper:
     def _welcomed(self) -> None:
         self._alarms.clear(*_LINK_ALARMS)
         self._link.set("connected")
+        self._told = ("", 0.0)
         self._log.info("connected", acknowledged_lsn=self.source.progress.acknowledged.lsn)
 
     def _delay_after(self, error: Exception) -> float:
@@ -231,7 +235,10 @@ class Shipper:
             self._alarms.set("link", "warning", f"no connection to the store: {text}")
         self._link.set("disconnected", text)
         delay = self._backoff.next_delay()
-        self._log.info("not connected", reason=text, retry_in_s=round(delay, 3))
+        now, (reason, told_at) = trio.current_time(), self._told
+        if text != reason or now - told_at >= TOLD_EVERY_S:
+            self._told = (text, now)
+            self._log.info("not connected", reason=text, retry_in_s=round(delay, 3))
         return delay
 
     async def _save_acknowledged(self) -> None:

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import pytest
+import structlog.testing
 import trio
 import trio.testing
 
@@ -30,7 +31,7 @@ from asrfs.replication.object_builder import MachineKeys, ObjectBuilder
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.seeding import Outgoing
-from asrfs.replication.shipper import HOPELESS_RETRY_S, Shipper, StoreAccess
+from asrfs.replication.shipper import HOPELESS_RETRY_S, TOLD_EVERY_S, Shipper, StoreAccess
 from asrfs.replication.shipping_session import OBJECTS_UNACKNOWLEDGED_MAX, SILENCE_S_MAX, ShippingSession
 from asrfs.replication.source import ShippingSettings, Source
 from asrfs.replication.trimmer import Limit, Trimmer, freeable
@@ -482,6 +483,27 @@ async def test_backoff_and_the_return_of_the_store(autojump_clock: trio.testing.
         await host.until_acknowledged()
         assert trio.current_time() - back_at <= 5 + 1
         assert "link" not in host.alarms
+
+
+async def test_a_store_that_is_away_for_a_day_does_not_fill_the_log(autojump_clock: trio.testing.MockClock) -> None:
+    with structlog.testing.capture_logs() as told:
+        async with shipping(records=5) as host:
+            await host.until_acknowledged()
+            host.store.is_down = True
+            await host.store.hang_up()
+            await pass_time(24 * 3600)
+            assert len(host.store.tries) > 10_000
+            lines = [line for line in told if line["event"] == "not connected"]
+            assert 24 * 3600 / TOLD_EVERY_S - 5 <= len(lines) <= 24 * 3600 / TOLD_EVERY_S + 5
+            host.store.is_down = False
+            host.write()
+            host.sync()
+            await host.until_acknowledged()
+            host.store.is_down = True
+            await host.store.hang_up()
+            await pass_time(10)
+            after = [line for line in told if line["event"] == "not connected"][len(lines) :]
+            assert after, "a connection in between makes it news"
 
 
 async def test_a_silent_store_is_left_and_heartbeats_are_sent(autojump_clock: trio.testing.MockClock) -> None:
