@@ -11,6 +11,8 @@ goes on behind what the store has then. What was given up over the quota is in n
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import trio
@@ -47,8 +49,11 @@ from asrfs.replication.reconciliation import (
 )
 from asrfs.replication.rejoiner import Rejoiner
 from asrfs.replication.rewind import cursor_at
+from asrfs.replication.shipping_session import CorruptJournalError
 from asrfs.replication.source import Source
 from asrfs.transport.stream import ByteStream
+
+T = TypeVar("T")
 
 ANSWER_S_MAX = 60.0
 """For a word of the store that says more than that it is alive."""
@@ -115,7 +120,10 @@ class _Offer:
                 return _NOTHING
             answer = await self._send_tail(answer, cursor)
         if answer.tail is None:
-            raise refusal(answer.code, answer.text)
+            error = refusal(answer.code, answer.text)
+            if isinstance(error, DivergedError):  # its word for a session of another kind, which settles nothing
+                raise FencedError(str(error))
+            raise error
         return await self._kept(answer.tail)
 
     @property
@@ -156,7 +164,7 @@ class _Offer:
         if lsn != ours.lsn:
             start = source.given_up().needed_behind(ours)
             async with source.journal_turn:
-                cursor = await source.in_thread(cursor_at, source.journal, source.machine_id, source.reader, start, lsn)
+                cursor = await self._read(cursor_at, source.journal, source.machine_id, source.reader, start, lsn)
         check_same_record(lsn, cursor.time_ns, time_ns)
         return cursor
 
@@ -165,7 +173,7 @@ class _Offer:
         digest = bytes.fromhex(welcome.last_digest) or NO_DIGEST
         answer: Acknowledge | Welcome | Refused
         while cursor.lsn < self._end.lsn and self._is_open:
-            built = await self._source.in_thread(self._build, cursor, welcome.session_salt, digest)
+            built = await self._read(self._build, cursor, welcome.session_salt, digest)
             begin = ObjectBegin(first_lsn=built.first_lsn, last_lsn=built.last_lsn, length=built.length)
             if self._is_open:  # else the store has ended it, and why is heard next
                 for buffer in self._session.send_object(begin, built.pieces):
@@ -202,7 +210,7 @@ class _Offer:
     async def _kept(self, kept: KeptTail) -> FencedTail:
         """Raises DivergedError where what is kept is another host's, or not all of it."""
         cursor = await self._locate(kept.lsn, kept.time_ns)
-        if await self._source.in_thread(self._changes_behind, cursor):
+        if await self._read(self._changes_behind, cursor):
             raise DivergedError(f"the store keeps it up to LSN {kept.lsn}, and guests wrote behind that")
         name = tail_name(self._epoch)
         if kept.is_point:
@@ -225,6 +233,15 @@ class _Offer:
                 return True
             cursor = batch.cursor
         return False
+
+    async def _read(self, function: Callable[..., T], *arguments: Any) -> T:
+        """What reads the journal, in a thread. Raises StoreLostError, CorruptJournalError."""
+        try:
+            return await self._source.in_thread(function, *arguments)
+        except StoreLostError:
+            raise
+        except IntegrityError as error:
+            raise CorruptJournalError(str(error)) from None
 
     # ---- stream -------------------------------------------------------------------------------------------
 

@@ -163,3 +163,25 @@ def test_i7_damage_in_a_tail_is_found_and_is_none_of_the_history(scratch: Path, 
     assert damages, "a rebuild says that something of a tail is missing"
     rebuilt.vault.close()
     world.vault.close()
+
+
+def test_i7_the_tail_of_a_clone_leaves_the_history_where_both_were_the_same(scratch: Path, rng: random.Random) -> None:
+    """Both wrote on in one epoch, then the other one went on in a new one."""
+    world = VaultWorld.new(scratch / "vault", seed=1)
+    write_history(world.history, rng, 10)
+    common = world.history.last_lsn
+    ship_history(world, common, rng)
+    clone = other_side(world, rng, 10)
+    write_history(world.history, rng, 10)
+    ship_history(world, world.history.last_lsn, rng)
+    supersede(world)
+    taken = world.history
+    world.history = clone
+    take_tail(world, hello_of(world, common), rng)
+    tail = tail_of(world.vault.catalog, MACHINE_ID, 1)
+    assert tail is not None and tail.branch_lsn == common
+    for after in (world, world.rebuilt(world.storage)[0]):
+        check_state(after, TAIL, clone, clone.last_lsn)
+        check_state(after, "latest", taken, taken.last_lsn)
+        check_state(after, f"lsn:{common + 3}", taken, common + 3)
+        after.vault.close()
