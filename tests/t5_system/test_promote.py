@@ -213,6 +213,11 @@ def test_a_filesystem_comes_back_and_so_does_how_the_machine_is_started(lab: Lab
     lab.asrfs("detach", "files")
     assert started_with(lab, 512) != boot
     lab.asrfs("drain", "--timeout", "60s")
+    out = lab.root / "out"
+    together = lab.replica_store("export", lab.machine, "--point", "good", "--directory", out)
+    (machine,) = together["machines"]
+    assert machine["boot"]["kind"] == boot["kind"] and json.loads((out / f"{lab.machine}.json").read_text()) == machine
+    assert {name: (out / f"{name}.img").read_bytes() for name in SIZES} == exported(lab, "good")
     planned = json.loads(store(lab, "promote", lab.machine, "--point", "good").stdout)
     assert any("asrfs boot" in each for each in planned["warnings"])
     promote(lab, "good")
@@ -358,7 +363,7 @@ def site(scratch: Path) -> Iterator[Site]:
         site.close()
 
 
-def test_members_of_a_group_go_back_together_to_one_point_of_it(site: Site, rng: random.Random) -> None:
+def test_members_of_a_group_go_back_together_to_one_point_of_it(site: Site, scratch: Path, rng: random.Random) -> None:
     def paths() -> list[Path]:
         return [machine.mount / f"{DISK}.img" for machine in site.machines]
 
@@ -384,6 +389,13 @@ def test_members_of_a_group_go_back_together_to_one_point_of_it(site: Site, rng:
     document = site.store.ask("promote", GROUP, "--point", "good", "--yes")
     assert document["state"] == "done" and document["group"] == GROUP
     assert [path.read_bytes() for path in paths()] == good
+    out = scratch / "out"
+    site.store.ask("export", GROUP, "--point", point, "--directory", out)
+    assert [(out / f"m{number}" / f"{DISK}.img").read_bytes() for number in range(2)] == good
+    taken = site.store.run("export", GROUP, "--point", "good", "--directory", out)
+    assert taken.returncode == 4 and "m0" in taken.stderr, taken.stderr
+    for words in (["m0", DISK, "--directory", out], ["m0", "--output", out / "x"], ["m0"]):
+        assert site.store.run("export", *words, "--point", "good").returncode == 2
     alone = site.store.run("promote", "m0", "--point", point)
     assert "m1 stay where they are" in alone.stdout
     assert site.store.run("promote", GROUP, "--point", "lsn:3").returncode == 2
