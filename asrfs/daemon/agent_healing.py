@@ -94,7 +94,6 @@ class AgentHealing:
             self._set_gaps,
             settings().quota_bytes(sum(disk.size_bytes for disk in machine.live_disks()), ROOM_UNKNOWN),
             cut_bytes=trimmer.cut_bytes,
-            look=trimmer.look,
         )
         self._filler = self._make_filler(server, maker, hurry_durable, hurry_applied)
         if unknown_slots(dirty.map):

@@ -37,6 +37,9 @@ class Housekeeping:
     quota: Quota
     oldest_segment: int = 0
 
+    def __post_init__(self) -> None:
+        self.quota.look = self.look  # what was allowed or cut a moment ago counts before anything is given up
+
     async def keep_spares(self) -> None:
         """Have spares ready before they are needed, for ever."""
         while True:
@@ -51,7 +54,7 @@ class Housekeeping:
         """Raise and clear the alarms of quota and space, for ever."""
         while True:
             try:
-                await trio.to_thread.run_sync(self._look, limiter=self.threads)
+                await trio.to_thread.run_sync(self.look, limiter=self.threads)
                 self.progress.wake()
             except (AsrfsError, OSError) as error:
                 self.alarms.set("space", "warning", f"the space of {self.state.root} cannot be seen: {error}")
@@ -63,7 +66,8 @@ class Housekeeping:
             return False
         return self.trimmer.prepare(time.monotonic())
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """See what room there is and what the journal takes of it. Blocks; raises AsrfsError, OSError."""
         self.oldest_segment = self.trimmer.look()
         total_bytes, free_bytes = space_of(self.state.journal)
         used = journal_bytes(self.oldest_segment, self.progress.durable) - self.trimmer.cut_bytes(0)

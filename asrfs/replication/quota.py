@@ -48,8 +48,8 @@ T = TypeVar("T")
 @dataclass(slots=True)
 class Quota:
     """`quota_bytes` may be changed at any time. `cut_bytes`: by how much segments from one on are shorter than places
-    in the journal count them, as `look`, which blocks, has seen it last. `reader` is this one's own and need not check
-    payloads.
+    in the journal count them. `look`, which blocks, brings both up to date. `reader` is this one's own and need not
+    check payloads.
 
     `machine` reads `machine.json`, `set_gaps` sets `gap` of some disks in it; both block.
     """

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import random
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trio
 import trio.testing
 
+from asrfs.daemon.housekeeping import Housekeeping
+from asrfs.daemon.settings import Settings
 from asrfs.format.segment import POSITION_SHIFT, SEGMENT_HEADER_BYTES
 from asrfs.journal.segments import list_journal, segment_name
-from asrfs.model.positions import Cursor
+from asrfs.model.machine import MachineConfig
+from asrfs.model.positions import Cursor, Positions
 from asrfs.replication.progress import Progress
 from asrfs.replication.trimmer import Trimmer
 from tests.fakes.applied_world import AppliedWorld
@@ -174,4 +179,33 @@ async def test_the_quota_is_of_bytes_and_not_of_lives(rng: random.Random, lives_
     assert not host.quota.is_over()
     await trio.lowlevel.checkpoint()
     host.close()
+    world.close()
+
+
+async def test_what_was_allowed_a_moment_ago_counts_before_anything_is_given_up(
+    rng: random.Random, scratch: Path
+) -> None:
+    """`asrfs set journal_quota=…` while a fast writer is at it: nobody looks at the quota before the next tick."""
+    world = world_with(2, rng)
+    host = HealingHost(world, AppliedWorld(world, rng).positions, Progress(Positions()))
+    host.server.note()
+    host.quota.segment_bytes = host.quota.quota_bytes = 1
+    host.quota.cut_bytes = lambda first_segment: 0
+    machine = MachineConfig(id="0" * 32, name="web1")
+    state = SimpleNamespace(root=scratch, journal=scratch, load_machine=lambda: machine)
+    trimmer, threads = Trimmer(world.journal_storage, MACHINE_ID), trio.CapacityLimiter(2)
+    has_looked = threading.Event()
+
+    def settings() -> Settings:
+        has_looked.set()
+        return Settings(journal_quota_bytes=1 << 40)
+
+    Housekeeping(state, trimmer, host.progress, host.quota.alarms, threads, settings, host.quota)  # type: ignore[arg-type]
+    assert host.quota.is_over()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(host.quota.run)
+        assert await trio.to_thread.run_sync(has_looked.wait, 10)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        nursery.cancel_scope.cancel()
+    assert not host.quota.is_over() and not host.dirty.given_up.gaps
     world.close()

@@ -312,6 +312,18 @@ def test_i5_whoever_is_killed_while_disks_are_written_it_is_finished(lab: Lab, r
     assert lab.asrfs("verify")["chunks_different"] == 0
 
 
+def _begun(words: list[str]) -> subprocess.Popen[bytes]:
+    null = subprocess.DEVNULL
+    return subprocess.Popen(
+        [sys.executable, "-m", "replica_store.cli.main", *words], stdout=null, stderr=open("/tmp/second.txt","ab"), stdin=null
+    )
+
+
+def _end(command: subprocess.Popen[bytes]) -> None:
+    command.kill()
+    command.wait()
+
+
 def test_another_point_may_take_the_place_of_one_that_is_being_written(lab: Lab, rng: random.Random) -> None:
     write_all(lab, rng, 300)
     point_of(lab, "good")
@@ -319,20 +331,23 @@ def test_another_point_may_take_the_place_of_one_that_is_being_written(lab: Lab,
     lab.asrfs("drain", "--timeout", "60s")
     last = disks_of(lab)
     lab.asrfs("set", SLOWLY)
-    words = ["--vault", str(lab.vault), "promote", lab.machine, "--point", "good", "--yes"]
-    command = subprocess.Popen(
-        [sys.executable, "-m", "replica_store.cli.main", *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        stdin=subprocess.DEVNULL,
-    )
-    wait_until(lambda: phase(lab) == "writing", seconds_max=30.0, what="the disks are being written")
-    lab.asrfs("set", "bandwidth_limit=0")
-    (first,) = lab.replica_store("promotions")
-    if first["state"] == "writing":
+    words = ["--vault", str(lab.vault), "promote", lab.machine]
+    first = _begun([*words, "--point", "good", "--yes"])
+    try:
+        wait_until(lambda: phase(lab) == "writing", seconds_max=30.0, what="the disks are being written")
+        (begun,) = lab.replica_store("promotions")
+        assert begun["state"] == "writing", "it takes half a minute"
         refused(lab, 4, "promote", lab.machine, "--cancel")
-    promote(lab, first["machines"][0]["before"])
-    assert command.wait(timeout=60) in (0, 1)
+        second = _begun([*words, "--point", begun["machines"][0]["before"], "--yes"])
+        try:
+            wait_until(lambda: len(lab.replica_store("promotions")) == 2, seconds_max=30.0, what="the other one")
+            lab.asrfs("set", "bandwidth_limit=0")
+            assert second.wait(timeout=60) == 0
+        finally:
+            _end(second)
+        assert first.wait(timeout=60) in (0, 1)
+    finally:
+        _end(first)
     assert disks_of(lab) == last
     assert lab.asrfs("verify")["chunks_different"] == 0
 

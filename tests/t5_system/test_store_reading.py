@@ -93,6 +93,7 @@ def test_point_list(store: Run, history: MemoryHistory) -> None:
         "members": [],
         "ready": None,
         "unfinished": False,
+        "tail": False,
     }
     drawn = store("point", "list", "web1").out
     assert points[-1].id in drawn

@@ -18,6 +18,7 @@ from asrfs.replication import filler, shipping_session, stretch_reader
 from asrfs.replication.object_builder import MachineKeys
 from asrfs.replication.source import ShippingSettings
 from asrfs.transport.tls import MachineIdentity
+from replica_store.ingest.tails import TailIngester
 from replica_store.vault.keys import MachineKeys as StoredKeys
 from replica_store.vault.schema import REBUILDABLE
 from tests.proof.sim.comparing import small_chunks
@@ -195,11 +196,12 @@ class World:
 
 
 class _Turns:
-    """I6: whoever stores for a machine, or begins to, is alone with it."""
+    """I6: whoever stores for a machine, or begins to, is alone with it; so is whoever takes a tail, which is no part of
+    the machine's history."""
 
     def __init__(self, watch: Watch) -> None:
         self._watch = watch
-        self._busy: set[str] = set()
+        self._busy: set[tuple[str, bool]] = set()
 
     def on_work(self, function: Callable[..., Any], begins: bool) -> None:
         owner = getattr(function, "__self__", None)
@@ -208,12 +210,13 @@ class _Turns:
         )
         if getattr(function, "__name__", "") not in ("take", "_begin") or not isinstance(machine_id, str):
             return
+        written = (machine_id, isinstance(owner, TailIngester))
         with self._watch.checking():
             if begins:
-                assert machine_id not in self._busy, f"I6: two sessions write for machine {machine_id}"
-                self._busy.add(machine_id)
+                assert written not in self._busy, f"I6: two sessions write for machine {machine_id}"
+                self._busy.add(written)
             else:
-                self._busy.discard(machine_id)
+                self._busy.discard(written)
 
 
 def play(rng: random.Random, root: Path, watch: Watch) -> None:
