@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import trio
 
 from asrfs.daemon import promoting as host
 from asrfs.daemon.promoting import Promoter
@@ -59,7 +60,11 @@ def used_all_the_same(patch: pytest.MonkeyPatch) -> None:
 
 def held_for_nobody(patch: pytest.MonkeyPatch) -> None:
     """What nobody asks for any more is held for ever."""
-    patch.setattr(host, "AWAY_S_MAX", 1e9)
+
+    async def never(self: Promoter) -> None:
+        await trio.sleep_forever()
+
+    patch.setattr(Promoter, "_give_up_unasked", never)
 
 
 def settings_forgotten(patch: pytest.MonkeyPatch) -> None:

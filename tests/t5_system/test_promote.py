@@ -312,11 +312,11 @@ def test_i5_whoever_is_killed_while_disks_are_written_it_is_finished(lab: Lab, r
     assert lab.asrfs("verify")["chunks_different"] == 0
 
 
-def _begun(words: list[str]) -> subprocess.Popen[bytes]:
-    null = subprocess.DEVNULL
-    return subprocess.Popen(
-        [sys.executable, "-m", "replica_store.cli.main", *words], stdout=null, stderr=open("/tmp/second.txt","ab"), stdin=null
-    )
+def _begun(words: list[str], said: Path) -> subprocess.Popen[bytes]:
+    with said.open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "replica_store.cli.main", *words], stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        )
 
 
 def _end(command: subprocess.Popen[bytes]) -> None:
@@ -330,15 +330,16 @@ def test_another_point_may_take_the_place_of_one_that_is_being_written(lab: Lab,
     write_all(lab, rng, 300)
     lab.asrfs("drain", "--timeout", "60s")
     last = disks_of(lab)
-    lab.asrfs("set", SLOWLY)
+    lab.asrfs("set", "bandwidth_limit=500K")
     words = ["--vault", str(lab.vault), "promote", lab.machine]
-    first = _begun([*words, "--point", "good", "--yes"])
+    first = _begun([*words, "--point", "good", "--yes"], lab.root / "first.log")
     try:
         wait_until(lambda: phase(lab) == "writing", seconds_max=30.0, what="the disks are being written")
         (begun,) = lab.replica_store("promotions")
-        assert begun["state"] == "writing", "it takes half a minute"
+        assert begun["state"] == "writing", "it takes a minute"
         refused(lab, 4, "promote", lab.machine, "--cancel")
-        second = _begun([*words, "--point", begun["machines"][0]["before"], "--yes"])
+        said = lab.root / "second.log"
+        second = _begun([*words, "--point", begun["machines"][0]["before"], "--yes"], said)
         try:
             wait_until(lambda: len(lab.replica_store("promotions")) == 2, seconds_max=30.0, what="the other one")
             lab.asrfs("set", "bandwidth_limit=0")
