@@ -19,6 +19,8 @@ class Relay:
     def __init__(self, target: int) -> None:
         self.bytes_sent = 0
         """By those who connect."""
+        self.connections = 0
+        """That were handed on."""
         self.cuts = 0
         self._target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -79,6 +81,7 @@ class Relay:
                 near.close()
                 continue
             far.settimeout(None)
+            self.connections += 1
             with self._changing:
                 self._pairs.append((near, far))
             self._served.append(threading.Thread(target=self._serve, args=(near, far)))
