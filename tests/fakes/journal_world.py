@@ -22,6 +22,7 @@ from asrfs.format.record import (
     RecordHeader,
     WriteFrame,
     frame_write,
+    payload_crc,
 )
 from asrfs.format.segment import SEGMENT_HEADER_BYTES
 from asrfs.journal.block_map import BlockMap
@@ -189,6 +190,17 @@ def load_positions(storage: CrashStorage) -> Positions:
     return msgspec.json.decode(read_whole(storage, "positions.json"), type=Positions)
 
 
+def _is_that(record: ModelRecord, found: RecordHeader) -> bool:
+    """Whether the journal's record is this one: several that were refused may be of one extent."""
+    is_there = (record.kind, record.slot, record.offset, record.length) == (
+        found.kind,
+        found.slot,
+        found.offset,
+        found.length,
+    )
+    return is_there and (not found.payload_length or payload_crc(record.content) == found.payload_crc)
+
+
 class JournalWorld:
     """See the module. `model` None begins a new machine with random images, else this is its next start. `lives`: this
     one and those it came from by `restart`, also when one of them failed to start."""
@@ -270,9 +282,7 @@ class JournalWorld:
         more = lsn - len(self.model.records)
         if more > 0 and self.model.refused:
             for found in self._read_all(lsn)[-more:]:
-                extent = (found.kind, found.slot, found.offset, found.length)
-                same = [one for one in self.model.refused if (one.kind, one.slot, one.offset, one.length) == extent]
-                self.model.records += same[:1]
+                self.model.records += [one for one in self.model.refused if _is_that(one, found)][:1]
         self.model.refused = ()
         assert lsn <= len(self.model.records), f"I9: LSN {lsn} was found, {len(self.model.records)} were appended"
         del self.model.records[lsn:]
