@@ -25,8 +25,8 @@ def yield_to_others(pid: int = 0) -> None:
 
 
 def run_only_when_idle(pid: int) -> None:
-    """The same, and nobody else waits for a processor that the process, or what it begins from now on, has: whoever
-    wakes up has it at once. A refusal changes nothing."""
+    """The same, and others of its group (of its session, or of its service) have a processor that the process, or what
+    it begins from now on, has as soon as they wake up. A refusal changes nothing."""
     yield_to_others(pid)
     with suppress(OSError):
         os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))

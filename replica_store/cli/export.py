@@ -110,11 +110,12 @@ def _export_all(
     for name, paths in outputs.items():
         if not paths:
             raise NotFoundError(f"machine {name} has no disk at LSN {cuts[name].lsn}: choose a later point")
-        places[name].mkdir(parents=True, exist_ok=True)
+        _make_directory(places[name])
         for path in (*paths.values(), _described(places[name], name)):
             check_output(path, format_name, force=force)
     machines = []
     for name, cut in cuts.items():
+        _forget(_described(places[name], name))  # with --force: it must not speak of files that are being replaced
         machine = _export_machine(vault, cut, outputs[name], format_name, force=force)
         content = msgspec.json.format(msgspec.json.encode(machine)) + b"\n"
         write_atomically(DirectoryStorage(str(places[name])), _described(places[name], name).name, content)
@@ -137,6 +138,20 @@ def _export_machine(
     disks = [{"disk": disk} | _file_document(path, done[path]) for disk, path in outputs.items()]
     boot = msgspec.json.decode(encode_boot(vault.boot_at(cut.machine.id, cut.lsn)))
     return _cut_document(cut) | {"disks": disks, "boot": boot}
+
+
+def _make_directory(directory: Path) -> None:
+    """With all above it, durably: what is exported into it is said to be there."""
+    missing = [path for path in (directory, *directory.absolute().parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        DirectoryStorage(str(path.absolute().parent)).sync_directory("")
+
+
+def _forget(file: Path) -> None:
+    if file.exists():
+        file.unlink()
+        DirectoryStorage(str(file.absolute().parent)).sync_directory("")
 
 
 def _described(directory: Path, machine: str) -> Path:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from asrfs.daemon.housekeeping import Housekeeping
 from asrfs.format.record import Kind
 from asrfs.model.dirty_map import DirtyMap, GivenUp
 from asrfs.model.machine import DiskConfig, DiskRecord, MachineConfig, decode_disk
@@ -71,6 +72,11 @@ def marks_clean_what_was_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Filler, "_take_from_map", take_from_map)
 
 
+def gives_up_by_an_old_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records are given up by what room there was when somebody looked last."""
+    monkeypatch.setattr(Housekeeping, "__post_init__", lambda housekeeping: None)
+
+
 def _plant(
     name: str, apply: Callable[[pytest.MonkeyPatch], None], level: str, cases: int, shows: str, *only: str
 ) -> Plant:
@@ -80,6 +86,13 @@ def _plant(
 PLANTS: tuple[Plant, ...] = (
     _plant("map-saved-late", frees_before_the_map_is_saved, "crash", 20_000, "I[0-9]:|LSN|missing", *_GIVING_UP),
     _plant("closing-record-kept", leaves_a_closing_record_behind, "crash", 20_000, "I[59]:", _GIVING_UP[2]),
+    _plant(
+        "old-look",
+        gives_up_by_an_old_look,
+        "tests/t1_unit/test_short_segments.py::test_what_was_allowed_a_moment_ago_counts_before_anything_is_given_up",
+        1,
+        "assert",
+    ),
     _plant("marked-in-part", frees_without_marking, "sim", 5_000, "I4:|I9:"),
     _plant(
         "mark-clean-given-up",
