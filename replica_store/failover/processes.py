@@ -77,8 +77,8 @@ def within(seconds: float | None) -> Iterator[None]:
 
 @contextmanager
 def giving_way(is_wanted: bool) -> Iterator[None]:
-    """Whatever this thread starts inside, and what that starts, has processors only while nobody else wants them:
-    points are received on this machine, and disks may be served here, which a drill must not be felt by."""
+    """Whatever this thread starts inside, and what that starts, runs at the lowest priority: points are received on
+    this machine, and disks may be served here, which should feel little of a drill."""
     token = _gives_way.set(is_wanted)
     try:
         yield
