@@ -82,6 +82,10 @@ class GivenUp(NamedTuple):
         """The place behind which records are still needed for a store that has acknowledged so much (I4)."""
         return self.through if self.covers(acknowledged.lsn) else acknowledged
 
+    def known_from(self, lsn: int) -> GivenUp:
+        """Of no store that has less than everything up to `lsn`."""
+        return self._replace(since_lsn=min(max(self.since_lsn, lsn), self.through.lsn))
+
     @property
     def is_open(self) -> bool:
         return bool(self.gaps) and not self.gaps[-1].until_lsn

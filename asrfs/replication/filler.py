@@ -121,24 +121,23 @@ class Filler:
         """Mark what differs of disks of which anything may.
 
         What was given up is in the images before they are read, as no record will bring it, and the store knows of it.
-        From then on the map is true of the store as it is, and not of one that goes back. Nothing is marked where
-        another epoch has begun meanwhile. Raises what comparing fails with, and OSError.
+        From then on the map is true of the store as it was when comparing began, and not of one that goes back. Not
+        of one that came further meanwhile: of that no start knows before it is saved. Nothing is marked where another
+        epoch has begun meanwhile, or the store went back. Raises what comparing fails with, and OSError.
         """
         dirty, epoch, through_lsn = self.dirty, self.progress.epoch, self.dirty.given_up.through.lsn
         self.hurry_applied(through_lsn)
         await self.progress.wait_until(lambda: self.progress.applied.lsn >= through_lsn)
+        acknowledged_lsn = self.progress.acknowledged.lsn
         found = await self.compare(disks)
         async with dirty.turn:
-            if self.progress.epoch != epoch:
+            if self.progress.epoch != epoch or self.progress.acknowledged.lsn < acknowledged_lsn:
                 return
             for disk in disks:
                 self._mark(disk.slot, found.get(disk.slot, ()))
                 if disk.slot in dirty.map:
                     dirty.map.settle(disk.slot, TO_COMPARE)
-            given_up = dirty.given_up
-            if not given_up.covers(self.progress.acknowledged.lsn):
-                given_up = given_up._replace(since_lsn=given_up.through.lsn)
-            await self._in_thread(dirty.save, given_up)
+            await self._in_thread(dirty.save, dirty.given_up.known_from(acknowledged_lsn))
         self.progress.wake()
 
     async def fill(self, disk: DiskConfig, may_go_on: Callable[[], bool]) -> None:

@@ -108,7 +108,7 @@ class Quota:
                 host = await self.server.sync()
                 following = await self._in_thread(self.machine)  # a disk added later has its records behind `durable`
             given_up = dirty.given_up
-            acknowledged = self.positions.current.acknowledged
+            acknowledged = await self._acknowledged()
             start = given_up.needed_behind(acknowledged)
             if start.lsn >= host.durable.lsn or not machine.disks:
                 return False
@@ -122,6 +122,14 @@ class Quota:
         )
         self.progress.wake()
         return True
+
+    async def _acknowledged(self) -> Cursor:
+        """What the store has acknowledged, saved where the map goes on from there: what is given up by now, and freed,
+        leads only a start to `through` that finds itself within it. Raises OSError."""
+        acknowledged = self.positions.current.acknowledged
+        if self.dirty.given_up.covers(acknowledged.lsn):
+            return acknowledged
+        return (await self._in_thread(self.positions.save)).acknowledged
 
     def _mark(self, start: Cursor, until_lsn: int, machine: MachineConfig) -> tuple[Cursor, tuple[DiskRecord, ...]]:
         """Mark records: the place behind the last, and the disks as they are there. `machine`: as it was later.

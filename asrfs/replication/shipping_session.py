@@ -175,8 +175,8 @@ class ShippingSession:
             cursor = ours.acknowledged
             if welcome.acknowledged_lsn != cursor.lsn:
                 cursor = await self._locate(welcome)
-            if (given_up := source.given_up()).covers(cursor.lsn):
-                await source.in_thread(check_kept, source.journal, source.machine_id, given_up.through.lsn, cursor.lsn)
+            needed = source.given_up().needed_behind(cursor)
+            await source.in_thread(check_kept, source.journal, source.machine_id, needed.lsn, cursor.lsn)
             check_same_record(cursor.lsn, cursor.time_ns, welcome.acknowledged_time_ns)
             source.positions.change(acknowledged=cursor, last_digest=welcome.last_digest)
             if cursor.lsn < source.positions.saved.acknowledged.lsn:  # also when an earlier session could not save it

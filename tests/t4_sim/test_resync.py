@@ -6,8 +6,9 @@ Real quota, applier's place, trimmer, filler, resyncer, shipper and log objects 
 from __future__ import annotations
 
 import errno
+import math
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import pairwise
 from typing import Any
@@ -23,12 +24,14 @@ from asrfs.format.segment import POSITION_SHIFT
 from asrfs.journal.reader import JournalReader
 from asrfs.model.calendar import Window
 from asrfs.model.dirty_map import Reason
-from asrfs.model.machine import DiskRecord, decode_disk
+from asrfs.model.machine import DiskConfig, DiskRecord, decode_disk
 from asrfs.replication.dirty_map_file import load_dirty_map
 from asrfs.replication.link import Link
 from asrfs.replication.object_builder import MachineKeys, ObjectBuilder
 from asrfs.replication.progress import Progress
+from asrfs.replication.reconciliation import StoreLostError
 from asrfs.replication.resyncer import ALARM, HealingRules, Resyncer
+from asrfs.replication.rewind import check_kept
 from asrfs.replication.shipper import Shipper, StoreAccess
 from asrfs.replication.source import ShippingSettings
 from asrfs.replication.trimmer import Limit, Trimmer, freeable
@@ -442,6 +445,49 @@ async def test_i4_nothing_is_freed_nor_said_to_be_given_up_before_the_map_is_sav
         come_back(host)
         await host.until_whole()
         host.check_replica()
+
+
+@pytest.mark.parametrize("by", ["giving up more", "comparing"])
+async def test_i4_what_was_saved_last_leads_over_what_was_freed(
+    by: str, autojump_clock: trio.testing.MockClock, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that dies before it has saved an acknowledgement starts where it was, and the map must know of that."""
+
+    async def never(_: Shipper) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(Shipper, "_save_acknowledged", never)
+    async with protected(rng) as (host, _):
+        await go_away(host)
+        await host.write_for(30)
+        host.tick_s = math.inf
+        await pass_time(1)
+        given_up, before = host.dirty.given_up, host.positions.saved.acknowledged
+        assert given_up.covers(before.lsn)
+
+        def acknowledge() -> None:
+            host.positions.change(acknowledged=given_up.through)
+            host.progress.note_acknowledged(given_up.through)
+
+        if by == "comparing":
+            find = host.healing.filler.compare
+
+            async def find_late(disks: Sequence[DiskConfig]) -> Mapping[int, Sequence[int]]:
+                host.positions.save()
+                acknowledge()
+                return await find(disks)
+
+            host.healing.filler.compare = find_late
+            await host.healing.filler.find_out(host.healing.machine.load().live_disks())
+        else:
+            acknowledge()
+            host.write(60)
+            assert await host.healing.quota.give_up()
+        _, found = load_dirty_map(host.world.storage, "dirty.map")
+        saved = host.positions.saved.acknowledged
+        check_kept(host.world.journal_storage, MACHINE_ID, found.needed_behind(saved).lsn, saved.lsn)
+        with pytest.raises(StoreLostError):
+            check_kept(host.world.journal_storage, MACHINE_ID, before.lsn, before.lsn)
 
 
 async def test_a_store_that_went_back_behind_what_was_freed_is_lost_and_within_it_is_not(

@@ -22,7 +22,11 @@ GROWTH_BYTES_MAX = 64 << 20
 INPUT_S_MAX = 1.0
 _HANGS_AFTER_S = 5.0
 _ADDRESS_SPACE_BYTES = 512 << 20
-"""Room above what is mapped at the start: who allocates what a length says meets MemoryError, touched or not."""
+"""Room above what is mapped when an input begins: who allocates what a length says meets MemoryError, touched or not.
+
+Of each input, not of the run: threads come and go, and malloc keeps 64 MiB of addresses, not of memory, for each that
+it ever had beside others. What memory a run keeps is measured by what is resident.
+"""
 
 Trial = Callable[[random.Random, Strike], None]
 """Feeds one input. Raises when something else than a typed error left, or when an oracle of the place disagrees."""
@@ -59,19 +63,16 @@ class Gauge:
 
     def __init__(self) -> None:
         self._start = 0
+        self._limits = resource.getrlimit(resource.RLIMIT_AS)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Sets the limits, and takes them back."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-        mapped = _status("VmSize:")
         previous = signal.signal(signal.SIGVTALRM, _on_alarm)
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + _ADDRESS_SPACE_BYTES, hard))
         self.begin()
         try:
             yield
         finally:
-            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
             signal.signal(signal.SIGVTALRM, previous)
 
     @contextmanager
@@ -79,6 +80,7 @@ class Gauge:
         """One input. Raises AssertionError when it took too much of either."""
         _begin_peak()
         before = _status("VmRSS:")
+        resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize:") + _ADDRESS_SPACE_BYTES, self._limits[1]))
         started = time.process_time()
         signal.setitimer(signal.ITIMER_VIRTUAL, _HANGS_AFTER_S)
         try:
@@ -87,6 +89,7 @@ class Gauge:
             raise AssertionError(f"an input was still being worked on after {_HANGS_AFTER_S:g} s") from None
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            resource.setrlimit(resource.RLIMIT_AS, self._limits)
         taken = time.process_time() - started
         assert taken <= INPUT_S_MAX, f"an input took {taken:.2f} s"
         growth = _status("VmHWM:") - before

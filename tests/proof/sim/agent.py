@@ -154,11 +154,13 @@ class ToldQuota(Quota):
 
 
 class ToldRejoiner(Rejoiner):
-    """Says when it is asked to rejoin."""
+    """Says when it is asked to rejoin, which it has no reason to be of a store that never went back."""
 
     told: Host
 
     async def ask(self, by: By, why: str) -> None:
+        with self.told.watch.checking():
+            assert self.told.store.setbacks, f"I4: {self.told.name} takes a store for lost that has all: {why}"
         await super().ask(by, why)
         self.told.watch.fired("store lost what was freed")
 
