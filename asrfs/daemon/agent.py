@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -69,6 +68,7 @@ from asrfs.replication.progress import Progress
 from asrfs.replication.ticker import Ticker
 from asrfs.replication.trimmer import Trimmer
 from asrfs.storage.directory import DirectoryStorage
+from asrfs.storage.priority import stand_back
 from asrfs.storage.system_clock import SystemClock
 
 NICE = 10
@@ -420,7 +420,7 @@ def main() -> int:
     arguments = parser.parse_args()
     ignore_terminal()
     raise_file_limit()
-    os.nice(NICE)
+    stand_back(NICE)
     try:
         state = StateDirectory.open(arguments.state)
         start_agent_log(state)

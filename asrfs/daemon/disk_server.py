@@ -25,6 +25,7 @@ from asrfs.daemon.served_machine import ServedMachine
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import AsrfsError, RefusedError
 from asrfs.fuse.direct import DirectSession
+from asrfs.storage.priority import serve_at_once
 from asrfs.storage.system_clock import SystemClock
 
 _KICK_INTERVAL_S = 0.05
@@ -127,6 +128,7 @@ def main() -> int:
     ignore_terminal()
     raise_file_limit()
     limit_thread_stacks()
+    serve_at_once()
     try:
         start_logging(StateDirectory.open(arguments.state), "disk_server", owns_stderr=True)
         return serve(arguments)

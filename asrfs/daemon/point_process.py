@@ -34,6 +34,7 @@ from asrfs.errors import AsrfsError, RefusedError, TemporaryError
 from asrfs.model.marker import MarkerRecord, encode_marker
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import read_whole, write_atomically
+from asrfs.storage.priority import be_usual
 from asrfs.storage.system_clock import SystemClock
 
 ORDER_FILE = "run/point.json"
@@ -167,6 +168,7 @@ def main() -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     raise_file_limit()
     adopt_orphans()
+    be_usual()
     try:
         serve(StateDirectory.open(arguments.state), only_settle=arguments.settle)
     except AsrfsError as error:

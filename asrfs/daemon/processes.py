@@ -18,6 +18,7 @@ from asrfs.daemon.control import UnreachableError, call
 from asrfs.daemon.logs import LOG_BYTES_MAX
 from asrfs.daemon.sd_notify import VARIABLE as NOTIFY_VARIABLE
 from asrfs.daemon.state import Role, StateDirectory
+from asrfs.storage.priority import pass_on
 
 _CHILD_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 """One thread and few arenas: nobody multiplies matrices here, and memory that is locked should be little."""
@@ -87,6 +88,7 @@ def spawn(state: StateDirectory, role: Role, arguments: Sequence[str], pass_fds:
             cwd="/",
             env=child_environment(),
         )
+    pass_on(child.pid)
     return WatchedProcess(child.pid, child)
 
 

@@ -30,6 +30,7 @@ from asrfs.daemon.state import Served, StateDirectory
 from asrfs.errors import AsrfsError, IntegrityError, RefusedError, TemporaryError, error_class
 from asrfs.fuse import abi
 from asrfs.fuse import mount as fuse_mount
+from asrfs.storage.priority import be_usual
 
 ADOPT_SECONDS_MAX = 30.0
 DISK_SERVER_END_SECONDS_MAX = 60.0
@@ -49,6 +50,7 @@ def run(state: StateDirectory, mount: str) -> int:
     if lock is None:
         machine = state.load_machine().name
         raise RefusedError(f"machine {machine} is already served by process {state.lock_holder('supervisor')}")
+    be_usual()
     try:
         start_logging(state, "supervisor", owns_stderr=False)
         return trio.run(Supervisor(state, fuse_mount.real_path(mount)).run)

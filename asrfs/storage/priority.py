@@ -1,32 +1,110 @@
-"""Letting others go first: for processes whose work can wait for as long as it must. Linux, best effort."""
+"""Who goes before whom: for processes whose work can wait, and for those that others wait for. Linux, best effort: a
+refusal changes nothing.
+
+Three things decide when somebody who wakes up has a processor that somebody else works on:
+
+- Niceness, which counts among the processes of one group. Where sessions are scheduled as groups (autogroup, which
+  Debian has switched on) each of our processes leads one, so it is said of the session, too. A service manager's groups
+  have weights of their own.
+- Turns. One ends by itself at a tick of the clock, which may be 4 ms away, forty times what a write takes; but who is
+  content with shorter turns than who has the processor has it at once (Linux 6.12). So work asks for the longest turns
+  there are, which costs it nothing, and who serves disks for the shortest.
+- The idle class, which anybody else of the same group goes before.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+import struct
 from contextlib import suppress
 
-_NICENESS = 19
+_NICENESS_MAX = 19
 _IOPRIO_WHO_PROCESS = 1
 _IOPRIO_IDLE = 3 << 13
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30, "riscv64": 30, "ppc64le": 273, "s390x": 282}
-"""The system call's number: libc has no name for it."""
+_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274, "ppc64le": 355, "s390x": 345}
+"""The system calls' numbers: libc has no names for them."""
+_SCHED_ATTR = struct.Struct("=IIQiIQQQ")
+"""`struct sched_attr` of linux/sched/types.h, first version."""
+_RESET_ON_FORK = 1
+_SHORTEST_NS, _LONGEST_NS, _USUAL_NS = 100_000, 100_000_000, 0
+
+
+def stand_back(niceness: int, pid: int = 0) -> None:
+    """From now on this process, or the one of that number which has only just become a program, and whatever it begins
+    work when others leave them a processor: of that niceness, as is the session if it leads one, and in long turns."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, max(niceness, os.getpriority(os.PRIO_PROCESS, pid)))
+    _take_turns(_LONGEST_NS, pid)
+    with suppress(OSError):
+        if os.getsid(pid) == (pid or os.getpid()):
+            _set_session_niceness(pid, max(niceness, _session_niceness(pid)))
 
 
 def yield_to_others(pid: int = 0) -> None:
-    """From now on this process, or the one of that number, has the lowest priority there is, of processors and, where
-    the scheduler of a disk knows of any, of disks. A refusal changes nothing."""
-    with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, pid, _NICENESS)
+    """The same, and it has the lowest priority there is, of processors and, where the scheduler of a disk knows of any,
+    of disks."""
+    stand_back(_NICENESS_MAX, pid)
     number = _IOPRIO_SET.get(platform.machine())
     if number is not None:
-        ctypes.CDLL(None, use_errno=True).syscall(number, _IOPRIO_WHO_PROCESS, pid, _IOPRIO_IDLE)
+        _call(number, _IOPRIO_WHO_PROCESS, pid, _IOPRIO_IDLE)
 
 
 def run_only_when_idle(pid: int) -> None:
-    """The same, and others of its group (of its session, or of its service) have a processor that the process, or what
-    it begins from now on, has as soon as they wake up. A refusal changes nothing."""
+    """The same, and others of its group have a processor that the process, or what it begins from now on, has as soon
+    as they wake up."""
     yield_to_others(pid)
     with suppress(OSError):
         os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+
+
+def serve_at_once() -> None:
+    """The calling thread, and those it begins from now on, have a processor soon after they wake up."""
+    _take_turns(_SHORTEST_NS)
+
+
+def be_usual() -> None:
+    """The calling thread, and what it begins from now on, have turns as everybody has."""
+    _take_turns(_USUAL_NS)
+
+
+def wait_for_others() -> None:
+    """The calling thread works in long turns; what it begins does not."""
+    _take_turns(_LONGEST_NS, flags=_RESET_ON_FORK)
+
+
+def pass_on(child: int) -> None:
+    """A child that has only just begun a session of its own has the niceness of ours: else it would be as everybody."""
+    with suppress(OSError):
+        if niceness := _session_niceness(0):
+            _set_session_niceness(child, niceness)
+
+
+def _take_turns(length_ns: int, pid: int = 0, flags: int = 0) -> None:
+    """Nothing for a process of another class, which knows no length of turns."""
+    number = _SCHED_SETATTR.get(platform.machine())
+    with suppress(OSError):
+        if number is not None and os.sched_getscheduler(pid) == os.SCHED_OTHER:
+            niceness = os.getpriority(os.PRIO_PROCESS, pid)
+            attributes = _SCHED_ATTR.pack(_SCHED_ATTR.size, os.SCHED_OTHER, flags, niceness, 0, length_ns, 0, 0)
+            _call(number, pid, attributes, 0)
+
+
+def _session_niceness(pid: int) -> int:
+    with open(_autogroup(pid)) as group:
+        return int(group.read().split()[-1])
+
+
+def _set_session_niceness(pid: int, niceness: int) -> None:
+    with open(_autogroup(pid), "w") as group:
+        group.write(str(niceness))
+
+
+def _autogroup(pid: int) -> str:
+    return f"/proc/{pid or 'self'}/autogroup"
+
+
+def _call(number: int, *arguments: int | bytes) -> None:
+    ctypes.CDLL(None, use_errno=True).syscall(number, *arguments)

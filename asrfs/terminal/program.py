@@ -12,6 +12,7 @@ from typing import ClassVar
 import click
 
 from asrfs.errors import AsrfsError
+from asrfs.storage.priority import wait_for_others
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -43,6 +44,7 @@ def run(program: click.Group, name: str, invoke: Callable[[], tuple[list[str], o
 
     `invoke` gives the words without the global options, and the object the verbs are called with.
     """
+    wait_for_others()
     try:
         words, invocation = invoke()
         with program.make_context(name, words, obj=invocation) as context:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from asrfs.storage.priority import be_usual
 from replica_store.cli.invocation import Invocation, pass_invocation
 from replica_store.points.mount import mount_points
 
@@ -20,6 +21,7 @@ def mount(invocation: Invocation, directory: Path) -> None:
     POINT is a point's id or name; names ending in lsn:N or time:T, latest, latest-processed and latest-application
     are not listed but can be entered.
     """
+    be_usual()
     with invocation.open_vault() as vault:
         mount_points(vault, directory, source=f"replica-store:{vault.name}", ready=_announce, report=_report)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 
 from asrfs.errors import BadInputError, NotFoundError
+from asrfs.storage.priority import be_usual
 from asrfs.storage.system_clock import SystemClock
 from asrfs.terminal.output import progress_bar
 from replica_store.cli.invocation import Invocation, pass_invocation
@@ -64,6 +65,7 @@ def nbd(
     credentials: Path | None,
 ) -> None:
     """Export MACHINE's disks, each by its name, to NBD clients until SIGTERM. Prints `ready HOST:PORT`."""
+    be_usual()
     _check(selector, directory, read_only, host, tls, credentials)
     with invocation.open_vault() as vault:
         machine_id = vault.machine(machine).id

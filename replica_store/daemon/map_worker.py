@@ -12,6 +12,7 @@ import sys
 import threading
 
 from asrfs.errors import AsrfsError, RefusedError
+from asrfs.storage.priority import stand_back
 from replica_store.points.map_maker import make_maps
 from replica_store.vault.vault import Vault
 
@@ -21,7 +22,7 @@ _NICENESS = 19
 
 def main(root: str, machine_id: str, kept: str = "") -> int:
     """The exit code; a failure is one line on stderr."""
-    os.nice(_NICENESS)
+    stand_back(_NICENESS)
     if kept == KEPT:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:

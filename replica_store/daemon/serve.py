@@ -13,7 +13,6 @@ then the connections are closed; nothing that was acknowledged depends on that.
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import signal
 import socket
@@ -30,6 +29,7 @@ import structlog
 import trio
 
 from asrfs.model.clock import Clock
+from asrfs.storage.priority import stand_back
 from asrfs.storage.system_clock import SystemClock
 from asrfs.transport import stream, tls
 from replica_store.api.app import make_app
@@ -96,7 +96,7 @@ def run(root: str, host: str, data_port: int, manage_port: int, announce: Callab
             raise
         _start_logging()
         _allow_descriptors()
-        os.nice(NICE)
+        stand_back(NICE)
         trio.run(_serve, vault, SystemClock(), data, manage, announce)
 
 
