@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import struct
 from contextlib import suppress
 
@@ -47,7 +46,7 @@ def yield_to_others(pid: int = 0) -> None:
     """The same, and it has the lowest priority there is, of processors and, where the scheduler of a disk knows of any,
     of disks."""
     stand_back(_NICENESS_MAX, pid)
-    number = _IOPRIO_SET.get(platform.machine())
+    number = _IOPRIO_SET.get(os.uname().machine)
     if number is not None:
         _call(number, _IOPRIO_WHO_PROCESS, pid, _IOPRIO_IDLE)
 
@@ -56,8 +55,18 @@ def run_only_when_idle(pid: int) -> None:
     """The same, and others of its group have a processor that the process, or what it begins from now on, has as soon
     as they wake up."""
     yield_to_others(pid)
+    leave_processors(pid)
     with suppress(OSError):
         os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
+
+
+def leave_processors(pid: int = 0) -> frozenset[int]:
+    """The thread or process, and what it begins from now on, has half of the processors that it had, which are
+    returned, so that others find one where nobody works. Of one it keeps that."""
+    before = frozenset(os.sched_getaffinity(pid))
+    with suppress(OSError):
+        os.sched_setaffinity(pid, sorted(before)[len(before) // 2 :])
+    return before
 
 
 def serve_at_once() -> None:
@@ -84,7 +93,7 @@ def pass_on(child: int) -> None:
 
 def _take_turns(length_ns: int, pid: int = 0, flags: int = 0) -> None:
     """Nothing for a process of another class, which knows no length of turns."""
-    number = _SCHED_SETATTR.get(platform.machine())
+    number = _SCHED_SETATTR.get(os.uname().machine)
     with suppress(OSError):
         if number is not None and os.sched_getscheduler(pid) == os.SCHED_OTHER:
             niceness = os.getpriority(os.PRIO_PROCESS, pid)
