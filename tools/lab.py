@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,23 @@ class Lab:
     """One vault, one machine.
 
     `store_nice`: priority of the store, which in earnest is another computer. `parent`: where the scratch directory is
-    made; the system's own place for such if None.
+    made; the system's own place for such if None. `site`: where the vault is made instead, and the words that stand
+    before each command there.
     """
 
-    def __init__(self, *, machine: str = "web1", store_nice: int = 0, parent: Path | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        machine: str = "web1",
+        store_nice: int = 0,
+        parent: Path | None = None,
+        site: tuple[Path, Sequence[str]] | None = None,
+    ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="asrfs-lab-", dir=parent))
         self.machine = machine
         self.state = self.root / "state"
-        self.vault = self.root / "vault"
+        self.vault = (self.root if site is None else site[0]) / "vault"
+        self._before_store = () if site is None else site[1]
         self.disks = self.root / "disks"
         self.disks.mkdir()
         self._store_nice = store_nice
@@ -54,7 +63,10 @@ class Lab:
 
     def replica_store(self, *arguments: str | Path) -> Any:
         """Run `replica-store …`; its JSON answer."""
-        return run_json(command("replica_store.cli.main", "--vault", self.vault, "--json", *arguments))
+        return run_json(self._at_store("--json", *arguments))
+
+    def _at_store(self, *arguments: str | Path) -> list[str]:
+        return [*self._before_store, *command("replica_store.cli.main", "--vault", self.vault, *arguments)]
 
     # ---- starting ----
 
@@ -63,7 +75,7 @@ class Lab:
         if not self.vault.exists():
             self.replica_store("init", "--name", "site-b")
         ports = ["--data-port", port_of(self.data), "--manage-port", port_of(self.manage)]
-        serve = command("replica_store.cli.main", "--vault", self.vault, "serve", "--host", "127.0.0.1", *ports)
+        serve = self._at_store("serve", "--host", "127.0.0.1", *ports)
         line, self.store = self._start(serve, "store.log", nice=self._store_nice)
         addresses = dict(word.split("=", 1) for word in line.split() if "=" in word)
         self.data, self.manage = addresses["data"], addresses["manage"]
@@ -76,7 +88,7 @@ class Lab:
 
     def enroll(self, *options: str) -> None:
         """A token of the store for the machine, and the machine's use of it."""
-        token = run(command("replica_store.cli.main", "--vault", self.vault, "token", self.machine)).strip()
+        token = run(self._at_store("token", self.machine)).strip()
         enroll = ("enroll", "--store", self.manage, "--token", "-", *options)
         run(command("asrfs.cli.main", "--state", self.state, *enroll), told=token)
 
@@ -102,9 +114,7 @@ class Lab:
     def mount_points(self, directory: Path) -> None:
         """The read-only tree of recovery points at `directory`."""
         directory.mkdir()
-        self._start(
-            command("replica_store.cli.main", "--vault", self.vault, "mount", directory), f"{directory.name}.log"
-        )
+        self._start(self._at_store("mount", directory), f"{directory.name}.log")
 
     # ---- seeing and waiting ----
 

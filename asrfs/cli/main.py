@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from asrfs.storage.priority import wait_for_others
-wait_for_others()
 from pathlib import Path
 from typing import ClassVar
 

@@ -55,18 +55,8 @@ def run_only_when_idle(pid: int) -> None:
     """The same, and others of its group have a processor that the process, or what it begins from now on, has as soon
     as they wake up."""
     yield_to_others(pid)
-    leave_processors(pid)
     with suppress(OSError):
         os.sched_setscheduler(pid, os.SCHED_IDLE, os.sched_param(0))
-
-
-def leave_processors(pid: int = 0) -> frozenset[int]:
-    """The thread or process, and what it begins from now on, has half of the processors that it had, which are
-    returned, so that others find one where nobody works. Of one it keeps that."""
-    before = frozenset(os.sched_getaffinity(pid))
-    with suppress(OSError):
-        os.sched_setaffinity(pid, sorted(before)[len(before) // 2 :])
-    return before
 
 
 def serve_at_once() -> None:
@@ -95,7 +85,8 @@ def _take_turns(length_ns: int, pid: int = 0, flags: int = 0) -> None:
     """Nothing for a process of another class, which knows no length of turns."""
     number = _SCHED_SETATTR.get(os.uname().machine)
     with suppress(OSError):
-        if number is not None and os.sched_getscheduler(pid) == os.SCHED_OTHER:
+        policy = os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK
+        if number is not None and policy == os.SCHED_OTHER:
             niceness = os.getpriority(os.PRIO_PROCESS, pid)
             attributes = _SCHED_ATTR.pack(_SCHED_ATTR.size, os.SCHED_OTHER, flags, niceness, 0, length_ns, 0, 0)
             _call(number, pid, attributes, 0)

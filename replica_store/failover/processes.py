@@ -22,7 +22,7 @@ from typing import IO, Literal, NamedTuple
 
 import replica_store
 from asrfs.errors import AsrfsError, NotFoundError, TemporaryError, error_class, foreign_line
-from asrfs.storage.priority import leave_processors, run_only_when_idle
+from asrfs.storage.priority import run_only_when_idle
 
 Part = Literal["tree", "machine", "copy", "boot", "tool"]
 """`tree`: the read-only points; `machine`: what serves the recovered disks; `copy`: the same for a copy that is
@@ -80,12 +80,9 @@ def giving_way(is_wanted: bool) -> Iterator[None]:
     """Whatever this thread starts inside, and what that starts, runs at the lowest priority: points are received on
     this machine, and disks may be served here, which should feel little of a drill."""
     token = _gives_way.set(is_wanted)
-    had = leave_processors() if is_wanted else None
     try:
         yield
     finally:
-        if had is not None:
-            os.sched_setaffinity(0, had)
         _gives_way.reset(token)
 
 

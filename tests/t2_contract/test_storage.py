@@ -70,6 +70,16 @@ def test_buffers_are_written_one_after_the_other(file: File) -> None:
     assert file.size() == 16
 
 
+def test_a_write_that_is_larger_than_a_call_arrives_whole(file: File, rng: random.Random) -> None:
+    """However its buffers lie to where one call ends."""
+    piece = directory.PIECE_BYTES
+    for sizes in ([3 * piece + 7], [piece, piece], [piece - 1, 1, 1, 2 * piece, 0, 5], [9] * 1000 + [piece, 11]):
+        buffers = [rng.randbytes(size) for size in sizes]
+        file.write_at([bytearray(each) if i % 2 else memoryview(each) for i, each in enumerate(buffers)], 13)
+        whole = b"".join(buffers)
+        assert file.read_at(len(whole) + 1, 13)[: len(whole)] == whole
+
+
 def test_a_write_is_seen_at_once_by_every_reader(storage: Storage, file: File) -> None:
     other = storage.open("file")
     file.write_at([b"x" * 100], 0)

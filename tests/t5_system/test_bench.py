@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -117,7 +118,8 @@ def test_scale_and_export(scratch: Path, name: str) -> None:
 def test_failover(scratch: Path) -> None:
     outcome = bench(scratch, "failover", "--seconds", "2")["failover"]
     check(outcome, {"asrfs-shipping"})
-    beside = {f"{what}-{kind}" for what in ("writers", "rpo") for kind in ("without", "with", "noise")}
+    measured = product(("writers", "rpo"), ("sites", "shared"), ("without", "with", "noise"))
+    beside = {"-".join(each) for each in measured}
     assert {workload["key"] for workload in outcome["workloads"]} == {"frozen-128M", "crashed-128M"} | beside
 
 

@@ -1,7 +1,7 @@
 """What production feels of test failovers: latency of its writers and the achieved RPO, with and without, in turns.
 
-The recovery site shares the processors and the disk with production here, which in earnest are two machines: this is
-the worst that can be.
+Measured twice: with a recovery site that has processors and a filesystem of its own, as another machine has, and with
+one that shares those of production, which is the worst that can be.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lab import LabError
 from .benchmark import Run
 from .measuring import MIB, fio, lasting
 from .own_peers import ShippingPeer
+from .recovery_site import RecoverySite, recovery_site
 from .results import Turn, Workload, spread
 from .rpo import RpoSampler
 
@@ -31,18 +32,27 @@ NOTES = (
     f"Writers: 4 KiB at random places, depth 1, {WRITES_PER_S} a second, through the loop device of one disk; with: "
     "test failovers one after the other meanwhile, each made, examined by fsck and cleaned up, of the machine that is "
     "written to, whose other disk has a filesystem. The RPO is that of the store's catalog, sampled 20 times a second; "
-    "the recovery site is on the two processors of production. Above noise: the median of the turns with by the "
-    "highest turn without.",
+    "two sites: the recovery site has half of the processors, production the other half, and a filesystem of its own, "
+    "in memory; one machine: it has the processors and the filesystem of production. Above noise: the median of the "
+    "turns with by the highest turn without.",
 )
 
 
 def measure(run: Run) -> None:
     """Adds the workloads to the run."""
-    latency = _workloads(run, "writers", "write of 4 KiB {} test failovers, p99", "µs")
-    rpo = _workloads(run, "rpo", "achieved RPO {} test failovers, 99th percentile", "s")
+    with recovery_site(run.bench) as site:
+        _measure(run, "sites", "two sites", site)
+    _measure(run, "shared", "one machine", None)
+    run.outcome.notes += NOTES
+
+
+def _measure(run: Run, key: str, where: str, site: RecoverySite | None) -> None:
+    latency = _workloads(run, f"writers-{key}", f"{where}: write of 4 KiB {{}} test failovers, p99", "µs")
+    rpo = _workloads(run, f"rpo-{key}", f"{where}: achieved RPO {{}} test failovers, 99th percentile", "s")
     bench = run.bench
     with bench.stack() as stack:
         peer = ShippingPeer(bench, FILES_TINY * 4 if bench.options.tiny else DISK_BYTES)
+        peer.site = site
         device = peer.serve(stack)
         _add_files(peer)
         peer.settle()
@@ -52,13 +62,13 @@ def measure(run: Run) -> None:
                 written, achieved = _write(run, peer, device, with_tests=kind == "with")
                 latency[kind].add(KEY, written)
                 rpo[kind].add(KEY, achieved)
-            bench.say(f"turn {turn + 1} of {bench.options.turns} of writers beside test failovers done")
+            bench.say(f"turn {turn + 1} of {bench.options.turns} of writers beside test failovers done, {where}")
     for name, title, found in (("writers", "p99 of writes", latency), ("rpo", "achieved RPO", rpo)):
         values = {kind: spread([turn.value for turn in found[kind].turns[KEY]]) for kind in KINDS}
-        above = Workload(f"{name}-noise", f"{title} with test failovers", "× highest without", less_is_better=True)
+        title = f"{where}: {title} with test failovers"
+        above = Workload(f"{name}-{key}-noise", title, "× highest without", less_is_better=True)
         above.add(KEY, Turn(values["with"].median / values["without"].high))
         run.outcome.workloads.append(above)
-    run.outcome.notes += NOTES
 
 
 def _workloads(run: Run, name: str, title: str, unit: str) -> dict[str, Workload]:

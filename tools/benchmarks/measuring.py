@@ -18,7 +18,8 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Load(NamedTuple):
-    """What fio reached: operations a second, bytes a second, completion latencies (the worse direction), in all."""
+    """What fio reached: operations a second, bytes a second, latencies from submission to completion (the worse
+    direction), in all."""
 
     iops: float
     bytes_per_s: float
@@ -30,7 +31,7 @@ class Load(NamedTuple):
 def fio(bench: Workbench, targets: Sequence[str | Path], words: Iterable[str], seconds_max: float) -> Load:
     """Run fio with direct I/O, one job a target at once; the sum. Raises LabError."""
     command = ["fio", f"--aux-path={bench.root}", "--direct=1", "--ioengine=libaio", "--randrepeat=0"]
-    command += ["--output-format=json", "--group_reporting", *words]
+    command += ["--output-format=json", "--group_reporting", "--lat_percentiles=1", *words]
     for i, target in enumerate(targets):
         command += [f"--name=job{i}", f"--filename={target}"]
     said = run(command, timeout=seconds_max)
@@ -49,7 +50,7 @@ def _load(jobs: Sequence[dict[str, Any]]) -> Load:
 
 
 def _percentile(side: dict[str, Any], rank: str) -> float:
-    found: float = side["clat_ns"].get("percentile", {}).get(rank, 0) / 1000
+    found: float = side["lat_ns"].get("percentile", {}).get(rank, 0) / 1000
     return found
 
 

@@ -14,6 +14,7 @@ from asrfs.daemon.control import UnreachableError, call
 from asrfs.daemon.state import Role, StateDirectory
 
 from .peers import Peer
+from .recovery_site import RecoverySite
 
 SETTLE_SECONDS_MAX = 600.0
 START_SECONDS_MAX = 20.0
@@ -30,6 +31,8 @@ class AsrfsPeer(Peer):
     lab: Lab
     state: StateDirectory
     machine = "web1"
+    site: RecoverySite | None = None
+    """Where the store is, if not beside the machine."""
 
     def serve(self, stack: ExitStack) -> str:
         self.start(stack)
@@ -37,7 +40,7 @@ class AsrfsPeer(Peer):
 
     def start(self, stack: ExitStack) -> None:
         """Everything but the loop device."""
-        self.lab = Lab(machine=self.machine, parent=self.bench.root, store_nice=STORE_NICE)
+        self.lab = Lab(machine=self.machine, parent=self.bench.root, store_nice=STORE_NICE, site=self.site)
         stack.callback(self.lab.close)
         self.lab.asrfs("init", self.machine)
         self.lab.asrfs("disk", "add", "bench", "--size", str(self.size_bytes))
