@@ -4,8 +4,8 @@ refusal changes nothing.
 Three things decide when somebody who wakes up has a processor that somebody else works on:
 
 - Niceness, which counts among the processes of one group. Where sessions are scheduled as groups (autogroup, which
-  Debian has switched on) each of our processes leads one, so it is said of the session, too. A service manager's groups
-  have weights of their own.
+  Debian has switched on) each of our processes leads one; whose work can wait for ever says it of the session, too. A
+  service manager's groups have weights of their own.
 - Turns. One ends by itself at a tick of the clock, which may be 4 ms away, forty times what a write takes; but who is
   content with shorter turns than who has the processor has it at once (Linux 6.12). So work asks for the longest turns
   there are, which costs it nothing, and who serves disks for the shortest.
@@ -33,19 +33,19 @@ _SHORTEST_NS, _LONGEST_NS, _USUAL_NS = 100_000, 100_000_000, 0
 
 def stand_back(niceness: int, pid: int = 0) -> None:
     """From now on this process, or the one of that number which has only just become a program, and whatever it begins
-    work when others leave them a processor: of that niceness, as is the session if it leads one, and in long turns."""
+    let others go first: of that niceness, and in long turns. Its session has the share of any other."""
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, pid, max(niceness, os.getpriority(os.PRIO_PROCESS, pid)))
     _take_turns(_LONGEST_NS, pid)
-    with suppress(OSError):
-        if os.getsid(pid) == (pid or os.getpid()):
-            _set_session_niceness(pid, max(niceness, _session_niceness(pid)))
 
 
 def yield_to_others(pid: int = 0) -> None:
-    """The same, and it has the lowest priority there is, of processors and, where the scheduler of a disk knows of any,
-    of disks."""
+    """The same, and it has the lowest priority there is, as all of the session if it leads one, of processors and,
+    where the scheduler of a disk knows of any, of disks."""
     stand_back(_NICENESS_MAX, pid)
+    with suppress(OSError):
+        if os.getsid(pid) == (pid or os.getpid()):
+            _set_session_niceness(pid, _NICENESS_MAX)
     number = _IOPRIO_SET.get(os.uname().machine)
     if number is not None:
         _call(number, _IOPRIO_WHO_PROCESS, pid, _IOPRIO_IDLE)

@@ -12,17 +12,16 @@ import sys
 import threading
 
 from asrfs.errors import AsrfsError, RefusedError
-from asrfs.storage.priority import stand_back
+from asrfs.storage.priority import yield_to_others
 from replica_store.points.map_maker import make_maps
 from replica_store.vault.vault import Vault
 
 KEPT = "kept"
-_NICENESS = 19
 
 
 def main(root: str, machine_id: str, kept: str = "") -> int:
     """The exit code; a failure is one line on stderr."""
-    stand_back(_NICENESS)
+    yield_to_others()
     if kept == KEPT:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:

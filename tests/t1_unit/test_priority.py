@@ -48,8 +48,15 @@ def grouped(niceness: int) -> tuple[str, str]:
     return str(niceness), "none"
 
 
-def test_who_stands_back_does_so_with_its_session_and_all_it_begins() -> None:
+def test_who_stands_back_does_so_with_all_it_begins_and_keeps_its_share() -> None:
     niceness, idle, session, turns, begun = said_after("stand_back=19")
+    assert (niceness, idle) == (19, False)
+    assert session in grouped(0)
+    assert turns == begun == LONGEST
+
+
+def test_who_yields_does_so_with_its_session() -> None:
+    niceness, idle, session, turns, begun = said_after("yield_to_others")
     assert (niceness, idle) == (19, False)
     assert session in grouped(19)
     assert turns == begun == LONGEST
@@ -91,7 +98,7 @@ def test_one_that_runs_only_when_idle_stays_so() -> None:
 def test_a_child_in_a_session_of_its_own_has_the_niceness_of_ours() -> None:
     if not Path("/proc/self/autogroup").exists():
         return
-    say = "import subprocess, sys; from asrfs.storage import priority; priority.stand_back(19)\n"
+    say = "import subprocess, sys; from asrfs.storage import priority; priority.yield_to_others()\n"
     say += "child = subprocess.Popen(['cat'], stdin=subprocess.PIPE, start_new_session=True)\n"
     say += "priority.pass_on(child.pid); print(open(f'/proc/{child.pid}/autogroup').read().split()[-1])\n"
     done = subprocess.run(
