@@ -14,6 +14,7 @@ from unittest import mock
 
 import trio
 
+from asrfs.format import kept_leaves as format_kept
 from asrfs.format.record import Kind
 from asrfs.model import digest_tree
 from asrfs.model.digest_tree import Region
@@ -23,6 +24,7 @@ from asrfs.replication import comparer, filler, image_digests
 from asrfs.replication.comparer import Comparer
 from asrfs.replication.image_digests import digest_image
 from replica_store.points import digests
+from replica_store.points import kept_leaves as points_kept
 from tests.fakes.crash_storage import CrashStorage
 from tests.fakes.journal_world import ModelRecord, put_record
 
@@ -40,6 +42,8 @@ def small_chunks() -> Iterator[None]:
     values_of: dict[Any, tuple[str, ...]] = {
         digest_tree: ("LEAF_BYTES", "NODE_LEAVES", "NODE_BYTES"),
         digests: ("LEAF_BYTES", "NODE_LEAVES"),
+        points_kept: ("LEAF_BYTES",),
+        format_kept: ("NODE_BYTES",),
         image_digests: ("NODE_BYTES",),
         comparer: ("NODE_LEAVES",),
         filler: ("CHUNK_BYTES",),
