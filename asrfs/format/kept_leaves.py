@@ -1,4 +1,4 @@
-"""Kept leaves: the digests of all leaves of a region of a disk, as of a log object's end, so that nobody makes them anew.
+"""Kept leaves: digests of all leaves of a region of a disk, as of a log object's end, so that nobody makes them anew.
 
     clear header | sealed digests
 

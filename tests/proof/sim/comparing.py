@@ -101,9 +101,11 @@ class WatchedComparer(Comparer):
         self._told[request.slot] = answer.lsn, self._host.store.setbacks
         return answer
 
-    async def _differing(self, disk: DiskConfig, region: Region, leaves: bytes, lsn: int) -> list[int]:
+    async def _differing(
+        self, disk: DiskConfig, region: Region, leaves: bytes, lsn: int, by_kept: bool = False
+    ) -> list[int]:
         seen = (lsn, lsn) if lsn else self._seen[disk.slot]
-        chunks = await super()._differing(disk, region, leaves, lsn)
+        chunks = await super()._differing(disk, region, leaves, lsn, by_kept)
         told, setbacks = self._told[disk.slot]
         with self._host.watch.checking():
             assert lsn in (0, told), f"I9: compared at LSN {lsn} here and at LSN {told} there"
