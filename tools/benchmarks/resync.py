@@ -54,8 +54,9 @@ NOTES = (
     "Changed: 4 KiB anywhere in each of so many chunks of 64 KiB, while the machine is stopped. asrfs: the command "
     "`resync --full-scan --now`, from its start until the store has all of it, durably. rsync: `--inplace "
     "--no-whole-file --ignore-times --fsync` to another file of this machine, and over loopback to its daemon, which "
-    "does not encrypt; both before asrfs in one turn and behind it in the next. All read from the page cache. The store "
-    "has the digests of the comparison before, as it has from the second one on; `first`: it has none. On the wire: both directions; of asrfs with TLS, counted by a relay; of rsync what it says of itself.",
+    "does not encrypt; both before asrfs in one turn and behind it in the next. All read from the page cache. The "
+    "store has the digests of the comparison before, as it has from the second one on; `the first time`: it has none. "
+    "On the wire: both directions; of asrfs with TLS, counted by a relay; of rsync what it says of itself.",
     "Dirty map: the store was away until the journal was over its quota. What is read is all that the disk server read "
     "from then on until the store had everything.",
     f"Writers: 4 KiB at random places, depth 1, {WRITES_PER_S} a second, through the loop device; with: while half of "
