@@ -138,7 +138,7 @@ def check_region(
         size_bytes=region.size_bytes,
         first=region.first,
         digests=node_digests(bytes(region.leaves * 32)),
-        lsn=lsn,
+        lsn=0 if lsn == history.received_lsn(history.id) else lsn,
         by_kept=by_kept,
     )
     answer = comparer.answer(history.id, wanted)
