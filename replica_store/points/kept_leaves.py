@@ -118,7 +118,8 @@ def sweep_leaves(history: History, machine_id: str, lsn: int) -> None:
 def unreadable(kept: Kept) -> Chosen:
     """Leaves that could not be read when the others were digested."""
     words = np.frombuffer(kept.leaves, np.uint8).reshape(-1, len(NO_LEAF))
-    return ~words.any(axis=1)
+    found: Chosen = ~words.any(axis=1)
+    return found
 
 
 class ChangedLeaves:
@@ -166,4 +167,5 @@ def chosen_leaves(changed: Changed, region: Region) -> Chosen:
     steps = np.zeros(region.leaves + 1, np.int64)
     np.add.at(steps, start, 1)
     np.add.at(steps, end, -1)
-    return np.cumsum(steps[:-1]) > 0
+    chosen: Chosen = np.cumsum(steps[:-1]) > 0
+    return chosen
