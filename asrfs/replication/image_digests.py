@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
-from asrfs.model.digest_tree import NODE_BYTES, LeafDigester, Region
+from asrfs.model.digest_tree import LeafDigester, Region
+
+PIECE_BYTES = 512 << 10
+"""Read at once: whole leaves, and no more than a processor's own cache holds until they are digested."""
 
 
 class ImageDigests(NamedTuple):
@@ -27,12 +30,12 @@ class Readable(Protocol):
 def digest_image(image: Readable, region: Region) -> ImageDigests:
     """Whoever writes to the image meanwhile goes on: each byte is one it had. Raises OSError."""
     digester = LeafDigester(region)
-    piece = memoryview(bytearray(NODE_BYTES))
+    piece = memoryview(bytearray(PIECE_BYTES))
     bytes_read = 0
     for begin, length in image.data_extents(region.offset):
         at, end = max(begin, region.offset), min(begin + length, region.end)
         while at < end:
-            room = piece[: min(end, at - at % NODE_BYTES + NODE_BYTES) - at]
+            room = piece[: min(end, at - at % PIECE_BYTES + PIECE_BYTES) - at]
             count = image.read_into(room, at)
             if not count:
                 break

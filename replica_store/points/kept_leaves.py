@@ -118,8 +118,7 @@ def sweep_leaves(history: History, machine_id: str, lsn: int) -> None:
 def unreadable(kept: Kept) -> Chosen:
     """Leaves that could not be read when the others were digested."""
     words = np.frombuffer(kept.leaves, np.uint8).reshape(-1, len(NO_LEAF))
-    found: Chosen = ~words.any(axis=1)
-    return found
+    return np.logical_not(words.any(axis=1), dtype=np.bool_)
 
 
 class ChangedLeaves:

@@ -20,7 +20,7 @@ from asrfs.model import digest_tree
 from asrfs.model.digest_tree import Region
 from asrfs.model.machine import DiskConfig
 from asrfs.protocol.messages import Compare, Compared
-from asrfs.replication import comparer, filler, image_digests
+from asrfs.replication import comparer, filler
 from asrfs.replication.comparer import Comparer
 from asrfs.replication.image_digests import digest_image
 from replica_store.points import digests
@@ -44,7 +44,6 @@ def small_chunks() -> Iterator[None]:
         digests: ("LEAF_BYTES", "NODE_LEAVES"),
         points_kept: ("LEAF_BYTES",),
         format_kept: ("NODE_BYTES",),
-        image_digests: ("NODE_BYTES",),
         comparer: ("NODE_LEAVES",),
         filler: ("CHUNK_BYTES",),
     }
