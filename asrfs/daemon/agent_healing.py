@@ -234,7 +234,7 @@ class AgentHealing:
         """What of these disks differs from the replica, by slot."""
         await trio.to_thread.run_sync(self._positions.save, limiter=self._threads)
         async with self._comparing() as comparer:
-            found = await comparer.compare(disks, _pass_over)
+            found = await comparer.compare(disks, by_kept=True)
             self._scanned = found
             return found.different if await comparer.is_real(disks, found) else {}
 
@@ -254,10 +254,6 @@ def open_map(state: StateDirectory, positions: Positions) -> DirtyMapFile:
     """The dirty map of a machine, made anew where it is lost. Blocks."""
     files, journal = DirectoryStorage(state.root), DirectoryStorage(state.journal)
     return open_dirty_map(files, DIRTY_MAP_FILE, journal, state.load_machine(), positions)
-
-
-def _pass_over(_done: int, _total: int) -> None:
-    """Of who does not say how far it is."""
 
 
 def with_gaps(machine: MachineConfig, slots: Collection[int], gap: bool) -> MachineConfig:

@@ -16,7 +16,7 @@ from asrfs.disk.base_file import BaseFile
 from asrfs.disk.overlay import WholeView
 from asrfs.errors import AsrfsError, TemporaryError
 from asrfs.model.digest_tree import Region
-from asrfs.replication.image_digests import digest_image
+from asrfs.replication.image_digests import digest_in_threads
 from asrfs.storage.directory import open_path
 from asrfs.storage.priority import yield_to_others
 from asrfs.transport.working import work
@@ -29,6 +29,7 @@ class Order(msgspec.Struct, array_like=True):
     nodes: int
     base: str = ""
     """Of an image that does not hold all yet."""
+    threads: int = 1
 
 
 class Reply(msgspec.Struct, array_like=True):
@@ -52,7 +53,8 @@ def _digest(order: Order) -> Reply:
     try:
         os.posix_fadvise(image.fd, 0, 0, os.POSIX_FADV_NOREUSE)  # from Linux 6.3 on: what others read stays cached
         whole = WholeView(image, BaseFile(order.base, order.size_bytes)) if order.base else image
-        leaves, bytes_read = digest_image(whole, Region(order.size_bytes, order.first, order.nodes))
+        region = Region(order.size_bytes, order.first, order.nodes)
+        leaves, bytes_read = digest_in_threads(whole, region, order.threads)
     finally:
         image.close()
     return Reply(leaves, bytes_read)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -25,6 +26,8 @@ _MODULE = "asrfs.daemon.digest_process"
 
 
 RATE_BESIDE_USE = 400 << 20
+THREADS_MAX = 2
+"""That digest at once while nobody uses the disks."""
 USE_S = 1.0
 """For so long disks count as used after a request."""
 
@@ -51,6 +54,10 @@ class ScanRate:
         await self._look()
         return RATE_BESIDE_USE if trio.current_time() < self._used_until else 0
 
+    async def is_free(self) -> bool:
+        """Whether nothing was chosen, and no guest uses its disks."""
+        return self._chosen() is None and not await self.now()
+
     async def _look(self) -> None:
         """A disk server that cannot be asked, or is another one, counts as used."""
         before = self._served_s
@@ -69,6 +76,7 @@ class DigestProcess:
         self._rate = rate
         self._worker: Worker | None = None
         self._not_before = 0.0
+        self._threads = min(THREADS_MAX, len(os.sched_getaffinity(0)))
         self._turn = trio.Lock()
 
     async def __aenter__(self) -> DigestProcess:
@@ -93,7 +101,8 @@ class DigestProcess:
     async def digest(self, disk: DiskConfig, region: Region) -> bytes:
         """Digests of the region's leaves. Raises TemporaryError."""
         place = (region.size_bytes, region.first, region.nodes)
-        order = Order(self._state.image_path(disk), *place, base=disk.base or "")
+        threads = self._threads if await self._rate.is_free() else 1
+        order = Order(self._state.image_path(disk), *place, base=disk.base or "", threads=threads)
         started = trio.current_time()
         try:
             if self._worker is None:

@@ -171,6 +171,7 @@ class Compare(msgspec.Struct, frozen=True, kw_only=True):
         bytes, msgspec.Meta(min_length=TREE_DIGEST_BYTES, max_length=REGION_NODES_MAX * TREE_DIGEST_BYTES)
     ]
     lsn: Number = 0
+    by_kept: bool = False
 
 
 class Compared(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,6 +2,10 @@
 
     region ─▶ digests here (a process) ─▶ nodes ─▶ store ─▶ which nodes differ, their leaves ─▶ chunks that differ
 
+The store may answer by digests it has kept where its caller allows it; proofs (`settle`, and a `compare` that says
+nothing else) are of what both sides have stored, all of it read. A difference found by kept digests is shown by such a
+proof, too, before anything is sent (`is_real`).
+
 Both sides go on meanwhile. **Equal at any two moments is equal for good**: each byte of the image is its value after
 some record, each of the store's after some other; the records between them are, or will be, in both histories and
 carry the bytes themselves. So where the values agree, they agree after all records, and writes under way cost nothing.
@@ -42,8 +46,8 @@ from asrfs.replication.exact_images import ExactImages
 from asrfs.replication.outlet import Outlet
 from asrfs.replication.progress import Progress
 
-AHEAD = 4
-"""Regions digested here that wait for the store: both sides work at once."""
+AHEAD = 16
+"""Regions digested here that wait for the store: both sides work at once, and this one while that one begins."""
 PATIENCE_S = 600.0
 """For so long a lost connection is waited for."""
 RETRY_S, RETRY_S_MAX = 0.5, 30.0
@@ -89,10 +93,14 @@ class Comparer:
     hurry_applied: Callable[[int], None]
     hurry_shipped: Callable[[int], None]
 
-    async def compare(self, disks: Sequence[DiskConfig], step: Step = lambda done, total: None) -> Comparison:
+    async def compare(
+        self, disks: Sequence[DiskConfig], step: Step = lambda done, total: None, *, by_kept: bool = False
+    ) -> Comparison:
         """What may differ: of chunks not in it both sides are the same, or will be when all records have come.
 
-        Raises TemporaryError, RefusedError, and what else the store answers.
+        `by_kept`: of what its history has not written since an earlier comparison the store need not look at what it
+        stores, so damage there since then is not found. Raises TemporaryError, RefusedError, and what else the store
+        answers.
         """
         wanted = [(disk, region) for disk in disks for region in regions_of(disk.size_bytes)]
         result = Comparison(chunks_compared=sum(leaf_count(disk.size_bytes) for disk in disks))
@@ -106,7 +114,7 @@ class Comparer:
         async def ask(disk: DiskConfig, region: Region, leaves: bytes) -> None:
             nonlocal done
             try:
-                chunks = await self._differing(disk, region, leaves, 0)
+                chunks = await self._differing(disk, region, leaves, 0, by_kept)
             except AsrfsError as error:
                 failures.append(error)
                 nursery.cancel_scope.cancel()
@@ -150,8 +158,11 @@ class Comparer:
 
     async def is_real(self, disks: Iterable[DiskConfig], found: Comparison) -> bool:
         """Whether any of `found` really differs: for who sends all of it then, since what was on its way may be sent
-        twice. Looks no further than the first. Raises as `compare`."""
+        twice. Looks no further than the first, and there at one node before it looks at more. Raises as `compare`."""
         regions = _regions_of(disks, found)
+        if regions:
+            disk, region = regions[0]
+            regions.insert(0, (disk, region._replace(nodes=1)))
         lsn = (await self.server.sync()).durable.lsn if regions else 0
         for disk, region in regions:
             if await self._look_again(disk, region, lsn):
@@ -173,7 +184,9 @@ class Comparer:
                 await trio.sleep(RETRY_S)  # the store has no state at this LSN, only at others
         raise TemporaryError(f"the store has no state of disk {disk.name} that could be compared: try again later")
 
-    async def _differing(self, disk: DiskConfig, region: Region, leaves: bytes, lsn: int) -> list[int]:
+    async def _differing(
+        self, disk: DiskConfig, region: Region, leaves: bytes, lsn: int, by_kept: bool = False
+    ) -> list[int]:
         """Numbers of the chunks of a region that differ from the store's, at `lsn` or, for 0, at its newest."""
         request = Compare(
             number=0,
@@ -183,6 +196,7 @@ class Comparer:
             first=region.first,
             digests=node_digests(leaves),
             lsn=lsn,
+            by_kept=by_kept,
         )
         answer = await self._ask(request)
         if lsn and answer.lsn != lsn:

@@ -1,7 +1,9 @@
 """Has disks digested while a vault is served: a few `digest_worker`s, there while hosts ask.
 
 Processes of their own, at the lowest priority: what they do takes processor time and memory that receiving must not
-wait for. A worker that is asked about the disk of its last request goes on from what it knows.
+wait for. A worker that is asked about the disk of its last request goes on from what it knows. Starting one costs as
+much as digesting a GiB by what is kept, so another one is started only when those that there are have been asked more
+than they can answer for a while.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from asrfs.protocol.messages import Compare, Compared, decode_message, encode_me
 from asrfs.transport.worker import Worker
 from replica_store.daemon.digest_worker import MACHINE_ID_CHARACTERS
 
-AT_ONCE = 4
-"""Requests of one host that may be unanswered."""
+AT_ONCE = 16
+"""Requests of one host that may be unanswered: so many that it need not wait while a worker starts."""
+PATIENCE_S = 0.5
 WORKERS_MAX = 4
 IDLE_S_MAX = 30.0
 _LOOK_EVERY_S = 5.0
@@ -44,6 +47,10 @@ class DigestKeeper:
         self._root = root
         self._turns = trio.Semaphore(min(WORKERS_MAX, os.cpu_count() or 1))
         self._idle: list[_Kept] = []
+        self._busy = 0
+        self._waiting = 0
+        self._pressed_since: float | None = None
+        self._freed = trio.Event()
         self._log = structlog.get_logger("replica_store.digests")
 
     async def run(self) -> None:
@@ -73,14 +80,38 @@ class DigestKeeper:
         return answer
 
     async def _ask(self, disk: tuple[str, int], request: bytes) -> bytes:
-        worker = await self._take(disk)
+        await self._wait_for_idle()
+        self._busy += 1
         try:
-            return await worker.ask(request)
+            worker = await self._take(disk)
+            try:
+                return await worker.ask(request)
+            finally:
+                if worker.is_good:
+                    self._idle.append(_Kept(worker, disk, trio.current_time()))
+                else:
+                    await worker.close()
         finally:
-            if worker.is_good:
-                self._idle.append(_Kept(worker, disk, trio.current_time()))
-            else:
-                await worker.close()
+            self._busy -= 1
+            if not self._waiting:
+                self._pressed_since = None
+            self._freed.set()
+            self._freed = trio.Event()
+
+    async def _wait_for_idle(self) -> None:
+        """Until a worker is idle, or it is time for another one."""
+        while self._busy and not self._idle:
+            if self._pressed_since is None:
+                self._pressed_since = trio.current_time()
+            deadline = self._pressed_since + PATIENCE_S
+            if trio.current_time() >= deadline:
+                return
+            self._waiting += 1
+            try:
+                with trio.move_on_at(deadline):
+                    await self._freed.wait()
+            finally:
+                self._waiting -= 1
 
     async def _take(self, disk: tuple[str, int]) -> Worker:
         """One that knows this disk, else any, else a new one."""

@@ -38,18 +38,23 @@ class Changed(NamedTuple):
 
 def changed_since(history: History, machine_id: str, slot: int, lsn: int, size_bytes: int) -> Changed:
     """What of the first `size_bytes` of a disk was written behind a record that has a state. Raises IntegrityError."""
-    received = history.received_lsn(machine_id)
-    rows = history.objects_of(machine_id, received, lsn)
-    check_whole(rows, lsn, received)
+    return changed_between(history, machine_id, slot, lsn, history.received_lsn(machine_id), size_bytes)
+
+
+def changed_between(history: History, machine_id: str, slot: int, lsn: int, until: int, size_bytes: int) -> Changed:
+    """The same, by records up to and with `until`, which has a state, too."""
+    rows = history.objects_of(machine_id, until, lsn)
+    check_whole(rows, lsn, until)
     starts, ends = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for painted in paint_runs(history, rows, {slot: lsn}, received, RUN_WEIGHT):
+    for painted in paint_runs(history, rows, {slot: lsn}, until, RUN_WEIGHT):
         if slot in painted:
             starts.append(painted[slot].extents.start)
             ends.append(painted[slot].extents.end)
-    return _united(np.concatenate(starts), np.concatenate(ends), size_bytes)
+    return united(np.concatenate(starts), np.concatenate(ends), size_bytes)
 
 
-def _united(start: Int64s, end: Int64s, size_bytes: int) -> Changed:
+def united(start: Int64s, end: Int64s, size_bytes: int) -> Changed:
+    """Extents in any order that may overlap, as one says it once. `size_bytes`: 2^62 at most."""
     start = start // BLOCK_BYTES * BLOCK_BYTES
     end = np.minimum(end, size_bytes)  # what a DISK record says of what lies behind it has no end
     end = np.minimum(-(-end // BLOCK_BYTES) * BLOCK_BYTES, size_bytes)

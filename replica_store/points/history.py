@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from asrfs.format.log_object import FrameTable, Index, ObjectHeader
 from asrfs.model.machine import DiskRecord
+from replica_store.vault.leaf_files import LeavesName
 from replica_store.vault.map_files import MapName
 
 
@@ -95,14 +96,37 @@ class MapPlace(Protocol):
     def sweep(self, machine_id: str) -> None: ...
 
 
+class LeavesPlace(Protocol):
+    """Where kept leaves lie. Calls raise OSError."""
+
+    def names(self, machine_id: str) -> list[LeavesName]: ...
+
+    def read(self, machine_id: str, name: LeavesName, bytes_max: int) -> bytes:
+        """The whole file, or as much of it."""
+
+    def free_bytes(self) -> int: ...
+
+    def put(self, machine_id: str, name: LeavesName, content: bytes) -> None: ...
+
+    def remove(self, machine_id: str, name: LeavesName) -> None: ...
+
+    def sweep(self, machine_id: str) -> None: ...
+
+
 class History(ObjectReader, Protocol):
     """The received histories of machines."""
 
     @property
     def maps(self) -> MapPlace: ...
 
+    @property
+    def leaves(self) -> LeavesPlace: ...
+
     def map_key(self, machine_id: str, salt: bytes) -> bytes:
         """What seals a map checkpoint of this machine with this salt."""
+
+    def leaves_key(self, machine_id: str, salt: bytes) -> bytes:
+        """What seals kept leaves of this machine with this salt."""
 
     def machine(self, name: str) -> Machine:
         """Raises NotFoundError."""

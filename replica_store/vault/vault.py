@@ -1,6 +1,6 @@
 """A vault: its directory, its objects, its catalog, its keys, and reading a history from them.
 
-    VAULT/vault.json  keys/  catalog.sqlite3  objects/  maps/  seeds/  lock
+    VAULT/vault.json  keys/  catalog.sqlite3  objects/  maps/  leaves/  seeds/  lock
 
 `vault.json` is written last, so a vault that is there is whole. Reading needs nobody's leave: objects never change,
 and the catalog is read beside the process that writes it. Writing history is the holder of the lock alone.
@@ -17,6 +17,7 @@ from functools import lru_cache
 import msgspec
 
 from asrfs.errors import IntegrityError, NotFoundError, RefusedError
+from asrfs.format.kept_leaves import derive_leaves_key
 from asrfs.format.log_object import (
     FrameTable,
     Index,
@@ -37,6 +38,7 @@ from replica_store.vault.catalog import Catalog
 from replica_store.vault.directory_objects import DirectoryObjects
 from replica_store.vault.gaps import Gap, gap_at, gaps_of
 from replica_store.vault.keys import KeyFiles, MachineKeys, Sealer
+from replica_store.vault.leaf_files import LEAVES_DIRECTORY, LeafFiles
 from replica_store.vault.listing import listed_points
 from replica_store.vault.lock import VaultLock
 from replica_store.vault.map_files import MAPS_DIRECTORY, MAPS_LOCK_FILE, MapFiles
@@ -58,6 +60,7 @@ _ENTRIES = frozenset(
         "keys",
         "objects",
         MAPS_DIRECTORY,
+        LEAVES_DIRECTORY,
         SEEDS_DIRECTORY,
         LOCK_FILE,
         DESCRIPTIONS_LOCK_FILE,
@@ -86,6 +89,7 @@ class Vault:
         self.objects = objects
         self.catalog = catalog
         self.maps = MapFiles(DirectoryStorage(root), lambda: lock_maps(root))
+        self.leaves = LeafFiles(DirectoryStorage(root))
         self.seeds = SeedFiles(DirectoryStorage(root))
         self.keys = KeyFiles(os.path.join(root, "keys"))
         self.sealer: Sealer = self.keys.sealer()
@@ -232,6 +236,10 @@ class Vault:
     def map_key(self, machine_id: str, salt: bytes) -> bytes:
         """What seals a map checkpoint of this machine with this salt."""
         return derive_map_key(self.keys_of(machine_id).index_key, bytes.fromhex(machine_of(machine_id)), salt)
+
+    def leaves_key(self, machine_id: str, salt: bytes) -> bytes:
+        """What seals kept leaves of this machine with this salt."""
+        return derive_leaves_key(self.keys_of(machine_id).payload_key, bytes.fromhex(machine_of(machine_id)), salt)
 
     # ---- log objects ----------------------------------------------------------------------------------------
 

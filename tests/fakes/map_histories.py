@@ -19,6 +19,7 @@ from replica_store.points.map_maker import leave_runs, make_maps
 from replica_store.points.point_disk import FrameCache, PointDisk
 from tests.fakes.history_steps import SIZES, HistoryWriter
 from tests.fakes.memory_history import MemoryHistory
+from tests.fakes.memory_leaves import MemoryLeaves
 from tests.fakes.memory_maps import MemoryMaps
 
 USED, FOREIGN, DAMAGED = "map checkpoint used", "map checkpoint of another history", "map checkpoint damaged"
@@ -53,14 +54,14 @@ def make_as_it_grows(history: MemoryHistory, rng: random.Random) -> None:
 
 
 def fork(steps: Sequence[str], seed: int, frame_bytes: int, rng: random.Random) -> list[MemoryHistory]:
-    """Two histories that go apart after some of the steps, one place for their checkpoints."""
-    maps = MemoryMaps()
+    """Two histories that go apart after some of the steps, one place for their checkpoints and kept leaves."""
+    maps, leaves = MemoryMaps(), MemoryLeaves()
     apart = rng.randint(0, len(steps))
     in_epoch = rng.random() < 0.3
     histories = []
     for side in range(2):
         writer = HistoryWriter(frame_bytes, seed)
-        writer.history.maps = maps
+        writer.history.maps, writer.history.leaves = maps, leaves
         writer.add(SIZES[seed % len(SIZES)])
         for at, what in enumerate(steps):
             if at == apart:

@@ -16,6 +16,7 @@ import numpy as np
 
 from asrfs.errors import NotFoundError
 from asrfs.format import log_object, object_encoder
+from asrfs.format.kept_leaves import derive_leaves_key
 from asrfs.format.log_object import FrameTable, Index, ObjectHeader
 from asrfs.format.map_checkpoint import derive_map_key
 from asrfs.format.record import Kind
@@ -23,6 +24,7 @@ from asrfs.model.extents import BLOCK_BYTES, widen_to_blocks
 from asrfs.model.machine import NO_SLOT, DiskRecord, decode_disk, encode_disk
 from asrfs.model.marker import Consistency, MarkerRecord, encode_marker
 from tests.fakes.folding import Dirty, folded, up_to_markers
+from tests.fakes.memory_leaves import MemoryLeaves
 from tests.fakes.memory_maps import MemoryMaps
 
 INDEX_KEY = bytes(range(32))
@@ -86,6 +88,7 @@ class MemoryHistory:
     hidden_after: int | None = None
     """A store that has not yet received what comes after this LSN."""
     maps: MemoryMaps = field(default_factory=MemoryMaps)
+    leaves: MemoryLeaves = field(default_factory=MemoryLeaves)
     model: dict[int, bytearray] = field(default_factory=dict)
     _records: list[_Record] = field(default_factory=list)
     _replayed: tuple[int, dict[int, bytearray]] = field(default_factory=lambda: (0, {}))
@@ -232,6 +235,9 @@ class MemoryHistory:
 
     def map_key(self, machine_id: str, salt: bytes) -> bytes:
         return derive_map_key(INDEX_KEY, bytes.fromhex(machine_id), salt)
+
+    def leaves_key(self, machine_id: str, salt: bytes) -> bytes:
+        return derive_leaves_key(PAYLOAD_KEY, bytes.fromhex(machine_id), salt)
 
     def object_head(self, row: MemoryObject) -> tuple[ObjectHeader, Index, FrameTable]:
         stored = self._objects[row.name]

@@ -30,6 +30,7 @@ from replica_store.points.point_disk import FrameCache
 from replica_store.vault import rebuild as rebuild_room
 from replica_store.vault.directory_objects import DirectoryObjects
 from replica_store.vault.enrolment import enrol, make_token
+from replica_store.vault.leaf_files import LeafFiles
 from replica_store.vault.map_files import MapFiles
 from replica_store.vault.rows import ObjectRow
 from replica_store.vault.schema import REBUILDABLE
@@ -38,6 +39,7 @@ from tests.fakes.crash_storage import CrashStorage
 from tests.fakes.folding import Dirty
 from tests.fakes.journal_world import MACHINE_ID as HOST_MACHINE_ID
 from tests.fakes.memory_catalog import MemoryCatalog
+from tests.fakes.memory_leaves import MemoryLeaves
 from tests.fakes.memory_maps import MemoryMaps
 from tests.fakes.scripted_host import BLOCK, HostHistory
 
@@ -129,6 +131,7 @@ class VaultWorld:
     def _next_life(self, vault: RememberingVault, storage: CrashStorage) -> VaultWorld:
         vault.memory = cast(RememberingVault, self.vault).memory
         vault.maps = self.vault.maps
+        vault.leaves = self.vault.leaves
         cast(DirectoryObjects, vault.objects).sweep()
         return VaultWorld(self.root, vault, storage, self.history, verified=self.verified)
 
@@ -241,6 +244,7 @@ def open_vault(root: Path, storage: CrashStorage, catalog: MemoryCatalog) -> Rem
     vault = RememberingVault(str(root), describe(str(root)), DirectoryObjects(storage, "objects"), catalog)
     vault.memory = {}
     vault.maps = cast(MapFiles, MemoryMaps())
+    vault.leaves = cast(LeafFiles, MemoryLeaves())
     return vault
 
 

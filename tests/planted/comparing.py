@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
+import numpy as np
 import pytest
 
 from asrfs.daemon.digesting import ScanRate
+from asrfs.format.kept_leaves import LeavesHeader
 from asrfs.model.digest_tree import Region, numbers_of
 from asrfs.model.dirty_map import DirtyMap, GivenUp
-from asrfs.model.machine import DiskConfig, MachineConfig
+from asrfs.model.machine import DiskConfig, DiskRecord, MachineConfig
 from asrfs.model.positions import Positions
 from asrfs.protocol.messages import Compare, Compared
 from asrfs.replication import comparer, lost_map
@@ -19,7 +21,8 @@ from asrfs.replication.exact_images import ExactImages
 from asrfs.replication.filler import Filler
 from asrfs.replication.lost_map import Found
 from asrfs.storage.interface import Storage
-from replica_store.points import digests
+from replica_store.points import digests, kept_leaves
+from replica_store.points.kept_leaves import ChangedLeaves, Chosen
 from tests.planted import Plant
 
 _CASES = 5_000
@@ -41,7 +44,9 @@ def looks_again_at_two_moments(patch: pytest.MonkeyPatch) -> None:
     """The second look, too, takes the store's newest state, whatever the image was when it was read."""
     sound = Comparer._differing
 
-    async def differing(self: Comparer, disk: DiskConfig, region: Region, leaves: bytes, lsn: int) -> list[int]:
+    async def differing(
+        self: Comparer, disk: DiskConfig, region: Region, leaves: bytes, lsn: int, by_kept: bool = False
+    ) -> list[int]:
         return await sound(self, disk, region, leaves, 0)
 
     patch.setattr(Comparer, "_differing", differing)
@@ -137,6 +142,52 @@ def what_is_gone_is_expected(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(lost_map, "_what_is_gone", lambda machine, positions: GivenUp())
 
 
+def what_was_written_since_is_overlooked(patch: pytest.MonkeyPatch) -> None:
+    """Kept digests are taken whatever was written since they were made."""
+
+    def between(self: ChangedLeaves, after_lsn: int, until_lsn: int, region: Region) -> Chosen:
+        return np.zeros(region.leaves, bool)
+
+    patch.setattr(ChangedLeaves, "between", between)
+
+
+def kept_by_another_history(patch: pytest.MonkeyPatch) -> None:
+    """Kept digests are believed whatever history they were made of."""
+    patch.setattr(kept_leaves, "is_of_history", lambda history, machine_id, lsn, digest: True)
+
+
+def kept_of_another_disk(patch: pytest.MonkeyPatch) -> None:
+    """Kept digests are believed although a disk ended elsewhere when they were made."""
+    sound = kept_leaves.decode_leaves_header
+
+    def decode(buffer: bytes, where: str) -> LeavesHeader:
+        header = sound(buffer, where)
+        return header._replace(end=_Anything(header.end))
+
+    patch.setattr(kept_leaves, "decode_leaves_header", decode)
+
+
+class _Anything(int):
+    """A number that is equal to each."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = int.__hash__
+
+
+def proof_by_kept(patch: pytest.MonkeyPatch) -> None:
+    """What must be read anew is answered by kept digests."""
+    sound = digests.Comparer._leaves
+
+    def leaves(
+        self: digests.Comparer, machine_id: str, disk: DiskRecord, region: Region, lsn: int, by_kept: bool
+    ) -> bytes:
+        return sound(self, machine_id, disk, region, lsn, True)
+
+    patch.setattr(digests.Comparer, "_leaves", leaves)
+
+
 def _in_sim(apply: Callable[[pytest.MonkeyPatch], None], shows: str) -> Plant:
     name = f"sim: {apply.__name__.replace('_', ' ')}"
     return Plant(name, (apply.__doc__ or "").strip(), "sim", _CASES, apply, shows)
@@ -154,6 +205,16 @@ _LOST_MAPS = (
     _of_a_lost_map(unknown_counts_as_whole, "I9", "half_filled-flipped"),
     _of_a_lost_map(what_is_gone_is_expected, "TooSlowError", "away_and_over-flipped"),
 )
+_KEPT = "tests/t3_model/test_kept_leaves.py::"
+_KEPT_PLANTS = tuple(
+    Plant(apply.__name__.replace("_", "-"), (apply.__doc__ or "").strip(), _KEPT + test, 1, apply, shows)
+    for apply, test, shows in (
+        (what_was_written_since_is_overlooked, "test_kept_digests_are_used_and_strange_ones_are_there", "I9: leaves"),
+        (kept_by_another_history, "test_kept_digests_are_used_and_strange_ones_are_there", "I9: leaves|assert"),
+        (kept_of_another_disk, "test_i9_a_disk_that_grows_has_no_kept_end", "I9: leaves|assert|shapes"),
+        (proof_by_kept, "test_damage_is_found_by_a_proof_and_then_by_everybody", "a proof reads"),
+    )
+)
 _SIM_PLANTS = (
     _in_sim(one_chunk_of_a_node, "I9: chunk .* was found equal"),
     _in_sim(whole_nodes_differ, "I9: chunk .* was found different"),
@@ -161,6 +222,7 @@ _SIM_PLANTS = (
 
 PLANTS: tuple[Plant, ...] = (
     *_SIM_PLANTS,
+    *_KEPT_PLANTS,
     *_LOST_MAPS,
     Plant(
         "lag-is-a-difference",

@@ -9,14 +9,19 @@ from typing import Any
 import msgspec
 import pytest
 import zstandard
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 from asrfs.daemon import control
 from asrfs.format import dirty_map, log_object, record
+from asrfs.format.kept_leaves import LEAVES_HEADER_BYTES
 from asrfs.journal import segments
 from asrfs.model import machine, names
 from asrfs.model.marker import MarkerRecord
 from asrfs.protocol import frames, messages
 from asrfs.transport import enrolment
+from replica_store.points import kept_leaves
 from replica_store.vault import catalog
 from replica_store.vault.rows import PointRow
 from tests.planted import Plant
@@ -198,6 +203,14 @@ def dirty_map_without_its_checksum(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(dirty_map, "crc32c", lambda content: Believed(0))
 
 
+def kept_leaves_with_a_broken_seal(patch: pytest.MonkeyPatch) -> None:
+    def open_leaves(buffer: bytes, key: bytes, where: str) -> bytes:
+        counter = bytes(12) + (2).to_bytes(4, "big")  # as GCM counts, without its tag
+        return Cipher(AES(key), CTR(counter)).decryptor().update(buffer[LEAVES_HEADER_BYTES:-16])
+
+    patch.setattr(kept_leaves, "open_leaves", open_leaves)
+
+
 def control_message_of_any_length(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(control, "decode_length", lambda prefix: int.from_bytes(prefix, "little"))
 
@@ -236,6 +249,12 @@ _BROKEN = (
         "a dirty map is believed without its checksum",
         "dirty map",
         "whose checksum is wrong was believed|is written as something else",
+    ),
+    (
+        kept_leaves_with_a_broken_seal,
+        "kept leaves are believed although their seal is broken",
+        "kept leaves",
+        "that were changed are believed",
     ),
     (control_message_of_any_length, "a control message has no cap", "control client", "MemoryError|memory grew"),
 )

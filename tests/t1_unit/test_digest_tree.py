@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import closing
 
 import pytest
 from blake3 import blake3
@@ -31,7 +32,7 @@ from asrfs.model.digest_tree import (
 )
 from asrfs.protocol.messages import Compared
 from asrfs.replication.comparer import chunks_in
-from asrfs.replication.image_digests import digest_image
+from asrfs.replication.image_digests import digest_image, digest_in_threads, parts_of
 from tests.fakes.crash_storage import CrashStorage
 
 SIZES = (512, LEAF_BYTES, LEAF_BYTES + 512, NODE_BYTES - 512, NODE_BYTES, 3 * NODE_BYTES + 5 * LEAF_BYTES + 1024)
@@ -178,3 +179,21 @@ def test_an_answer_to_another_question_is_not_believed(differs: bytes, leaves: b
     region = Region(3 * NODE_BYTES, 0, 3)
     with pytest.raises(IntegrityError):
         chunks_in(Compared(number=1, lsn=9, differs=differs, leaves=leaves), region, bytes(32 * region.leaves))
+
+
+# ---- an image's regions in threads -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 40])
+@pytest.mark.parametrize("size_bytes", [512, NODE_BYTES + 512, 33 * NODE_BYTES - 512])
+def test_threads_make_the_same_digests(size_bytes: int, threads: int, rng: random.Random) -> None:
+    with closing(CrashStorage().create("image")) as image:
+        image.truncate(size_bytes)
+        for _ in range(20):
+            at = rng.randrange(size_bytes // 512) * 512
+            image.write_at([rng.randbytes(512)], at)
+        for region in regions_of(size_bytes):
+            parts = parts_of(region, threads)
+            assert [part.first for part in parts] == [region.first, *(p.first + p.nodes for p in parts[:-1])]
+            assert sum(part.nodes for part in parts) == region.nodes and all(part.nodes for part in parts)
+            assert digest_in_threads(image, region, threads) == digest_image(image, region)

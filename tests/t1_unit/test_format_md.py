@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 import asrfs.format
-from asrfs.format import dirty_map, log_object, log_writes, map_checkpoint, record, seed_file, segment, segment_index
+from asrfs.format import (
+    dirty_map,
+    kept_leaves,
+    log_object,
+    log_writes,
+    map_checkpoint,
+    record,
+    seed_file,
+    segment,
+    segment_index,
+)
 from asrfs.model import marker
 from asrfs.model.dirty_map import CHUNK_SHIFT, GAPS_MAX, Gap, Reason
 from asrfs.model.marker import MarkerRecord
@@ -75,6 +85,8 @@ LAYOUTS = {
     "Frame table entry": fields_of(log_object.FRAME, ["stored_length", "flags"]),
     "Map checkpoint header": fields_of(map_checkpoint._PREFIX, ["magic", "crc"])
     + fields_of(map_checkpoint._HEADER, list(map_checkpoint.MapHeader._fields), map_checkpoint._PREFIX.size),
+    "Kept leaves header": fields_of(kept_leaves._PREFIX, ["magic", "crc"])
+    + fields_of(kept_leaves._HEADER, list(kept_leaves.LeavesHeader._fields), kept_leaves._PREFIX.size),
     "Seed header": fields_of(seed_file._PREFIX, ["magic", "crc"])
     + fields_of(seed_file._HEADER, list(seed_file.SeedHeader._fields), seed_file._PREFIX.size),
     "Frame header": fields_of(frames._HEADER, ["magic", "type", "zero", "length", "sequence"])

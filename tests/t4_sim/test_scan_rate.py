@@ -13,7 +13,7 @@ import trio
 import trio.testing
 
 from asrfs.daemon import digesting
-from asrfs.daemon.digest_process import Reply
+from asrfs.daemon.digest_process import Order, Reply
 from asrfs.daemon.digesting import RATE_BESIDE_USE, USE_S, DigestProcess, ScanRate
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import TemporaryError
@@ -120,3 +120,43 @@ async def test_what_is_read_comes_to_the_rate_and_not_below(
     took = trio.current_time() - began
     expected = 10 * max(READ_S, region_bytes / RATE_BESIDE_USE) + READ_S if used else 11 * READ_S
     assert math.isclose(took, expected, rel_tol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("used", "chosen", "processors", "expected"),
+    [(False, None, 4, 2), (False, None, 1, 1), (True, None, 4, 1), (False, 0, 4, 1), (False, 1 << 40, 4, 1)],
+)
+async def test_two_threads_digest_where_nobody_uses_the_disks(
+    used: bool,
+    chosen: int | None,
+    processors: int,
+    expected: int,
+    tmp_path: Path,
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server, threads = Server(), []
+
+    class Worker:
+        @classmethod
+        async def start(cls, *_: object) -> Worker:
+            await trio.lowlevel.checkpoint()
+            return cls()
+
+        async def ask(self, request: bytes) -> bytes:
+            await trio.lowlevel.checkpoint()
+            threads.append(msgspec.msgpack.decode(request, type=Order).threads)
+            return msgspec.msgpack.encode(Reply(b"", 0))
+
+        async def close(self) -> None:
+            await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(digesting, "Worker", Worker)
+    monkeypatch.setattr(digesting.os, "sched_getaffinity", lambda pid: set(range(processors)))
+    async with DigestProcess(StateDirectory(str(tmp_path)), rate_of(server, chosen)) as digester:
+        server.served_s += used
+        await digester.digest(DISK, REGION)
+        await pass_time(2 * USE_S)
+        await digester.digest(DISK, REGION)
+    is_auto = chosen is None and processors > 1
+    assert threads == [expected, 2 if is_auto else 1], "a guest has a processor for itself as soon as it asks"

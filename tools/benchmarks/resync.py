@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -37,6 +38,7 @@ from .workbench import Workbench
 
 KEY, DISK = "asrfs", "bench"
 PERCENTS = (0, 1, 10)
+FIRST = 1
 SECONDS = 10
 WRITES_PER_S = 1000
 QUOTA_BYTES = 256 * MIB
@@ -52,8 +54,9 @@ NOTES = (
     "Changed: 4 KiB anywhere in each of so many chunks of 64 KiB, while the machine is stopped. asrfs: the command "
     "`resync --full-scan --now`, from its start until the store has all of it, durably. rsync: `--inplace "
     "--no-whole-file --ignore-times --fsync` to another file of this machine, and over loopback to its daemon, which "
-    "does not encrypt; both before asrfs in one turn and behind it in the next. All read from the page cache. On the "
-    "wire: both directions; of asrfs with TLS, counted by a relay; of rsync what it says of itself.",
+    "does not encrypt; both before asrfs in one turn and behind it in the next. All read from the page cache. The "
+    "store has the digests of the comparison before, as it has from the second one on; `the first time`: it has none. "
+    "On the wire: both directions; of asrfs with TLS, counted by a relay; of rsync what it says of itself.",
     "Dirty map: the store was away until the journal was over its quota. What is read is all that the disk server read "
     "from then on until the store had everything.",
     f"Writers: 4 KiB at random places, depth 1, {WRITES_PER_S} a second, through the loop device; with: while half of "
@@ -240,11 +243,12 @@ def _store_scan(machine: _Machine, regions: list[Region]) -> float:
 def _beside_rsync(run: Run, machine: _Machine) -> None:
     bench = run.bench
     speeds, wires = {}, {}
+    first = Workload("resync-first", f"{FIRST} % of the chunks changed, the first time", "MiB/s", rsync.LOCAL)
     for percent in PERCENTS:
         title = f"{percent} % of the chunks changed"
         speeds[percent] = Workload(f"resync-{percent}", f"{title}: disk by time", "MiB/s", rsync.LOCAL)
         wires[percent] = Workload(f"wire-{percent}", f"{title}: on the wire", "% of the disk", less_is_better=True)
-    run.outcome.workloads += [*speeds.values(), *wires.values()]
+    run.outcome.workloads += [*speeds.values(), first, *wires.values()]
     has_rsync = not run.facts(rsync.LOCAL).unavailable
     with bench.stack() as stack:
         others = stack.enter_context(rsync.peers(bench, machine.image)) if has_rsync else {}
@@ -254,6 +258,9 @@ def _beside_rsync(run: Run, machine: _Machine) -> None:
                     speeds[percent].add(key, Turn(machine.size_bytes / MIB / each.seconds, {"seconds": each.seconds}))
                     share = 100 * each.wire_bytes / machine.size_bytes
                     wires[percent].add(key, Turn(share, {"wire_kib": each.wire_bytes / 1024}))
+            shutil.rmtree(machine.lab.vault / "leaves", ignore_errors=True)
+            for key, each in _one_change(machine, FIRST, others, others_first=turn % 2 == 0).items():
+                first.add(key, Turn(machine.size_bytes / MIB / each.seconds, {"seconds": each.seconds}))
             bench.say(f"turn {turn + 1} of {bench.options.turns} beside rsync done")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import structlog
 
-from tests.proof.fuzzing import catalog, control, files, groups, journal, maps, nbd, objects, tails, texts, wire
+from tests.proof.fuzzing import catalog, control, files, groups, journal, leaves, maps, nbd, objects, tails, texts, wire
 from tests.proof.fuzzing.mutations import KINDS
 from tests.proof.fuzzing.target import Gauge, Target, Trial
 from tests.proof.level import Case, Context, Level, Notes
@@ -33,6 +33,7 @@ TARGETS: tuple[Target, ...] = (
     *groups.TARGETS,
     *nbd.TARGETS,
     *maps.TARGETS,
+    *leaves.TARGETS,
 )
 
 

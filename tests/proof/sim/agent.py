@@ -316,7 +316,7 @@ class Agent:
         """As `AgentHealing` does."""
         await trio.to_thread.run_sync(self.positions.save, limiter=self._threads)
         async with self._comparing:
-            found = await self._comparer.compare(disks)
+            found = await self._comparer.compare(disks, by_kept=True)
             settled = await self._comparer.settle(disks, found)
         if any(Reason.REJOINED in self.dirty.map.reasons(disk.slot) for disk in disks):
             self._host.watch.fired("rejoined disk compared")

@@ -14,15 +14,17 @@ from unittest import mock
 
 import trio
 
+from asrfs.format import kept_leaves as format_kept
 from asrfs.format.record import Kind
 from asrfs.model import digest_tree
 from asrfs.model.digest_tree import Region
 from asrfs.model.machine import DiskConfig
 from asrfs.protocol.messages import Compare, Compared
-from asrfs.replication import comparer, filler, image_digests
+from asrfs.replication import comparer, filler
 from asrfs.replication.comparer import Comparer
 from asrfs.replication.image_digests import digest_image
 from replica_store.points import digests
+from replica_store.points import kept_leaves as points_kept
 from tests.fakes.crash_storage import CrashStorage
 from tests.fakes.journal_world import ModelRecord, put_record
 
@@ -40,7 +42,8 @@ def small_chunks() -> Iterator[None]:
     values_of: dict[Any, tuple[str, ...]] = {
         digest_tree: ("LEAF_BYTES", "NODE_LEAVES", "NODE_BYTES"),
         digests: ("LEAF_BYTES", "NODE_LEAVES"),
-        image_digests: ("NODE_BYTES",),
+        points_kept: ("LEAF_BYTES",),
+        format_kept: ("NODE_BYTES",),
         comparer: ("NODE_LEAVES",),
         filler: ("CHUNK_BYTES",),
     }
@@ -97,9 +100,11 @@ class WatchedComparer(Comparer):
         self._told[request.slot] = answer.lsn, self._host.store.setbacks
         return answer
 
-    async def _differing(self, disk: DiskConfig, region: Region, leaves: bytes, lsn: int) -> list[int]:
+    async def _differing(
+        self, disk: DiskConfig, region: Region, leaves: bytes, lsn: int, by_kept: bool = False
+    ) -> list[int]:
         seen = (lsn, lsn) if lsn else self._seen[disk.slot]
-        chunks = await super()._differing(disk, region, leaves, lsn)
+        chunks = await super()._differing(disk, region, leaves, lsn, by_kept)
         told, setbacks = self._told[disk.slot]
         with self._host.watch.checking():
             assert lsn in (0, told), f"I9: compared at LSN {lsn} here and at LSN {told} there"
