@@ -22,6 +22,7 @@ from replica_store.vault.catalog import Catalog
 from replica_store.vault.directory_objects import DirectoryObjects
 from replica_store.vault.epochs import raise_epoch
 from replica_store.vault.keys import MachineKeys, Sealer
+from replica_store.vault.leaf_files import LeafFiles
 from replica_store.vault.rows import MachineRow
 from replica_store.vault.schema import TABLES, VERSION
 from replica_store.vault.vault import Vault, VaultFile
@@ -119,7 +120,9 @@ class Store:
         objects = DirectoryObjects(self.storage, "objects")
         objects.sweep()
         catalog = MemoryCatalog(self.connection, self.process)
-        return Vault(str(self._root), VaultFile(id="5" * 32, name="site-b"), objects, catalog)
+        vault = Vault(str(self._root), VaultFile(id="5" * 32, name="site-b"), objects, catalog)
+        vault.leaves = LeafFiles(self.storage)
+        return vault
 
     # ---- lives ----
 
