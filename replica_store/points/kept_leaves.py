@@ -136,8 +136,8 @@ class ChangedLeaves:
         """Leaves of a region that records `after_lsn + 1` to `until_lsn` wrote to, both of which have a state. Raises
         IntegrityError."""
         assert 0 < after_lsn <= until_lsn
-        if after_lsn >= self._until:
-            self._after = self._until = after_lsn  # what was known is of before
+        if after_lsn >= self._until or until_lsn <= self._after:
+            self._after = self._until = after_lsn  # nothing that is known is of these
             self._changed = _NOTHING
         if until_lsn > self._until:
             self._learn(self._until, until_lsn)
