@@ -12,7 +12,12 @@ from asrfs.terminal.output import pairs
 
 @click.command()
 @click.option("--now", is_flag=True, help="Whatever the time of the day, else what is large waits for resync_window.")
-@click.option("--full-scan", is_flag=True, help="Compare all disks with the replica first, and send what differs.")
+@click.option(
+    "--full-scan",
+    is_flag=True,
+    help="Compare all disks with the replica first, and send what differs. The store reads nothing again that it has "
+    "read for an earlier comparison; with `asrfs verify` it does.",
+)
 @click.option("--timeout", metavar="DURATION", help="Give up waiting after this long; exit code 1. It goes on.")
 @pass_invocation
 def resync(invocation: Invocation, now: bool, full_scan: bool, timeout: str | None) -> None:

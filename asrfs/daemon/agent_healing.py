@@ -231,10 +231,14 @@ class AgentHealing:
         return self._scanned is not None and not any(Reason.REJOINED in map.reasons(slot) for slot in map.slots())
 
     async def _find(self, disks: Sequence[DiskConfig]) -> Mapping[int, Sequence[int]]:
-        """What of these disks differs from the replica, by slot."""
+        """What of these disks differs from the replica, by slot.
+
+        Where host and store have parted, whatever the store has is read: it was set back, replaced or damaged.
+        """
         await trio.to_thread.run_sync(self._positions.save, limiter=self._threads)
+        have_parted = any(Reason.REJOINED in self._dirty.map.reasons(disk.slot) for disk in disks)
         async with self._comparing() as comparer:
-            found = await comparer.compare(disks, by_kept=True)
+            found = await comparer.compare(disks, by_kept=not have_parted)
             self._scanned = found
             return found.different if await comparer.is_real(disks, found) else {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -43,11 +44,20 @@ def _remember(vault: Vault, machines: Sequence[MachineRow], scrubbed: Scrubbed) 
     try:
         for each in machines:
             found = [damage for damage in scrubbed.damages if damage.machine == each.name]
+            if found:
+                _forget_digests(vault, each.id)
             if found or any_flaw(vault.catalog, each.id):
                 note_flaws(vault.root, each.id, found, SystemClock().time_ns())
     except AsrfsError as error:
         return f"; failovers do not know of it: {error}"
     return ""
+
+
+def _forget_digests(vault: Vault, machine_id: str) -> None:
+    """What comparing kept is of objects as they were: the next comparison reads them as they are."""
+    with suppress(OSError):
+        for name in vault.leaves.names(machine_id):
+            vault.leaves.remove(machine_id, name)
 
 
 def _document(scrubbed: Scrubbed) -> dict[str, Any]:

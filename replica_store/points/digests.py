@@ -55,7 +55,7 @@ class Comparer:
         self._room = bytearray()
         self._machine_id = ""
         self._state: DiskState | None = None
-        self._changed: tuple[tuple[str, str], ChangedLeaves] | None = None
+        self._changed: tuple[tuple[str, str, int], ChangedLeaves] | None = None
         self._swept: set[str] = set()
 
     def answer(self, machine_id: str, wanted: Compare) -> Compared:
@@ -94,12 +94,19 @@ class Comparer:
             sweep_leaves(self._history, machine_id, lsn)
         kept = load_leaves(self._history, machine_id, disk, region)
         if kept is not None and kept.lsn > lsn:
-            return self._digest(machine_id, disk, lsn, region, None)
+            made = self._digest(machine_id, disk, lsn, region, None)
+            if unreadable(made).any():
+                forget_leaves(self._history, machine_id, disk, region)
+            return made
         leaves = self._renewed(machine_id, disk, lsn, region, kept) if by_kept and kept is not None else None
         if leaves is None:
             leaves = self._digest(machine_id, disk, lsn, region, None)
-            if not self._is_stored(region):
+            if kept is None or kept.leaves != leaves:
+                # At once, and with no space needed: what is stored may not be any more what it was when these were
+                # made, and where the new ones could not be kept nobody would learn of that.
                 forget_leaves(self._history, machine_id, disk, region)
+                kept = None
+            if not self._is_stored(region):
                 return leaves
         if kept is None or kept != (lsn, leaves):
             keep_leaves(self._history, machine_id, disk, region, Kept(lsn, leaves))
@@ -107,11 +114,17 @@ class Comparer:
 
     def _renewed(self, machine_id: str, disk: DiskRecord, lsn: int, region: Region, kept: Kept) -> bytes | None:
         """Kept digests, and new ones of the leaves that were written since, or could not be read; None where that is
-        most of them."""
-        which = machine_id, disk.id
+        most of them, or what was written cannot be told, or only at length."""
+        which = machine_id, disk.id, disk.slot
         if self._changed is None or self._changed[0] != which:
             self._changed = which, ChangedLeaves(self._history, machine_id, disk.slot)
-        chosen = self._changed[1].between(kept.lsn, lsn, region) | unreadable(kept)
+        try:
+            changed = self._changed[1].between(kept.lsn, lsn, region)
+        except IntegrityError:
+            return None  # of an index that making them anew may not need: a state can be there without
+        if changed is None:
+            return None
+        chosen = changed | unreadable(kept.leaves)
         count = int(np.count_nonzero(chosen))
         if 2 * count > region.leaves:
             return None

@@ -39,6 +39,8 @@ from replica_store.vault.leaf_files import LeavesName
 
 BYTES_FREE_LEAST = 1 << 30
 """Nothing is kept when less is free: this space is for what hosts send."""
+RECORDS_MAX = 16 << 20
+"""Behind what is kept: reading the indexes of so many takes about as long as digesting 100 GiB, and 512 MiB."""
 DISK_BYTES_MAX = 1 << 62
 """What lies behind is never kept, so that numbers of its extents need no care."""
 
@@ -115,9 +117,9 @@ def sweep_leaves(history: History, machine_id: str, lsn: int) -> None:
                 history.leaves.remove(machine_id, name)
 
 
-def unreadable(kept: Kept) -> Chosen:
+def unreadable(leaves: bytes) -> Chosen:
     """Leaves that could not be read when the others were digested."""
-    words = np.frombuffer(kept.leaves, np.uint8).reshape(-1, len(NO_LEAF))
+    words = np.frombuffer(leaves, np.uint8).reshape(-1, len(NO_LEAF))
     return np.logical_not(words.any(axis=1), dtype=np.bool_)
 
 
@@ -132,10 +134,12 @@ class ChangedLeaves:
         self._after = self._until = 0
         self._changed = _NOTHING
 
-    def between(self, after_lsn: int, until_lsn: int, region: Region) -> Chosen:
-        """Leaves of a region that records `after_lsn + 1` to `until_lsn` wrote to, both of which have a state. Raises
-        IntegrityError."""
+    def between(self, after_lsn: int, until_lsn: int, region: Region) -> Chosen | None:
+        """Leaves of a region that records `after_lsn + 1` to `until_lsn` wrote to, both of which have a state; None if
+        reading that takes too long. Raises IntegrityError, and knows nothing then."""
         assert 0 < after_lsn <= until_lsn
+        if until_lsn - after_lsn > RECORDS_MAX:
+            return None
         if after_lsn >= self._until or until_lsn <= self._after:
             self._after = self._until = after_lsn  # nothing that is known is of these
             self._changed = _NOTHING

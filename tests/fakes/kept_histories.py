@@ -88,8 +88,9 @@ def _counted(events: Counter[str]) -> Iterator[None]:
         events[FOREIGN] += found is None and there
         return found
 
-    def asked(self: points_kept.ChangedLeaves, after: int, until: int, region: Region) -> points_kept.Chosen:
+    def asked(self: points_kept.ChangedLeaves, after: int, until: int, region: Region) -> points_kept.Chosen | None:
         chosen = between(self, after, until, region)
+        assert chosen is not None
         events[SOME_KEPT if np.any(chosen) else ALL_KEPT] += 1
         events[LATER] += until > after
         return chosen

@@ -190,8 +190,7 @@ def test_every_leaf_that_is_touched_is_chosen(rng: random.Random) -> None:
 
 
 def test_runs_and_what_was_unreadable() -> None:
-    kept = Kept(1, b"\1" * 32 + NO_LEAF + NO_LEAF + b"\1" + bytes(31) + NO_LEAF)
-    chosen = unreadable(kept)
+    chosen = unreadable(b"\1" * 32 + NO_LEAF + NO_LEAF + b"\1" + bytes(31) + NO_LEAF)
     assert chosen.tolist() == [False, True, True, False, True]
     assert runs_of(chosen) == [(1, 3), (4, 5)]
     assert runs_of(~chosen) == [(0, 1), (3, 4)]

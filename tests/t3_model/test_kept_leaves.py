@@ -5,11 +5,15 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from asrfs.errors import IntegrityError
 from asrfs.model.digest_tree import LEAF_BYTES, LeafDigester, node_digests, regions_of
 from asrfs.protocol.messages import Compare
+from replica_store.points import kept_leaves
+from replica_store.points.changed_since import Changed
 from replica_store.points.digests import Comparer
 from tests.fakes.history_steps import FRAME_BYTES, STEPS
 from tests.fakes.kept_histories import EVENTS, check_kept, check_region, small_regions
@@ -49,7 +53,9 @@ def test_i9_a_disk_that_grows_has_no_kept_end() -> None:
                     check_region(history, comparer, disk, region, history.lsn, by_kept=True)
 
 
-def test_damage_is_found_by_a_proof_and_then_by_everybody(rng: random.Random) -> None:
+@pytest.mark.parametrize("room", ["enough", "little", "none"])
+def test_damage_is_found_by_a_proof_and_then_by_everybody(room: str, rng: random.Random) -> None:
+    """Also where what it found cannot be kept."""
     history = MemoryHistory(frame_bytes=4096)
     history.disk(0, "root", 10 * LEAF_BYTES)
     for leaf in range(5):
@@ -74,8 +80,41 @@ def test_damage_is_found_by_a_proof_and_then_by_everybody(rng: random.Random) ->
     row = history.objects_of(history.id, history.lsn)[2]
     sound = history.stored(row)
     history.damage(row, len(sound) - 100)
+    history.leaves.free, history.leaves.refuses = (1 << 40 if room != "little" else 1 << 20), room == "none"
     assert not differs(by_kept=True), "kept digests know nothing of it"
     assert differs(by_kept=False), "a proof reads what is stored"
     assert differs(by_kept=True), "what it found is kept"
     history._objects[row.name] = sound
     assert not differs(by_kept=True), "what could not be read is tried again"
+
+
+@pytest.mark.parametrize("why", ["its index is damaged", "there is too much of it"])
+def test_what_was_written_since_need_not_be_known(
+    why: str, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then everything is digested, which may need no index of a single object: a map checkpoint says the state."""
+    history = MemoryHistory(frame_bytes=4096)
+    history.disk(0, "root", 4 * LEAF_BYTES)
+    history.write(0, 0, rng.randbytes(4096))
+    history.seal()
+    comparer = Comparer(history)
+    _check_all(history, comparer)
+    history.write(0, LEAF_BYTES, rng.randbytes(4096))
+    history.seal()
+    if why == "there is too much of it":
+        monkeypatch.setattr(kept_leaves, "RECORDS_MAX", 0)
+    else:
+
+        def refuse(*_: object) -> Changed:
+            raise IntegrityError("its index is damaged")
+
+        monkeypatch.setattr(kept_leaves, "changed_between", refuse)
+    before = history.frames_read
+    _check_all(history, comparer)
+    assert history.frames_read > before + 1, "both frames were read"
+
+
+def _check_all(history: MemoryHistory, comparer: Comparer) -> None:
+    (disk,) = history.disks_at(history.id, history.lsn)
+    (region,) = regions_of(disk.size_bytes)
+    check_region(history, comparer, disk, region, history.lsn, by_kept=True)

@@ -315,10 +315,11 @@ class Agent:
     async def _compare(self, disks: Sequence[DiskConfig]) -> Mapping[int, Sequence[int]]:
         """As `AgentHealing` does."""
         await trio.to_thread.run_sync(self.positions.save, limiter=self._threads)
+        have_parted = any(Reason.REJOINED in self.dirty.map.reasons(disk.slot) for disk in disks)
         async with self._comparing:
-            found = await self._comparer.compare(disks, by_kept=True)
+            found = await self._comparer.compare(disks, by_kept=not have_parted)
             settled = await self._comparer.settle(disks, found)
-        if any(Reason.REJOINED in self.dirty.map.reasons(disk.slot) for disk in disks):
+        if have_parted:
             self._host.watch.fired("rejoined disk compared")
         return settled.different
 
