@@ -77,6 +77,16 @@ def gives_up_by_an_old_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Housekeeping, "__post_init__", lambda housekeeping: None)
 
 
+def goes_on_from_what_is_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The map begins where the store is, although a start would not know yet that it is there."""
+
+    async def acknowledged(quota: Quota) -> Cursor:
+        return quota.positions.current.acknowledged
+
+    monkeypatch.setattr(Quota, "_acknowledged", acknowledged)
+    monkeypatch.setattr(GivenUp, "known_from", lambda given_up, lsn: given_up._replace(since_lsn=given_up.through.lsn))
+
+
 def _plant(
     name: str, apply: Callable[[pytest.MonkeyPatch], None], level: str, cases: int, shows: str, *only: str
 ) -> Plant:
@@ -92,6 +102,13 @@ PLANTS: tuple[Plant, ...] = (
         "tests/t1_unit/test_short_segments.py::test_what_was_allowed_a_moment_ago_counts_before_anything_is_given_up",
         1,
         "assert",
+    ),
+    _plant(
+        "map-of-what-is-not-saved",
+        goes_on_from_what_is_not_saved,
+        "tests/t4_sim/test_resync.py::test_i4_what_was_saved_last_leads_over_what_was_freed",
+        1,
+        "lost to the replica",
     ),
     _plant("marked-in-part", frees_without_marking, "sim", 5_000, "I4:|I9:"),
     _plant(

@@ -167,14 +167,14 @@ def zeros_overlooked(patch: pytest.MonkeyPatch) -> None:
 
 def one_block_too_little(patch: pytest.MonkeyPatch) -> None:
     """Of each piece the last block is left out."""
-    sound = changed_since._united
+    sound = changed_since.united
 
     def united(start: Any, end: Any, size_bytes: int) -> Any:
         found = sound(start, end, size_bytes)
         keep = found.end - found.start > changed_since.BLOCK_BYTES
         return changed_since.Changed(found.start[keep], found.end[keep] - changed_since.BLOCK_BYTES)
 
-    patch.setattr(changed_since, "_united", united)
+    patch.setattr(changed_since, "united", united)
 
 
 PLANTS = tuple(
