@@ -40,7 +40,7 @@ from replica_store.vault.leaf_files import LeavesName
 BYTES_FREE_LEAST = 1 << 30
 """Nothing is kept when less is free: this space is for what hosts send."""
 RECORDS_MAX = 16 << 20
-"""Behind what is kept: reading the indexes of so many takes about as long as digesting 100 GiB, and 512 MiB."""
+"""Behind what is kept: bounds what reading their indexes takes of time, and of memory (two numbers an extent)."""
 DISK_BYTES_MAX = 1 << 62
 """What lies behind is never kept, so that numbers of its extents need no care."""
 

@@ -1,9 +1,9 @@
 """The files of kept leaves: `leaves/MACHINE/`, one for each region of a disk, beside the objects and never among them.
 
 Nothing in a vault needs them: whatever they say can be read from the objects again, so a file that is gone, torn or
-not of this history costs time and nothing else. They are written under a hidden name and renamed. Nothing is synced:
-what a power loss leaves of one is found out by its seal. Nobody takes a lock: whoever comes last has it, and each says
-of itself what it was made of.
+not of this history costs time and nothing else. They are written under a hidden name and renamed, and not synced: what
+a power loss leaves of one is found out by its seal. That one is removed is synced. Nobody takes a lock: whoever comes
+last has it, and each says of itself what it was made of.
 """
 
 from __future__ import annotations
@@ -76,9 +76,10 @@ class LeafFiles:
             raise
 
     def remove(self, machine_id: str, name: LeavesName) -> None:
-        """Nothing happens if it is not there."""
+        """Durably: what it says may not hold any more. Nothing happens if it is not there."""
         with suppress(FileNotFoundError):
             self._storage.unlink(f"{_directory(machine_id)}/{name}")
+            self._storage.sync_directory(_directory(machine_id))
 
     def sweep(self, machine_id: str) -> None:
         """Remove what writers that died left, and what one that lives writes just now: that is not kept then."""

@@ -33,7 +33,7 @@ from replica_store.points.kept_leaves import (
     unreadable,
 )
 from replica_store.vault.leaf_files import LeafFiles, LeavesName
-from tests.fakes.crash_storage import CrashStorage
+from tests.fakes.crash_storage import CrashStorage, Fate
 from tests.fakes.memory_history import MemoryHistory
 
 KEY = derive_leaves_key(bytes(32), bytes(16), bytes(32))
@@ -214,3 +214,15 @@ def test_files_are_replaced_read_listed_swept_and_removed() -> None:
     files.remove(machine, name)
     files.remove(machine, name)
     assert files.names(machine) == []
+
+
+def test_what_does_not_hold_any_more_does_not_come_back_with_the_power(rng: random.Random) -> None:
+    storage = CrashStorage()
+    files = LeafFiles(storage)
+    machine, name = "a" * 32, LeavesName(2, 64)
+    files.put(machine, name, b"one")
+    for directory in ("", "leaves", f"leaves/{machine}"):
+        storage.sync_directory(directory)
+    assert LeafFiles(storage.crash(Fate.LOST, rng)).names(machine) == [name]
+    files.remove(machine, name)
+    assert LeafFiles(storage.crash(Fate.LOST, rng)).names(machine) == []

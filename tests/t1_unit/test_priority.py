@@ -43,6 +43,11 @@ def said_after(*calls: str, leads: bool = True) -> tuple[int, bool, str, int, in
     return int(niceness), idle == "True", session, int(turns), int(begun)
 
 
+def length(turns_ns: int) -> int:
+    """What is said of such turns: nothing by a kernel that knows none (before 6.12)."""
+    return turns_ns if said_after()[3] else 0
+
+
 def grouped(niceness: int) -> tuple[str, str]:
     """A kernel without groups of sessions has nothing to say."""
     return str(niceness), "none"
@@ -52,14 +57,14 @@ def test_who_stands_back_does_so_with_all_it_begins_and_keeps_its_share() -> Non
     niceness, idle, session, turns, begun = said_after("stand_back=19")
     assert (niceness, idle) == (19, False)
     assert session in grouped(0)
-    assert turns == begun == LONGEST
+    assert turns == begun == length(LONGEST)
 
 
 def test_who_yields_does_so_with_its_session() -> None:
     niceness, idle, session, turns, begun = said_after("yield_to_others")
     assert (niceness, idle) == (19, False)
     assert session in grouped(19)
-    assert turns == begun == LONGEST
+    assert turns == begun == length(LONGEST)
 
 
 def test_nobody_comes_forward_by_standing_back() -> None:
@@ -77,13 +82,13 @@ def test_a_session_of_somebody_else_stays_as_it_is() -> None:
 def test_a_disk_server_has_short_turns_and_nothing_else_changes() -> None:
     before = said_after("be_usual")
     after = said_after("stand_back=0", "serve_at_once")
-    assert after == (*before[:3], SHORTEST, SHORTEST)
+    assert after == (*before[:3], length(SHORTEST), length(SHORTEST))
 
 
 def test_a_command_waits_and_what_it_begins_does_not() -> None:
     usual = said_after("be_usual")[3]
     *_, turns, begun = said_after("wait_for_others")
-    assert (turns, begun) == (LONGEST, usual)
+    assert (turns, begun) == (length(LONGEST), usual)
     assert said_after("wait_for_others", "be_usual")[3:] == (usual, usual)
 
 
