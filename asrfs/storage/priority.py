@@ -93,8 +93,10 @@ def _take_turns(length_ns: int, pid: int = 0, flags: int = 0) -> None:
 
 
 def _session_niceness(pid: int) -> int:
+    """Usual for a process that nobody ever began a session for: it is in no group, and nothing is said of it."""
     with open(_autogroup(pid)) as group:
-        return int(group.read().split()[-1])
+        words = group.read().split()
+    return int(words[-1]) if words else 0
 
 
 def _set_session_niceness(pid: int, niceness: int) -> None:

@@ -23,7 +23,8 @@ begun = []
 thread = threading.Thread(target=lambda: begun.append(turns()))
 thread.start()
 thread.join()
-session = open("/proc/self/autogroup").read().split()[-1] if os.path.exists("/proc/self/autogroup") else "none"
+session = open("/proc/self/autogroup").read() if os.path.exists("/proc/self/autogroup") else ""
+session = session.split()[-1] if session else "none"
 print(os.getpriority(os.PRIO_PROCESS, 0), os.sched_getscheduler(0) == os.SCHED_IDLE, session, turns(), *begun)
 """
 LONGEST, SHORTEST = 100_000_000, 100_000
@@ -49,7 +50,7 @@ def length(turns_ns: int) -> int:
 
 
 def grouped(niceness: int) -> tuple[str, str]:
-    """A kernel without groups of sessions has nothing to say."""
+    """A kernel without groups of sessions has nothing to say, nor any of who was begun outside of all sessions."""
     return str(niceness), "none"
 
 
@@ -110,3 +111,19 @@ def test_a_child_in_a_session_of_its_own_has_the_niceness_of_ours() -> None:
         [sys.executable, "-c", say], capture_output=True, text=True, check=True, timeout=60, start_new_session=True
     )
     assert done.stdout.strip() == "19"
+
+
+def test_who_is_in_no_session_has_nothing_to_pass_on(tmp_path: Path) -> None:
+    """As on a machine whose first process began us and never a session: the kernel then says nothing of our group. Here
+    an empty file lies over what it says."""
+    if not Path("/proc/self/autogroup").exists():
+        return
+    (tmp_path / "nothing").touch()
+    say = "import os, subprocess, sys; from asrfs.storage import priority\n"
+    say += "subprocess.run(['mount', '--bind', sys.argv[1], f'/proc/{os.getpid()}/autogroup'], check=True)\n"
+    say += "assert open('/proc/self/autogroup').read() == ''\n"
+    say += "child = subprocess.Popen(['cat'], stdin=subprocess.PIPE, start_new_session=True)\n"
+    say += "priority.pass_on(child.pid); print(open(f'/proc/{child.pid}/autogroup').read().split()[-1])\n"
+    command = ["unshare", "--mount", sys.executable, "-c", say, str(tmp_path / "nothing")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "0"
