@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from asrfs.format.log_object import check_digest
 from asrfs.format.record import Kind
 from replica_store.points.builder import Cut, disks_of, open_disks
 from replica_store.points.point_disk import FrameCache
 from replica_store.vault.directory_objects import DirectoryObjects
-from replica_store.vault.rows import log_prefix, parse_log_name
+from replica_store.vault.rows import ObjectRow, log_prefix, parse_log_name
 from replica_store.vault.vault import Vault
 from tests.fakes.crash_storage import CrashStorage, Fate
 from tests.proof.sim.host import Host
+from tests.proof.sim.machine_model import Stretch
 from tests.proof.sim.store import Store
 
 EARLIER_LSNS = 2
@@ -110,9 +113,14 @@ class Invariants:
                 f"I5: {host.name} has points at {listed}, LSN {received} is here"
             )
 
-    def _stretches(self, host: Host) -> list[tuple[int, int]]:
+    def _stretches(self, host: Host) -> list[Stretch]:
         rows = self._store.vault.objects_of(host.machine_id.hex(), 1 << 62)
-        return [(row.first_lsn, row.last_lsn) for row in rows if row.is_stretch]
+        return [Stretch(row.first_lsn, row.last_lsn, self._is_given_up(row)) for row in rows if row.is_stretch]
+
+    def _is_given_up(self, row: ObjectRow) -> bool:
+        """Whether it has nothing but what its disks are at its end."""
+        _, index = self._store.vault.object_index(row)
+        return bool(np.all((index.kind == Kind.DISK) & (index.lsn == index.last_lsn)))
 
     def _check_new_objects(self, host: Host, seen: Seen) -> None:
         """No gap, no LSN twice, times never go back, each object durable and there."""
@@ -126,7 +134,7 @@ class Invariants:
             assert row.first_time_ns >= seen.time_ns, "times never go back within an epoch"
             assert vault.objects.size(row.name) == row.length, f"I3: {row.name} is not what the catalog says"
             assert not storage.unsynced_bytes(row.name), f"I3: {row.name} can still be lost"
-            if row.is_stretch and vault.object_index(row)[0].frame_count:  # else it stands for what was given up
+            if row.is_stretch and not self._is_given_up(row):
                 host.watch.fired("backlog folded")
                 inside = host.model.records[row.first_lsn - 1 : row.last_lsn - 1]
                 assert all(record.kind != Kind.MARKER for record in inside), "I5: a point vanished in a stretch"

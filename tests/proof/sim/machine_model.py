@@ -8,14 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from asrfs.format.record import CARRIES_EXTENT_BYTES, READS_AS_ZEROS, Kind
 from asrfs.model.machine import decode_disk
 from tests.fakes.journal_world import ModelRecord, put_record
 
 BLOCK = 4096
-Stretches = Sequence[tuple[int, int]]
 SECTOR = 512
+
+
+class Stretch(NamedTuple):
+    """The store has no state between its LSNs, but at the last: none there either if it was given up."""
+
+    first_lsn: int
+    last_lsn: int
+    is_given_up: bool
 
 
 @dataclass
@@ -120,21 +128,25 @@ class MachineModel:
         later = [first for number, first in self.segments.items() if number > segment]
         return min(later) - 1 if later else None
 
-    def listed(self, received: int, stretches: Stretches) -> list[int]:
+    def listed(self, received: int, stretches: Sequence[Stretch]) -> list[int]:
         """LSNs of the points a store that has so much may show: those outside every gap (I5)."""
         return [lsn for lsn, kind, gaps in self._walk(received, stretches) if kind == Kind.MARKER and not gaps]
 
-    def whole_lsns(self, received: int, stretches: Stretches) -> list[int]:
+    def whole_lsns(self, received: int, stretches: Sequence[Stretch]) -> list[int]:
         """LSNs at which the disks can be had, whether there is a point or not."""
         return [lsn for lsn, _, gaps in self._walk(received, stretches) if not gaps]
 
-    def _walk(self, received: int, stretches: Stretches) -> Iterator[tuple[int, int, frozenset[int]]]:
-        """LSN, kind and disks with a gap. `stretches`: first and last LSN of what the store has no state inside."""
+    def _walk(self, received: int, stretches: Sequence[Stretch]) -> Iterator[tuple[int, int, frozenset[int]]]:
+        """LSN, kind and disks with a gap. Every disk has one from the end of what was given up, whether the DISK
+        records that say so lie before that or behind: a host that lost its map gives up what is gone, and no more."""
         gaps: frozenset[int] = frozenset()
-        missing = {lsn for first, last in stretches for lsn in range(first, last)}
+        missing = {lsn for each in stretches for lsn in range(each.first_lsn, each.last_lsn)}
+        given_up_to = {each.last_lsn for each in stretches if each.is_given_up}
         for lsn, record in enumerate(self.records[:received], 1):
             if record.kind == Kind.DISK:
                 disk = decode_disk(record.content)
                 gaps = gaps | {disk.slot} if disk.gap else gaps - {disk.slot}
+            if lsn in given_up_to:
+                gaps = frozenset(range(len(self.initial)))
             if lsn not in missing:
                 yield lsn, record.kind, gaps
