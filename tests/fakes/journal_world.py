@@ -251,7 +251,7 @@ class JournalWorld:
             prepare_ahead=False,  # its thread would make the order of operations another one in each run
         )
         self.journal.model = self.model
-        maps = {slot: BlockMap() for slot in range(len(model.initial))}
+        self.maps = maps = {slot: BlockMap() for slot in range(len(model.initial))}
         rebuild_maps(self.recovered, maps, self.journal_storage)
         self.keeper = MapKeeper(
             self.journal, self.journal_storage, maps, self.recovered, ahead=False, layers_kept=LAYERS_KEPT
@@ -417,6 +417,8 @@ class JournalWorld:
         self._is_closed = True
         if hasattr(self, "journal"):
             self.journal.close()
+        for block_map in getattr(self, "maps", {}).values():
+            block_map.close()
         for image in getattr(self, "images", ()):
             image.close()
 
