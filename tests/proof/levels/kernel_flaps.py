@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -23,19 +24,19 @@ from tests.waiting import wait_until
 FLAPS_A_CASE = 12
 LOAD_BYTES_PER_S = 8 << 20
 UP_BYTES, DOWN_S = (10 << 20, 30 << 20), (0.2, 2.0)
-CASE_S = FLAPS_A_CASE * 3.0
-"""About as long as that takes."""
+FLAP_S_MAX = 60
+FIO_WAS_STOPPED = 128
 SENT_SHARE_MAX = 1.3
 AGENT_BYTES_MAX, STORE_BYTES_MAX = 400 << 20, 500 << 20
 FAULTS = ("connection reset", "link hangs")
 
 
-def _load(made: World, seconds: float) -> subprocess.Popen[str]:
-    """fio on the disk itself, for so long."""
+def _load(made: World, flaps: int) -> subprocess.Popen[str]:
+    """fio on the disk itself, until it is stopped: longer than so many flaps can take."""
     words = [
         *("fio", "--name=load", f"--filename={made.disks[0]}", "--rw=randwrite", "--bs=64k", "--direct=1"),
         *("--ioengine=libaio", "--iodepth=4", f"--rate={LOAD_BYTES_PER_S}", "--refill_buffers", "--size=256M"),
-        *("--time_based", f"--runtime={seconds:.0f}", "--output-format=json"),
+        *("--time_based", f"--runtime={flaps * 2 * FLAP_S_MAX}", "--output-format=json"),
     ]
     return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
 
@@ -57,7 +58,7 @@ def _peak_bytes(pid: int) -> int:
 def _flap(relay: Relay, rng: random.Random, flaps: int, notes: Notes) -> None:
     for number in range(flaps):
         goal = relay.bytes_sent + rng.randint(*UP_BYTES)
-        wait_until(lambda goal=goal: relay.bytes_sent >= goal, 60, what="bytes on the link")  # type: ignore[misc]
+        wait_until(lambda goal=goal: relay.bytes_sent >= goal, FLAP_S_MAX, what="bytes on the link")  # type: ignore[misc]
         fault = FAULTS[number % len(FAULTS)]
         relay.cut() if fault == "connection reset" else relay.hang()
         time.sleep(rng.uniform(*DOWN_S))  # sleep: how long a link is down is nobody's event
@@ -72,16 +73,17 @@ def run_case(made: World, rng: random.Random, flaps: int, notes: Notes) -> None:
         _through(made, relay)
         made.drained()
         before = relay.bytes_sent
-        load = _load(made, CASE_S)
+        load = _load(made, flaps)
         try:
             _flap(relay, rng, flaps, notes)
+            load.send_signal(signal.SIGINT)
             said, _ = load.communicate(timeout=120)
         finally:
             load.kill()
             load.wait()
-        assert load.returncode == 0, said
+        assert load.returncode == FIO_WAS_STOPPED, said
         made.drained()
-        job = json.loads(said)["jobs"][0]
+        job = json.loads(said[said.index("{") :])["jobs"][0]
         written, sent = int(job["write"]["io_bytes"]), relay.bytes_sent - before
         assert job["error"] == 0 and written > 0, said
         assert relay.cuts >= flaps // 3, "the relay cut too little"
