@@ -1,0 +1,64 @@
+"""What a program makes of what it is called with, in processes that are called as odd callers do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from asrfs.terminal.surroundings import with_tools
+
+SETTLE = "from asrfs.terminal import surroundings; surroundings.settle()\n"
+
+
+def said_by(program: str, *, closed: str = "", **variables: str) -> bytes:
+    """What a program says that has settled and then does this; `closed`: in the shell's words."""
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", SETTLE + program],
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=60,
+        env={**os.environ, **variables},
+    )
+    return done.stdout
+
+
+def test_no_file_is_taken_for_a_standard_stream() -> None:
+    say = "import os, sys; print('x'); print('x', file=sys.stderr); assert sys.stdin.read() == ''\n"
+    say += "fd = os.open('/', os.O_RDONLY); assert fd > 2, fd; assert os.get_inheritable(1)"
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+        assert said_by(say, closed=closed) == (b"" if " >&-" in f" {closed}" else b"x\n")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [("utf-8:strict", b"\xc3\xbc\xe2\x82\xac\xff"), ("latin-1:strict", b"\xfc\\u20ac\\udcff")],
+)
+def test_every_name_of_a_file_can_be_said(encoding: str, printed: bytes) -> None:
+    name = "print(bytes.fromhex('c3bce282acff').decode(errors='surrogateescape'), end='')"
+    assert said_by(name, PYTHONIOENCODING=encoding) == printed
+
+
+def test_how_children_end_is_known_and_no_signal_waits() -> None:
+    """Who calls us may ignore SIGCHLD and have blocked anything, and both are inherited."""
+    odd = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+    odd += "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()); os.execvp(sys.argv[1], sys.argv[1:])"
+    say = "import signal, subprocess; assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())\n"
+    say += "print(subprocess.run(['false']).returncode)"
+    words = [sys.executable, "-c", odd, sys.executable, "-c", SETTLE + say]
+    assert subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout == "1\n"
+
+
+def test_the_tools_of_the_system_are_looked_for_where_they_are() -> None:
+    everything = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    assert with_tools("") == everything
+    assert with_tools(everything) == everything
+    assert (
+        with_tools("/opt/first:/usr/bin:/bin")
+        == "/opt/first:/usr/bin:/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/sbin"
+    )
+    assert said_by("import os; print(os.environ['PATH'])", PATH="/usr/bin:/bin") == (
+        b"/usr/bin:/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/sbin\n"
+    )
