@@ -30,11 +30,11 @@ def test_restart_is_at_once_unless_a_process_keeps_dying_young() -> None:
 
 
 def test_mountinfo_with_escapes_and_optional_fields() -> None:
-    text = (
-        "36 35 98:0 /mnt1 /mnt/with\\040space rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue\n"
-        "37 35 0:52 / /run/disks rw,nosuid,nodev - fuse.asrfs asrfs rw,user_id=0\n"
-    )
-    assert parse_mountinfo(text) == [
+    lines = [
+        "36 35 98:0 /mnt1 /mnt/with\\040space rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue",
+        "37 35 0:52 / /run/disks rw,nosuid,nodev - fuse.asrfs asrfs rw,user_id=0",
+    ]
+    assert parse_mountinfo(lines) == [
         MountedFilesystem("98:0", "/mnt/with space", "ext3", "/dev/root"),
         MountedFilesystem("0:52", "/run/disks", "fuse.asrfs", "asrfs"),
     ]

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from asrfs.daemon import loop_devices
+from asrfs.errors import RefusedError
+from asrfs.storage.kernel_text import kernel_lines
 from asrfs.terminal.surroundings import with_tools
 
 SETTLE = "from asrfs.terminal import surroundings; surroundings.settle()\n"
@@ -62,3 +66,15 @@ def test_the_tools_of_the_system_are_looked_for_where_they_are() -> None:
     assert said_by("import os; print(os.environ['PATH'])", PATH="/usr/bin:/bin") == (
         b"/usr/bin:/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/sbin\n"
     )
+
+
+def test_of_what_the_kernel_says_nothing_but_a_newline_ends_a_line(tmp_path: Path) -> None:
+    (tmp_path / "said").write_bytes(b"a\xff\r\x0c\xc2\x85\n\xe2\x80\xa8b\n")
+    assert kernel_lines(tmp_path / "said") == [os.fsdecode(b"a\xff\r\x0c\xc2\x85"), "\u2028b"]
+    (tmp_path / "said").write_bytes(b"")
+    assert kernel_lines(tmp_path / "said") == []
+
+
+def test_what_a_tool_says_may_be_in_any_encoding() -> None:
+    with pytest.raises(RefusedError, match=r"failed: ung.ltig"):
+        loop_devices.run_tool("sh", "-c", r"printf 'ung\374ltig\n' >&2; exit 1")
