@@ -46,10 +46,13 @@ def run(program: click.Group, name: str, invoke: Callable[[], tuple[list[str], o
     """
     wait_for_others()
     try:
-        words, invocation = invoke()
-        with program.make_context(name, words, obj=invocation) as context:
-            outcome = program.invoke(context)
-        return outcome if isinstance(outcome, int) else 0
+        try:
+            words, invocation = invoke()
+            with program.make_context(name, words, obj=invocation) as context:
+                outcome = program.invoke(context)
+            return outcome if isinstance(outcome, int) else 0
+        except BaseExceptionGroup as group:
+            raise _only_one(group) from None
     except click.exceptions.Exit as ended:
         return ended.exit_code
     except AsrfsError as error:
@@ -70,6 +73,13 @@ def run(program: click.Group, name: str, invoke: Callable[[], tuple[list[str], o
         return fail(f"this is a fault of the program: {type(error).__name__}: {error}", 1)
 
 
+def _only_one(error: BaseException) -> BaseException:
+    """What really happened, if it was one thing: what a task of a nursery raises comes in a group for each nursery."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
 def fail(text: str, code: int) -> int:
     """Print the one line of a failure; the code."""
     click.echo(f"asrfs: error: {' '.join(text.split())}", err=True)
@@ -83,6 +93,8 @@ def describe_os_error(error: OSError) -> str:
         errno.ENOSPC: ": make space there and try again",
         errno.EACCES: ": run this as root or as the owner",
         errno.EPERM: ": run this as root or as the owner",
+        errno.EMFILE: ": allow more of them (`ulimit -n`)",
+        errno.ENFILE: ": allow more of them (`sysctl fs.file-max`)",
     }
     return f"{where}{(error.strerror or str(error)).lower()}{advice.get(error.errno or 0, '')}"
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from asrfs.daemon import loop_devices
-from asrfs.errors import RefusedError
+from asrfs.errors import NotFoundError, RefusedError
 from asrfs.storage.kernel_text import kernel_lines
+from asrfs.terminal import program as frame
 from asrfs.terminal.surroundings import with_tools
+from replica_store.daemon.serve import allow_descriptors
 
 SETTLE = "from asrfs.terminal import surroundings; surroundings.settle()\n"
 
@@ -78,3 +83,35 @@ def test_of_what_the_kernel_says_nothing_but_a_newline_ends_a_line(tmp_path: Pat
 def test_what_a_tool_says_may_be_in_any_encoding() -> None:
     with pytest.raises(RefusedError, match=r"failed: ung.ltig"):
         loop_devices.run_tool("sh", "-c", r"printf 'ung\374ltig\n' >&2; exit 1")
+
+
+def test_a_limit_of_open_files_that_cannot_be_raised_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel refuses one above its own, also where it is ours already."""
+    asked = []
+
+    def refuse(kind: int, limits: tuple[int, int]) -> None:
+        asked.append((kind, limits))
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    allow_descriptors()
+    assert asked
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), 1, "too many open files: allow more of them (`ulimit -n`)"),
+        (NotFoundError("no such thing"), 3, "no such thing"),
+        (KeyboardInterrupt(), 1, "interrupted"),
+        (LookupError("x"), 1, "this is a fault of the program: LookupError: x"),
+    ],
+)
+def test_what_happens_in_a_task_is_said_as_if_there_were_none(
+    raised: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> tuple[list[str], object]:
+        raise BaseExceptionGroup("a nursery", [BaseExceptionGroup("in a nursery", [raised])])
+
+    assert frame.run(click.Group(), "asrfs", fail) == code
+    assert capsys.readouterr().err == f"asrfs: error: {said}\n"
