@@ -16,7 +16,7 @@ _STREAMS = 3
 
 
 def settle() -> None:
-    """Only for the main thread of a process that is just beginning. Raises nothing that a program could go on after."""
+    """Only for the main thread of a process that is just beginning."""
     _open_streams()
     _say_whatever_it_is()
     _take_signals()
@@ -32,8 +32,11 @@ def with_tools(path: str) -> str:
 
 def _open_streams() -> None:
     """Of standard streams that are closed, whatever is opened next would be taken for them: a socket, /dev/fuse."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) < _STREAMS:
-        os.set_inheritable(fd, True)
+    try:
+        while (fd := os.open(os.devnull, os.O_RDWR)) < _STREAMS:
+            os.set_inheritable(fd, True)
+    except OSError:  # a place without devices: then they stay as they are
+        return
     os.close(fd)
     if sys.stdin is None:
         sys.stdin = os.fdopen(0, closefd=False)

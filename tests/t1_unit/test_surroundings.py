@@ -104,6 +104,11 @@ def test_a_limit_of_open_files_that_cannot_be_raised_stays(monkeypatch: pytest.M
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), 1, "too many open files: allow more of them (`ulimit -n`)"),
         (NotFoundError("no such thing"), 3, "no such thing"),
         (KeyboardInterrupt(), 1, "interrupted"),
+        (
+            UnicodeEncodeError("utf-8", "/a\udcff", 2, 3, "surrogates not allowed"),
+            2,
+            r"'/a\udcff' is not UTF-8: choose a path that is",
+        ),
         (LookupError("x"), 1, "this is a fault of the program: LookupError: x"),
     ],
 )
@@ -115,3 +120,23 @@ def test_what_happens_in_a_task_is_said_as_if_there_were_none(
 
     assert frame.run(click.Group(), "asrfs", fail) == code
     assert capsys.readouterr().err == f"asrfs: error: {said}\n"
+
+
+def test_a_place_without_devices_is_left_as_it_is() -> None:
+    """As a container's root that nobody has put anything into."""
+    say = "import os; os.devnull = '/nonexistent/null'; surroundings.settle(); print('x')"
+    assert said_by(say) == b"x\n"
+    assert said_by(say, closed=">&-") == b""
+
+
+def test_who_is_in_a_directory_that_is_gone_is_told_so(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    words = ["sh", "-c", 'rmdir "$PWD"; exec "$@"', "sh", sys.executable, "-m", "asrfs.cli.main"]
+    words += ["--state", "state", "disk", "list"]
+    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        words, cwd=gone, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 1
+    assert done.stderr == "asrfs: error: the current directory is gone: change to another, or give absolute paths\n"
