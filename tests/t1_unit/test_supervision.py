@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -89,6 +90,17 @@ def test_nobody_asked_to_be_told(address: str | None, monkeypatch: pytest.Monkey
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     if address is not None:
         monkeypatch.setenv("NOTIFY_SOCKET", address)
+    notify("READY=1")
+
+
+def test_who_cannot_tell_systemd_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serving does not end because there are too many open files for a moment."""
+
+    def refuse(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nobody/listens")
+    monkeypatch.setattr(socket, "socket", refuse)
     notify("READY=1")
 
 
