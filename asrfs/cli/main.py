@@ -12,6 +12,7 @@ import click
 import asrfs
 from asrfs.cli.invocation import Invocation
 from asrfs.terminal import program as frame
+from asrfs.terminal import surroundings
 
 STATE_DEFAULT = "/var/lib/asrfs"
 
@@ -55,6 +56,7 @@ def program(state: str | None, json: bool) -> None:
 
 def main() -> None:
     """Run the command of this process's words and exit."""
+    surroundings.settle()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from asrfs.storage.kernel_text import kernel_lines, kernel_text
+
 
 @dataclass(frozen=True, slots=True)
 class Mount:
@@ -82,7 +84,7 @@ class Kernel:
                 namespace = os.readlink(self.proc / process / "ns/mnt")
                 if namespace in seen:
                     continue
-                lines = (self.proc / process / "mountinfo").read_text(errors="surrogateescape").splitlines()
+                lines = kernel_lines(self.proc / process / "mountinfo")
             except OSError:
                 continue
             seen.add(namespace)
@@ -102,7 +104,7 @@ class Kernel:
         files = {}
         for entry in sorted(self._block.glob("loop*/loop/backing_file")):
             try:
-                files[entry.parent.parent.name] = entry.read_text().removesuffix("\n")
+                files[entry.parent.parent.name] = kernel_text(entry)
             except OSError:
                 continue  # detached meanwhile
         return files

@@ -22,7 +22,7 @@ from asrfs.daemon.state import StateDirectory, next_slot
 from asrfs.errors import AsrfsError, BadInputError, NoSpaceError, NotFoundError, RefusedError, TemporaryError
 from asrfs.model.extents import BLOCK_BYTES
 from asrfs.model.machine import DiskConfig, MachineConfig
-from asrfs.model.names import check_name
+from asrfs.model.names import check_name, check_path
 from asrfs.model.quantities import SECTOR_BYTES, check_disk_size
 from asrfs.storage.claim import claim, release
 from asrfs.storage.directory import DirectoryStorage, open_path
@@ -54,7 +54,7 @@ def add_adopted(state: StateDirectory, name: str, image: str) -> DiskConfig:
     Raises BadInputError, NotFoundError, RefusedError if another machine or disk uses it.
     """
     check_name(name, "disk")
-    path = os.path.realpath(image)
+    path = check_path(os.path.realpath(image))
     size_bytes, is_block_device = _measure(image, path)
     with state.machine_lock():
         state.check_not_promoting()

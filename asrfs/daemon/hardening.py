@@ -73,5 +73,20 @@ def serve_io() -> None:
     _libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
     gc.collect()
     gc.freeze()
-    _libc.mlockall(_MCL_CURRENT)
-    _libc.mlockall(_MCL_FUTURE | _MCL_ONFAULT)
+    _lock_memory()
+
+
+def _lock_memory() -> None:
+    """Only where no limit holds for us, by what is allowed or by what we may do. Who asks that all he will ever have be
+    locked is believed whatever the limit, and once that is reached the kernel refuses memory itself: no thread begins
+    any more. A limit of zero is passed by none but those for whom there is none."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if hard == resource.RLIM_INFINITY:
+        soft = hard
+    try:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft if soft == resource.RLIM_INFINITY else 0, hard))
+        if _libc.mlockall(_MCL_CURRENT) == 0:
+            _libc.mlockall(_MCL_FUTURE | _MCL_ONFAULT)
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
+    except (OSError, ValueError):
+        pass

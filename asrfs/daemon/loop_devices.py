@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from asrfs.errors import NotFoundError, RefusedError, TemporaryError
 from asrfs.fuse import mount as fuse_mount
+from asrfs.storage.kernel_text import kernel_text
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def look(device: str) -> LoopDevice | None:
     """What a loop device stands for; None if nothing. The file behind it is not asked anything."""
     entry = _BLOCK / os.path.basename(device)
     try:
-        backing_file = (entry / "loop" / "backing_file").read_text().removesuffix("\n")
+        backing_file = kernel_text(entry / "loop" / "backing_file")
         number = (entry / "dev").read_text().strip()
     except OSError:
         return None
@@ -117,15 +118,7 @@ def make_filesystem(device: str, kind: str) -> None:
 
 def content_of(device: str) -> str:
     """What kind of filesystem or partition table a device bears; empty for none."""
-    done = subprocess.run(
-        ["blkid", "-p", "-o", "value", "-s", "TYPE", "-s", "PTTYPE", device],
-        capture_output=True,
-        text=True,
-        timeout=_TOOL_SECONDS_MAX,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
-    return " ".join(done.stdout.split())
+    return " ".join(_run("blkid", "-p", "-o", "value", "-s", "TYPE", "-s", "PTTYPE", device).stdout.split())
 
 
 def check_mount_point(directory: str) -> str:
@@ -156,19 +149,30 @@ def let_go(loop: LoopDevice) -> None:
 
 def run_tool(*arguments: str) -> str:
     """Run a tool of the system; its output. RefusedError with its own words if it fails."""
-    try:
-        done = subprocess.run(
-            arguments, capture_output=True, text=True, timeout=_TOOL_SECONDS_MAX, stdin=subprocess.DEVNULL, check=False
-        )
-    except FileNotFoundError:
-        raise NotFoundError(f"the program {arguments[0]} is not installed") from None
-    except subprocess.TimeoutExpired:
-        raise TemporaryError(f"{' '.join(arguments)} did not end within {_TOOL_SECONDS_MAX:.0f} s") from None
+    done = _run(*arguments)
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()
         words = " ".join(lines[0].split()) if lines else ""
         raise RefusedError(f"{' '.join(arguments)} failed: {words or f'exit code {done.returncode}'}")
     return done.stdout
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What a tool says has words of the caller's language and names of files in it: any bytes."""
+    try:
+        return subprocess.run(
+            arguments,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_TOOL_SECONDS_MAX,
+            stdin=subprocess.DEVNULL,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise NotFoundError(f"the program {arguments[0]} is not installed") from None
+    except subprocess.TimeoutExpired:
+        raise TemporaryError(f"{' '.join(arguments)} did not end within {_TOOL_SECONDS_MAX:.0f} s") from None
 
 
 def _set_queue(device: str) -> None:
@@ -183,9 +187,5 @@ def _set_queue(device: str) -> None:
 
 def _mounts_of(device_number: str) -> tuple[str, ...]:
     """Where the filesystem on a device (major:minor) is mounted in our namespace, innermost last mount first."""
-    found = []
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split(" ")
-        if fields[2] == device_number:
-            found.append(fields[4].encode().decode("unicode_escape").encode("latin-1").decode(errors="surrogateescape"))
+    found = [each.target for each in fuse_mount.mounted_filesystems() if each.device == device_number]
     return tuple(reversed(found))

@@ -31,7 +31,7 @@ from asrfs.errors import (
 )
 from asrfs.model.configuration import HostConfiguration, decode_configuration
 from asrfs.model.machine import SLOT_MAX, DiskConfig, MachineConfig, check_machine
-from asrfs.model.names import check_name
+from asrfs.model.names import check_name, check_path
 from asrfs.model.positions import Positions
 from asrfs.model.promoting import PROMOTING_FILE
 from asrfs.model.recovered import RecoveredMachine, decode_recovered, encode_recovered
@@ -126,6 +126,7 @@ class StateDirectory:
     @contextmanager
     def _creating(self, *left: str) -> Iterator[None]:
         """Empty directories, and the right to make the machine. `left`: what who died while doing so may have left."""
+        check_path(self.root)
         if os.path.lexists(self.path(MACHINE_FILE)):
             raise RefusedError(f"{self.root} is already the state directory of a machine")
         if os.path.lexists(self.root) and not os.path.isdir(self.root):

@@ -30,6 +30,7 @@ from asrfs.daemon.state import Served, StateDirectory
 from asrfs.errors import AsrfsError, IntegrityError, RefusedError, TemporaryError, error_class
 from asrfs.fuse import abi
 from asrfs.fuse import mount as fuse_mount
+from asrfs.model.names import check_path
 from asrfs.storage.priority import be_usual
 
 ADOPT_SECONDS_MAX = 30.0
@@ -45,6 +46,7 @@ log = logging.getLogger("asrfs.supervisor")
 
 def run(state: StateDirectory, mount: str) -> int:
     """Serve the machine at `mount` until SIGTERM or SIGINT; the exit code. Raises AsrfsError if it cannot start."""
+    mount = check_path(fuse_mount.real_path(mount))
     state.check()
     lock = state.take_lock("supervisor")
     if lock is None:
@@ -53,7 +55,7 @@ def run(state: StateDirectory, mount: str) -> int:
     be_usual()
     try:
         start_logging(state, "supervisor", owns_stderr=False)
-        return trio.run(Supervisor(state, fuse_mount.real_path(mount)).run)
+        return trio.run(Supervisor(state, mount).run)
     finally:
         lock.close()
 

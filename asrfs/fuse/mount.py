@@ -12,10 +12,12 @@ import errno
 import os
 import re
 import select
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from asrfs.errors import AsrfsError, BadInputError, NotFoundError, RefusedError, TemporaryError
 from asrfs.fuse import abi
+from asrfs.storage.kernel_text import kernel_lines
 
 FILESYSTEM_TYPE = "fuse.asrfs"
 SOURCE = "asrfs"
@@ -57,14 +59,13 @@ class MountedFilesystem:
 
 def mounted_filesystems() -> list[MountedFilesystem]:
     """What this process sees mounted, oldest first."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        return parse_mountinfo(file.read())
+    return parse_mountinfo(kernel_lines("/proc/self/mountinfo"))
 
 
-def parse_mountinfo(text: str) -> list[MountedFilesystem]:
+def parse_mountinfo(lines: Iterable[str]) -> list[MountedFilesystem]:
     """The lines of a mountinfo file (proc(5)), octal escapes resolved."""
     mounts = []
-    for line in text.splitlines():
+    for line in lines:
         left, _, right = line.partition(" - ")
         fields, tail = left.split(" "), right.split(" ")
         mounts.append(MountedFilesystem(fields[2], _unescape(fields[4]), tail[0], _unescape(tail[1])))

@@ -45,6 +45,13 @@ def is_id(text: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{32}", text) is not None
 
 
+def check_path(path: str) -> str:
+    """Return a path that can be written down and told to others; it may be any bytes. Raises BadInputError."""
+    if any("\udc80" <= character <= "\udcff" for character in path):
+        raise BadInputError(f"{path!r} is not UTF-8: choose a path that is")
+    return path
+
+
 def id_bytes(text: str) -> bytes:
     """The 16 bytes of an id. Raises BadInputError if it is not one."""
     if not is_id(text):

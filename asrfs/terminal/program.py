@@ -46,10 +46,13 @@ def run(program: click.Group, name: str, invoke: Callable[[], tuple[list[str], o
     """
     wait_for_others()
     try:
-        words, invocation = invoke()
-        with program.make_context(name, words, obj=invocation) as context:
-            outcome = program.invoke(context)
-        return outcome if isinstance(outcome, int) else 0
+        try:
+            words, invocation = invoke()
+            with program.make_context(name, words, obj=invocation) as context:
+                outcome = program.invoke(context)
+            return outcome if isinstance(outcome, int) else 0
+        except BaseExceptionGroup as group:
+            raise _only_one(group) from None
     except click.exceptions.Exit as ended:
         return ended.exit_code
     except AsrfsError as error:
@@ -66,8 +69,24 @@ def run(program: click.Group, name: str, invoke: Callable[[], tuple[list[str], o
         return 1
     except OSError as error:
         return fail(describe_os_error(error), 1)
+    except UnicodeEncodeError as error:
+        return _fail_for_text(error)
     except Exception as error:
         return fail(f"this is a fault of the program: {type(error).__name__}: {error}", 1)
+
+
+def _only_one(error: BaseException) -> BaseException:
+    """What really happened, if it was one thing: what a task of a nursery raises comes in a group for each nursery."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def _fail_for_text(error: UnicodeEncodeError) -> int:
+    """A path may be any bytes, and what is written down is text: only what was given can be such a path."""
+    if "surrogates" in error.reason:
+        return fail(f"{error.object!r} is not UTF-8: choose a path that is", 2)
+    return fail(f"this is a fault of the program: {type(error).__name__}: {error}", 1)
 
 
 def fail(text: str, code: int) -> int:
@@ -79,12 +98,25 @@ def fail(text: str, code: int) -> int:
 def describe_os_error(error: OSError) -> str:
     """What the system said, about which file, and what to do where that is known."""
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+    if not where and error.errno == errno.ENOENT and _is_nowhere():
+        return "the current directory is gone: change to another, or give absolute paths"
     advice = {
         errno.ENOSPC: ": make space there and try again",
         errno.EACCES: ": run this as root or as the owner",
         errno.EPERM: ": run this as root or as the owner",
+        errno.EMFILE: ": allow more of them (`ulimit -n`)",
+        errno.ENFILE: ": allow more of them (`sysctl fs.file-max`)",
     }
     return f"{where}{(error.strerror or str(error)).lower()}{advice.get(error.errno or 0, '')}"
+
+
+def _is_nowhere() -> bool:
+    """Whether the current directory was removed."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def take_global_options(words: list[str], option: str) -> tuple[list[str], str | None, bool]:

@@ -21,6 +21,7 @@ from asrfs.model.boot import BootSettings, Command
 from asrfs.model.quantities import SECTOR_BYTES
 from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import read_whole, write_atomically
+from asrfs.storage.kernel_text import kernel_lines, kernel_text
 from replica_store.boot.health import Place, wait_until_healthy
 from replica_store.boot.mount_steps import Step, mount_steps
 
@@ -203,7 +204,7 @@ def _loops_over(path: str) -> list[_Loop]:
     found = []
     for entry in sorted(Path("/sys/block").glob("loop*/loop")):
         try:
-            if (entry / "backing_file").read_text().removesuffix("\n").removesuffix(" (deleted)") == real:
+            if kernel_text(entry / "backing_file").removesuffix(" (deleted)") == real:
                 found.append(_Loop(f"/dev/{entry.parts[3]}", int((entry / "offset").read_text())))
         except OSError:  # detached meanwhile
             continue
@@ -212,12 +213,11 @@ def _loops_over(path: str) -> list[_Loop]:
 
 def _is_mounted_from(path: str, devices: set[str]) -> bool:
     real = os.path.realpath(path)
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            left, _, right = line.partition(" - ")
-            source = right.split(" ")[1]
-            if _plain(left.split(" ")[4]) == real and source in devices:
-                return True
+    for line in kernel_lines("/proc/self/mountinfo"):
+        left, _, right = line.partition(" - ")
+        source = right.split(" ")[1]
+        if _plain(left.split(" ")[4]) == real and source in devices:
+            return True
     return False
 
 

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import click
@@ -15,6 +14,7 @@ from rich.console import Console
 
 from asrfs.errors import BadInputError
 from asrfs.model.quantities import format_duration, parse_duration
+from asrfs.storage.kernel_text import kernel_text
 from asrfs.storage.system_clock import SystemClock
 from asrfs.terminal.output import pairs, table
 from replica_store.cli.invocation import Invocation
@@ -103,7 +103,7 @@ def failovers_of(invocation: Invocation) -> Failovers:
 
 def _seconds_since_start() -> float:
     """Of this process: who waits for a machine waits for that, too."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    fields = kernel_text("/proc/self/stat").rpartition(")")[2].split()
     since_boot_s = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return round(max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot_s), 4)
 

@@ -12,6 +12,7 @@ import click
 import replica_store
 from asrfs.errors import BadInputError
 from asrfs.terminal import program as frame
+from asrfs.terminal import surroundings
 from replica_store.cli.invocation import Invocation
 
 VAULT_DEFAULT = "/var/lib/replica-store"
@@ -58,6 +59,7 @@ def program(vault: str | None, json: bool) -> None:
 
 def main() -> None:
     """Run the command of this process's words and exit."""
+    surroundings.settle()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -19,6 +19,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -95,7 +96,7 @@ def run(root: str, host: str, data_port: int, manage_port: int, announce: Callab
             data.close()
             raise
         _start_logging()
-        _allow_descriptors()
+        allow_descriptors()
         stand_back(NICE)
         trio.run(_serve, vault, SystemClock(), data, manage, announce)
 
@@ -138,10 +139,12 @@ async def _serve(
             nursery.cancel_scope.cancel()
 
 
-def _allow_descriptors() -> None:
-    """As many open files as the system lets us have: a connection is one, an object being stored another."""
+def allow_descriptors() -> None:
+    """As many open files as the system lets us have: a connection is one, an object being stored another. It refuses a
+    limit above its own, `fs.nr_open`, which may have been lowered since we got ours: then that stays as it is."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _printable(_logger: object, _name: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

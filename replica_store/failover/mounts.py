@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from asrfs.errors import NotFoundError, TemporaryError
+from asrfs.storage.kernel_text import kernel_lines, kernel_text
 
 _TOOL_S_MAX = 60.0
 _BLOCK = Path("/sys/block")
@@ -27,8 +28,7 @@ class Mounted(NamedTuple):
 
 def mounted() -> list[Mounted]:
     """What this process sees mounted, oldest first."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        return [_parse(line) for line in file]
+    return [_parse(line) for line in kernel_lines("/proc/self/mountinfo")]
 
 
 def is_mount_point(path: str) -> bool:
@@ -41,7 +41,7 @@ def loops_below(directory: str) -> list[str]:
     found = []
     for entry in sorted(_BLOCK.glob("loop*/loop/backing_file")):
         try:
-            backing_file = entry.read_text().removesuffix("\n").removesuffix(_DELETED)
+            backing_file = kernel_text(entry).removesuffix(_DELETED)
         except OSError:  # detached meanwhile
             continue
         if backing_file.startswith(f"{directory}/"):
@@ -90,7 +90,7 @@ def _run(*words: str) -> int:
 
 
 def _parse(line: str) -> Mounted:
-    left, _, right = line.rstrip("\n").partition(" - ")
+    left, _, right = line.partition(" - ")
     return Mounted(_unescape(left.split(" ")[4]), _unescape(right.split(" ")[1]))
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from pathlib import Path
 
 from asrfs.errors import AsrfsError, IntegrityError, RefusedError
 from replica_store.failover.choice import check_may_begin
+from replica_store.failover.mounts import mounted
 from replica_store.failover.plan import Kind, Plan, PlannedMachine, selector_for
 from replica_store.failover.plan_dry_run import MachineFacts, SiteFacts, programs_of
 from replica_store.points.builder import disks_of, open_disks, resolve
@@ -78,10 +78,7 @@ def ports_in_use() -> frozenset[int]:
 
 def paths_in_use() -> frozenset[str]:
     """Directories on which something is mounted."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        return frozenset(
-            re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), line.split(" ")[4]) for line in file
-        )
+    return frozenset(each.target for each in mounted())
 
 
 def _existing(directory: str) -> str:

@@ -22,6 +22,7 @@ from typing import IO, Literal, NamedTuple
 
 import replica_store
 from asrfs.errors import AsrfsError, NotFoundError, TemporaryError, error_class, foreign_line
+from asrfs.storage.kernel_text import kernel_text
 from asrfs.storage.priority import run_only_when_idle
 
 Part = Literal["tree", "machine", "copy", "boot", "tool"]
@@ -297,7 +298,7 @@ def _self_and_ancestors() -> Iterator[int]:
     while pid > 0:
         yield pid
         try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            pid = int(kernel_text(f"/proc/{pid}/stat").rpartition(")")[2].split()[1])
         except OSError:
             return
 

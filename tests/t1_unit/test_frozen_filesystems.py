@@ -40,13 +40,13 @@ class FakeKernel:
             (entry / "holders" / holder).touch()
         if file is not None:
             (entry / "loop").mkdir()
-            (entry / "loop/backing_file").write_text(f"{file}\n")
+            (entry / "loop/backing_file").write_bytes(os.fsencode(f"{file}\n"))
 
     def process(self, pid: str, mounts: list[str], words: tuple[str, ...] = ("init",), namespace: str = "1") -> None:
         entry = self.proc / pid
         (entry / "ns").mkdir(parents=True)
         (entry / "ns/mnt").symlink_to(f"mnt:[{namespace}]")
-        (entry / "mountinfo").write_text("".join(f"{line}\n" for line in mounts))
+        (entry / "mountinfo").write_bytes(os.fsencode("".join(f"{line}\n" for line in mounts)))
         (entry / "cmdline").write_bytes("\0".join(words).encode() + b"\0")
         for kind in ("fd", "fdinfo"):
             (entry / kind).mkdir()
@@ -124,6 +124,18 @@ def test_mounts_of_containers_count(fake: FakeKernel) -> None:
 def test_names_with_odd_characters_are_read_as_they_are() -> None:
     found = parse_mount(mount(5, "7:0", "/a\\040b\\134c", source="/dev/x\\011y"))
     assert (found.directory, found.source) == ("/a b\\c", "/dev/x\ty")
+
+
+def test_places_of_others_that_are_no_text_or_look_like_the_end_of_a_line_disturb_nothing(fake: FakeKernel) -> None:
+    """Whoever may mount anything, in a container or through FUSE, chooses the name."""
+    odd = [os.fsdecode(name) for name in (b"/\xff\xfe", "/a\u2028b".encode(), "/a\x85b".encode(), b"/a\rb\x0cc\x1cd")]
+    fake.block("loop0", "7:0", file="/disks/root.img")
+    for number, name in enumerate(odd, 1):
+        fake.block(f"loop{number}", f"7:{number}", file=f"{name}/file")
+    elsewhere = [mount(20 + number, f"0:{20 + number}", name) for number, name in enumerate(odd)]
+    fake.process("self", [ROOT, *elsewhere, mount(5, "7:0", odd[0])])
+    fake.process("77", elsewhere, namespace="2")
+    assert names(fake) == [(odd[0], 0)]
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------

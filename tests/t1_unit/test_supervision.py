@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -30,11 +31,11 @@ def test_restart_is_at_once_unless_a_process_keeps_dying_young() -> None:
 
 
 def test_mountinfo_with_escapes_and_optional_fields() -> None:
-    text = (
-        "36 35 98:0 /mnt1 /mnt/with\\040space rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue\n"
-        "37 35 0:52 / /run/disks rw,nosuid,nodev - fuse.asrfs asrfs rw,user_id=0\n"
-    )
-    assert parse_mountinfo(text) == [
+    lines = [
+        "36 35 98:0 /mnt1 /mnt/with\\040space rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue",
+        "37 35 0:52 / /run/disks rw,nosuid,nodev - fuse.asrfs asrfs rw,user_id=0",
+    ]
+    assert parse_mountinfo(lines) == [
         MountedFilesystem("98:0", "/mnt/with space", "ext3", "/dev/root"),
         MountedFilesystem("0:52", "/run/disks", "fuse.asrfs", "asrfs"),
     ]
@@ -89,6 +90,17 @@ def test_nobody_asked_to_be_told(address: str | None, monkeypatch: pytest.Monkey
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     if address is not None:
         monkeypatch.setenv("NOTIFY_SOCKET", address)
+    notify("READY=1")
+
+
+def test_who_cannot_tell_systemd_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serving does not end because there are too many open files for a moment."""
+
+    def refuse(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nobody/listens")
+    monkeypatch.setattr(socket, "socket", refuse)
     notify("READY=1")
 
 

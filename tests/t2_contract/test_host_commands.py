@@ -323,6 +323,21 @@ def test_a_segment_that_was_made_ahead_is_no_damage(machine: Run, scratch: Path)
     assert json.loads(machine("inspect", str(scratch / "next.segment"), "--json").out)["records"] == []
 
 
+def test_paths_that_are_no_text_cannot_be_written_down(machine: Run, scratch: Path) -> None:
+    odd = os.fsdecode(os.fsencode(scratch) + b"/\xff")
+    os.mkdir(odd)
+    (Path(odd) / "image").write_bytes(bytes(4096))
+    (Path(odd) / "hook").touch(0o700)
+    (Path(odd) / "mount").mkdir()
+    assert "is not UTF-8" in machine("init", "web2", "--state", f"{odd}/state").err
+    assert "is not UTF-8" in machine("disk", "add", "extra", "--image", f"{odd}/image").err
+    assert "is not UTF-8" in machine("serve", "--mount", f"{odd}/mount").err
+    assert "is not UTF-8" in machine("hooks", "add", "pre", f"{odd}/hook", "--order", "1", "--timeout", "1s").err
+    assert not os.path.exists(f"{odd}/state")
+    assert os.listxattr(f"{odd}/image") == []
+    assert "extra" not in machine("disk", "list").out
+
+
 def test_a_fifo_is_not_waited_for(machine: Run, scratch: Path) -> None:
     os.mkfifo(scratch / "fifo")
     assert machine("inspect", str(scratch / "fifo")).code == 2
