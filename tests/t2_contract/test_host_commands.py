@@ -352,7 +352,7 @@ def test_watching_without_a_terminal_prints_until_it_is_interrupted(machine: Run
         assert process.stderr.read() == ""
 
 
-@pytest.mark.parametrize("name", ["latest", "latest-processed", "latest-application", "0" * 32])
+@pytest.mark.parametrize("name", ["latest", "latest-processed", "latest-application", "0" * 32, "tail-of-epoch-1"])
 def test_a_point_is_not_named_like_a_selector(machine: Run, name: str) -> None:
     refused = machine("point", "create", "--name", name)
     assert refused.code == 2
