@@ -18,7 +18,7 @@ import msgspec
 
 from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.processes import tell
-from asrfs.daemon.state import StateDirectory, next_slot
+from asrfs.daemon.state import MACHINE_FILE, StateDirectory, next_slot
 from asrfs.errors import AsrfsError, BadInputError, NoSpaceError, NotFoundError, RefusedError, TemporaryError
 from asrfs.model.extents import BLOCK_BYTES
 from asrfs.model.machine import DiskConfig, MachineConfig
@@ -60,14 +60,8 @@ def add_adopted(state: StateDirectory, name: str, image: str) -> DiskConfig:
         state.check_not_promoting()
         machine = state.load_machine()
         _check_name_is_free(machine, name)
-        for other in machine.disks:
-            if (
-                other.adopted
-                and not other.released
-                and os.path.exists(other.adopted)
-                and os.path.samefile(other.adopted, path)
-            ):
-                raise RefusedError(f"{image} is already disk {other.name} of machine {machine.name}")
+        _check_is_no_disk(state, image, path)
+        _check_is_no_disk(StateDirectory(os.path.dirname(os.path.dirname(path))), image, path)
         _check_not_in_use(path, is_block_device)
         owner = f"{machine.id} {state.root}"
         holder = claim(path, owner)
@@ -218,6 +212,23 @@ def _lengthen(path: str, disk: DiskConfig, size_bytes: int) -> None:
         raise NoSpaceError(f"cannot make {path} {size_bytes} bytes long: {error.strerror}") from None
     finally:
         image.close()
+
+
+def _check_is_no_disk(state: StateDirectory, image: str, path: str) -> None:
+    """RefusedError if it is a disk of the machine whose state directory this is, if it is one.
+
+    An image that a state directory made bears no claim: where it lies says whose it is.
+    """
+    if not os.path.isfile(state.path(MACHINE_FILE)):
+        return
+    machine = state.load_machine()
+    for disk in machine.disks:
+        own = state.image_path(disk)
+        if not disk.released and os.path.exists(own) and os.path.samefile(own, path):
+            raise RefusedError(
+                f"{image} is already disk {disk.name} of machine {machine.name} ({state.root}): remove the disk there "
+                "first"
+            )
 
 
 def _check_not_in_use(path: str, is_block_device: bool) -> None:
