@@ -60,6 +60,15 @@ class Kernel:
 
     def filesystems_on(self, mount: str) -> list[MountedFilesystem]:
         """Mounted filesystems on the disks that are files of `mount`, deepest level first. Raises OSError."""
+        return sorted(self._look(mount)[1].values(), key=lambda each: -each.level)
+
+    def devices_on(self, mount: str) -> set[str]:
+        """`major:minor` of all that stands on those disks: block devices, and filesystems on them. Raises OSError."""
+        levels, filesystems = self._look(mount)
+        return {*levels, *filesystems}
+
+    def _look(self, mount: str) -> tuple[dict[str, int], dict[str, MountedFilesystem]]:
+        """The level of each block device, and the filesystems by their devices."""
         prefix = os.path.join(os.path.realpath(mount), "")
         loops = self._loop_files()
         levels: dict[str, int] = {}
@@ -74,7 +83,7 @@ class Kernel:
                 filesystem.mounts = [each for each in mounts if each.device == filesystem.device]
                 over = [name for name, path in loops.items() if _mount_of(path, mounts) == filesystem.device]
                 self._add(over, filesystem.level + 1, levels)
-        return sorted(found.values(), key=lambda each: -each.level)
+        return levels, found
 
     def mounts(self) -> Iterator[Mount]:
         """Of every mount namespace, our own first. A process that ends while we look is passed over."""

@@ -379,6 +379,7 @@ class Agent:
             first_unacknowledged_ns=self._oldest.time_ns(progress.acknowledged, progress.durable),
             oldest_segment=self._housekeeping.oldest_segment,
             cut_bytes=self._trimmer.cut_bytes(0),
+            lag_cut_bytes=self._trimmer.cut_bytes(positions.acknowledged.segment),
             quota_bytes=self._healing.quota.quota_bytes,
             healing=self._healing.standing(machine, filled_per_s),
             fence=self._healing.rejoiner.fence,

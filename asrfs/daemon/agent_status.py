@@ -45,7 +45,8 @@ FENCED = "this host was superseded: another side of the machine goes on, and its
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What status is made of. `cut_bytes`: of the journal's segments that are shorter than its places count.
+    """What status is made of. `cut_bytes`: of the journal's segments that are shorter than its places count, and
+    `lag_cut_bytes` of those from the acknowledged place on.
     `first_unacknowledged_ns`: time of the first durable record the store does not have. `hydration`: by slot, of disks
     that have a base.
     """
@@ -61,6 +62,7 @@ class Facts:
     first_unacknowledged_ns: int | None
     oldest_segment: int
     cut_bytes: int = 0
+    lag_cut_bytes: int = 0
     quota_bytes: int
     healing: Healing
     fence: Fence | None
@@ -111,7 +113,7 @@ def status(facts: Facts) -> dict[str, Any]:
         },
         "lag": {
             "records": durable.lsn - acknowledged.lsn,
-            "bytes": bytes_between(acknowledged, durable),
+            "bytes": max(0, bytes_between(acknowledged, durable) - facts.lag_cut_bytes),
             "seconds": max(0, durable.time_ns - since_ns) / NS_PER_S if is_behind and since_ns else 0.0,
         },
         "achieved_rpo_seconds": rpo_s,
@@ -191,6 +193,7 @@ def _facts_without_agent(state: StateDirectory) -> Facts:
         first_unacknowledged_ns=first_unacknowledged_ns,
         oldest_segment=oldest_segment,
         cut_bytes=trimmer.cut_bytes(0),
+        lag_cut_bytes=trimmer.cut_bytes(positions.acknowledged.segment),
         quota_bytes=quota_bytes,
         healing=standing_of(found.map, found.given_up, machine),
         fence=fence,

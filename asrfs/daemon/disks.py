@@ -16,10 +16,12 @@ from contextlib import suppress
 
 import msgspec
 
+from asrfs.consistency.filesystems import Kernel
 from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.processes import tell
-from asrfs.daemon.state import StateDirectory, next_slot
+from asrfs.daemon.state import MACHINE_FILE, StateDirectory, next_slot
 from asrfs.errors import AsrfsError, BadInputError, NoSpaceError, NotFoundError, RefusedError, TemporaryError
+from asrfs.fuse.mount import FILESYSTEM_TYPE
 from asrfs.model.extents import BLOCK_BYTES
 from asrfs.model.machine import DiskConfig, MachineConfig
 from asrfs.model.names import check_name, check_path
@@ -60,14 +62,9 @@ def add_adopted(state: StateDirectory, name: str, image: str) -> DiskConfig:
         state.check_not_promoting()
         machine = state.load_machine()
         _check_name_is_free(machine, name)
-        for other in machine.disks:
-            if (
-                other.adopted
-                and not other.released
-                and os.path.exists(other.adopted)
-                and os.path.samefile(other.adopted, path)
-            ):
-                raise RefusedError(f"{image} is already disk {other.name} of machine {machine.name}")
+        _check_is_no_disk(state, image, path)
+        _check_is_no_disk(StateDirectory(os.path.dirname(os.path.dirname(path))), image, path)
+        _check_is_on_no_disk(state, image, path)
         _check_not_in_use(path, is_block_device)
         owner = f"{machine.id} {state.root}"
         holder = claim(path, owner)
@@ -218,6 +215,39 @@ def _lengthen(path: str, disk: DiskConfig, size_bytes: int) -> None:
         raise NoSpaceError(f"cannot make {path} {size_bytes} bytes long: {error.strerror}") from None
     finally:
         image.close()
+
+
+def _check_is_no_disk(state: StateDirectory, image: str, path: str) -> None:
+    """RefusedError if it is a disk of the machine whose state directory this is, if it is one.
+
+    An image that a state directory made bears no claim: where it lies says whose it is.
+    """
+    if not os.path.isfile(state.path(MACHINE_FILE)):
+        return
+    machine = state.load_machine()
+    for disk in machine.disks:
+        own = state.image_path(disk)
+        if not disk.released and os.path.exists(own) and os.path.samefile(own, path):
+            raise RefusedError(
+                f"{image} is already disk {disk.name} of machine {machine.name} ({state.root}): remove the disk there "
+                "first"
+            )
+
+
+def _check_is_on_no_disk(state: StateDirectory, image: str, path: str) -> None:
+    """RefusedError for what this machine serves itself, or what lies on that.
+
+    Its disk server would wait for itself, and not even SIGKILL ends that. What other machines serve is no image either.
+    """
+    served, kernel, found = state.load_served(), Kernel(), os.stat(path)
+    number = found.st_rdev if stat.S_ISBLK(found.st_mode) else found.st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    try:
+        is_served = any(each.device == device and each.kind == FILESYSTEM_TYPE for each in kernel.mounts())
+        if is_served or (served is not None and device in kernel.devices_on(served.mount)):
+            raise RefusedError(f"{image} is, or lies on, a disk that asrfs serves: a disk needs an image elsewhere")
+    except OSError as error:
+        raise TemporaryError(f"cannot see what {image} lies on: {error}") from None
 
 
 def _check_not_in_use(path: str, is_block_device: bool) -> None:

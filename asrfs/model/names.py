@@ -10,6 +10,7 @@ import re
 from uuid import UUID
 
 from asrfs.errors import BadInputError
+from asrfs.model.tails import tail_epoch
 
 NAME_BYTES_MAX = 63
 SELECTOR_WORDS = ("latest", "latest-processed", "latest-application")
@@ -28,9 +29,9 @@ def check_name(name: str, what: str) -> str:
 
 
 def check_point_name(name: str) -> str:
-    """Return `name` if a point may be called so: not like a selector or an id. Raises BadInputError."""
+    """Return `name` if a point may be called so: not like a selector, a tail or an id. Raises BadInputError."""
     check_name(name, "point")
-    if name in SELECTOR_WORDS or is_id(name):
+    if name in SELECTOR_WORDS or is_id(name) or tail_epoch(name) is not None:
         raise BadInputError(f"{name!r} cannot be the name of a point: it means something else where points are chosen")
     return name
 

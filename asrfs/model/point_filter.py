@@ -11,6 +11,8 @@ from asrfs.errors import BadInputError
 from asrfs.model.marker import Consistency
 from asrfs.model.quantities import NS_PER_SECOND, parse_duration, parse_time
 
+_TIME_NS_MAX = (1 << 63) - 1
+
 
 class Listed(Protocol):
     """What a point is chosen by."""
@@ -56,7 +58,14 @@ class PointFilter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_moment(text: str, now_ns: int) -> int:
-    """A time, or how long ago that was, such as `4h`. Raises BadInputError."""
+    """A time, or how long ago that was, such as `4h`. Raises BadInputError.
+
+    A time that no point can have, such as of the year 1, is the nearest that one can: the same points are meant.
+    """
+    return min(max(_moment(text, now_ns), 0), _TIME_NS_MAX)
+
+
+def _moment(text: str, now_ns: int) -> int:
     try:
         return parse_time(text)
     except BadInputError:

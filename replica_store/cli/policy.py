@@ -164,6 +164,9 @@ def _show_one(invocation: Invocation, book: PolicyBook, name: str) -> None:
     def render(out: Console) -> None:
         out.print(table(("KEY", "VALUE", "FROM"), rows))
         out.print()
+        given = [(each["kind"], each["name"] or each["id"]) for each in document["assigned"]]
+        out.print(table(("GIVEN TO", "NAME"), given))
+        out.print()
         out.print(table(("MACHINE", "HAS IT BY"), [(each["machine"], each["by"]) for each in document["machines"]]))
 
     invocation.answer(document, render)

@@ -2,12 +2,13 @@
 
 For each object: digest, header, index, every frame opened; digests and LSNs chain without a gap; disks and points of
 the catalog are those of the records. What is wrong is localised as closely as seals and tables allow and reported, and
-the scrub goes on. It changes nothing and may run beside ingest: it looks at what was received when it began.
+the scrub goes on. It changes nothing and may run beside ingest: it looks at what was received when it began, and at
+what the catalog said then, since what comes later may complete points of before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from asrfs.errors import AsrfsError, IntegrityError
@@ -24,6 +25,7 @@ from asrfs.format.log_object import (
     decode_object_header,
 )
 from asrfs.format.record import CARRIES_EXTENT_BYTES
+from asrfs.model.marker import completed
 from replica_store.vault.contents import entry_of
 from replica_store.vault.objects import ObjectMissingError
 from replica_store.vault.rows import DiskRow, Entry, MachineRow, ObjectRow, PointRow, parse_log_name
@@ -79,22 +81,40 @@ def scrub(vault: Vault, machines: Sequence[MachineRow], progress: Progress = lam
     report = Scrubbed(machines=len(machines))
     for text in vault.catalog.check():
         report.damages.append(Damage("", vault.catalog.path, None, 0, 0, f"{vault.catalog.path}: {text}"))
-    plan = [(machine, vault.objects_of(machine.id, vault.received_lsn(machine.id))) for machine in machines]
-    total = sum(row.length for _, rows in plan for row in rows)
-    for machine, rows in plan:
-        _scrub_machine(vault, machine, rows, report, lambda: progress(report.bytes, total))
+    plan = [_cataloged(vault, machine) for machine in machines]
+    total = sum(row.length for each in plan for row in each.objects)
+    for each in plan:
+        _scrub_machine(vault, each, report, lambda: progress(report.bytes, total))
     return report
 
 
-def _scrub_machine(
-    vault: Vault, machine: MachineRow, rows: Sequence[ObjectRow], report: Scrubbed, step: Callable[[], None]
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Cataloged:
+    """What the catalog has of a machine's history, all of one moment."""
+
+    machine: MachineRow
+    objects: Sequence[ObjectRow]
+    disks: Sequence[DiskRow]
+    points: Sequence[PointRow]
+
+
+def _cataloged(vault: Vault, machine: MachineRow) -> _Cataloged:
+    with vault.catalog.snapshot():
+        return _Cataloged(
+            machine,
+            vault.objects_of(machine.id, vault.received_lsn(machine.id)),
+            vault.catalog.disk_rows(machine.id),
+            vault.catalog.points(machine.id),
+        )
+
+
+def _scrub_machine(vault: Vault, cataloged: _Cataloged, report: Scrubbed, step: Callable[[], None]) -> None:
     """One history in order, then the catalog's disks and points against what the records said."""
-    received = rows[-1].last_lsn if rows else 0
+    machine = cataloged.machine
     points = vault.points(machine.id)
     said = _Said()
     lsn, digest, whole = 0, NO_DIGEST, True
-    for row in rows:
+    for row in cataloged.objects:
         try:
             if row.first_lsn != lsn + 1:
                 raise _broken(row, f"LSN {lsn + 1}..{row.first_lsn - 1} is missing from the catalog", None)
@@ -107,7 +127,7 @@ def _scrub_machine(
         report.bytes += row.length
         step()
     if whole:
-        _compare_catalog(vault, machine, said, received, report)
+        _compare_catalog(vault, cataloged, said, report)
     report.uncatalogued += _uncatalogued(vault, machine)
     for tail in tails(vault.catalog, machine.id):
         _scrub_tail(vault, machine, tail, report)
@@ -226,22 +246,35 @@ class _Said:
 
     def __init__(self) -> None:
         self.disks: list[DiskRow] = []
-        self.points: list[PointRow] = []
         self._newest: dict[int, DiskRow] = {}
+        self._points: dict[int, PointRow] = {}
+
+    @property
+    def points(self) -> Iterable[PointRow]:
+        return self._points.values()
 
     def add(self, entry: Entry) -> None:
-        self.points += entry.points
+        """The next log object's: points first, since a last word may stand right behind the point it completes."""
+        self._points |= {point.lsn: point for point in entry.points}
+        for last_word in entry.completions:
+            self._complete(last_word)
         for disk in entry.disks:
             newest = self._newest.get(disk.record.slot)
             if newest is None or newest.record != disk.record:
                 self._newest[disk.record.slot] = disk
                 self.disks.append(disk)
 
+    def _complete(self, last_word: PointRow) -> None:
+        """Once, and only a point that said it was unfinished."""
+        point = self._points.get(last_word.marker.completes or 0)
+        if point is not None and point.marker.unfinished and point.id == last_word.id:
+            self._points[point.lsn] = replace(point, marker=completed(point.marker, last_word.marker))
 
-def _compare_catalog(vault: Vault, machine: MachineRow, said: _Said, received: int, report: Scrubbed) -> None:
-    disks = [row for row in vault.catalog.disk_rows(machine.id) if row.lsn <= received]
-    points = [replace(row, protected=False) for row in vault.catalog.points(machine.id) if row.lsn <= received]
-    differing_disks = {row.lsn for row in set(disks) ^ set(said.disks)}
+
+def _compare_catalog(vault: Vault, cataloged: _Cataloged, said: _Said, report: Scrubbed) -> None:
+    machine = cataloged.machine
+    points = [replace(row, protected=False) for row in cataloged.points]
+    differing_disks = {row.lsn for row in set(cataloged.disks) ^ set(said.disks)}
     differing_points = {row.lsn for row in set(points) ^ set(said.points)}
     for what, differing in (("disks", differing_disks), ("points", differing_points)):
         if differing:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -87,6 +88,19 @@ class HostHistory:
     def marker(self, name: str | None = None) -> int:
         point = MarkerRecord(id=f"{self._rng.getrandbits(128):032x}", name=name)
         return self.append(Kind.MARKER, NO_SLOT, 0, 0, encode_marker(point))
+
+    def unfinished(self, name: str) -> MarkerRecord:
+        """The marker of a point of which more is known later, see `last_word`."""
+        point = MarkerRecord(
+            id=f"{self._rng.getrandbits(128):032x}", consistency="filesystem", name=name, unfinished=True
+        )
+        self.append(Kind.MARKER, NO_SLOT, 0, 0, encode_marker(point))
+        return point
+
+    def last_word(self, unfinished: MarkerRecord, lsn: int, **said: Any) -> int:
+        """What completes the point that `unfinished` made at `lsn`."""
+        word = msgspec.structs.replace(unfinished, unfinished=False, completes=lsn, **said)
+        return self.append(Kind.MARKER, NO_SLOT, 0, 0, encode_marker(word))
 
     def session_keys(self, salt: bytes) -> ObjectKeys:
         machine_id = bytes.fromhex(self.machine_id)

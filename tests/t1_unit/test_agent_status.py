@@ -67,6 +67,13 @@ def test_the_whole_document() -> None:
     msgspec.msgpack.encode(document)
 
 
+def test_what_lags_behind_a_short_segment_is_what_the_segments_hold() -> None:
+    short_by = (64 << 20) - 12288  # segment 1 was cut behind the record at 8192 when its disk server started again
+    document = status(facts(cut_bytes=short_by, lag_cut_bytes=short_by))
+    assert document["lag"]["bytes"] == 4096 + 4096
+    assert document["journal"]["bytes"] == 12288 + 4096
+
+
 def test_nothing_lags_when_all_that_is_durable_is_acknowledged() -> None:
     document = status(facts(positions=Positions(acknowledged=cursor(9, 2, 4096, 998)), first_unacknowledged_ns=None))
     assert document["achieved_rpo_seconds"] == 0

@@ -100,6 +100,16 @@ def test_filesystems_in_files_of_filesystems_come_first(fake: FakeKernel) -> Non
     assert names(fake) == [("/most", 2), ("/inner", 1), ("/vm", 0)]
 
 
+def test_all_that_stands_on_the_disks_of_a_mount_is_known_by_its_number(fake: FakeKernel) -> None:
+    fake.block("loop0", "7:0", file="/disks/root.img", holders=("dm-0",))
+    fake.block("loop0/loop0p1", "259:0")
+    fake.block("loop1", "7:1", file="/vm/inner.img")
+    fake.block("loop2", "7:2", file="/elsewhere/root.img")
+    fake.block("dm-0", "252:0")
+    fake.process("self", [ROOT, mount(2, "252:0", "/vm"), mount(3, "7:1", "/inner"), mount(4, "7:2", "/no")])
+    assert fake.kernel.devices_on("/disks") == {"7:0", "259:0", "252:0", "7:1"}
+
+
 def test_btrfs_is_found_by_any_of_its_members(fake: FakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.block("loop0", "7:0", file="/disks/root.img")
     fake.block("loop9", "7:9", file="/elsewhere")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,3 +81,13 @@ def test_moments_are_times_or_how_long_ago() -> None:
     for text in ("yesterday", "", "2026-13-01T00:00:00Z", "-4h"):
         with pytest.raises(BadInputError, match="neither a time"):
             parse_moment(text, now_ns)
+
+
+@pytest.mark.parametrize("text", ["0001-01-01T00:00:00Z", "1969-12-31T23:59:59Z", "99999999d", "9999-12-31T23:59:59Z"])
+def test_moments_that_no_point_can_have_are_asked_for_as_the_nearest_that_one_can(text: str) -> None:
+    moment_ns = parse_moment(text, 1_700_000_000 * NS_PER_SECOND)
+    assert 0 <= moment_ns < 1 << 63
+    msgspec.msgpack.encode(PointFilter(since_ns=moment_ns))
+    earliest, latest = Point(1), Point(2, (1 << 63) - 1)
+    wanted = [latest] if text.startswith("9999-") else [earliest, latest]
+    assert PointFilter(since_ns=moment_ns).choose([earliest, latest]) == wanted

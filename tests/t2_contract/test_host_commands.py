@@ -149,6 +149,27 @@ def test_an_image_belongs_to_one_state_directory(machine: Run, scratch: Path, mo
     assert image.stat().st_size == 8192
 
 
+def test_an_image_that_a_state_directory_made_is_adopted_once_it_is_given_up(
+    machine: Run, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = json.loads(machine("disk", "list", "--json").out)[0]["image"]
+    monkeypatch.setenv("ASRFS_STATE", str(scratch / "other"))
+    assert machine("init", "web2").code == 0
+    alias = scratch / "alias.img"
+    alias.symlink_to(image)
+    for state in (scratch / "other", scratch / "state"):
+        monkeypatch.setenv("ASRFS_STATE", str(state))
+        for path in (image, str(alias)):
+            before = tree(scratch)
+            refused = machine("disk", "add", "data", "--image", path)
+            assert refused.code == 4, (state, path, refused)
+            assert "disk root of machine web1" in refused.err
+            assert tree(scratch) == before
+    assert machine("disk", "remove", "root", "--yes").code == 0
+    monkeypatch.setenv("ASRFS_STATE", str(scratch / "other"))
+    assert machine("disk", "add", "data", "--image", image).code == 0
+
+
 def test_a_disk_name_is_used_once(machine: Run, scratch: Path) -> None:
     before = tree(scratch)
     assert machine("disk", "add", "root", "--size", "1M").code == 4
@@ -367,7 +388,7 @@ def test_watching_without_a_terminal_prints_until_it_is_interrupted(machine: Run
         assert process.stderr.read() == ""
 
 
-@pytest.mark.parametrize("name", ["latest", "latest-processed", "latest-application", "0" * 32])
+@pytest.mark.parametrize("name", ["latest", "latest-processed", "latest-application", "0" * 32, "tail-of-epoch-1"])
 def test_a_point_is_not_named_like_a_selector(machine: Run, name: str) -> None:
     refused = machine("point", "create", "--name", name)
     assert refused.code == 2

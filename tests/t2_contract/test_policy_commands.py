@@ -136,6 +136,18 @@ def test_assigning_changes_what_one_machine_is_told(root: str, store: Commands) 
     assert {each["machine"] for each in default["machines"]} == {REVOKED, SUPERSEDED}
 
 
+def test_who_was_given_a_policy_is_shown_also_where_no_machine_has_it_by_that(store: Commands) -> None:
+    store.json("policy", "set", "gold", "crash_interval=10s")
+    store.json("policy", "set", "own", "crash_interval=20s")
+    store.json("group", "create", "shop", "--member", SUPERSEDED)
+    store.json("policy", "assign", "gold", "shop")
+    store.json("policy", "assign", "own", SUPERSEDED)
+    assert "see `replica-store policy show gold`" in store.refused(4, "policy", "delete", "gold")
+    lines = [line.split() for line in store.text("policy", "show", "gold").splitlines()]
+    assert ["group", "shop"] in lines
+    assert ["machine", SUPERSEDED] in [line.split() for line in store.text("policy", "show", "own").splitlines()]
+
+
 def test_a_machines_own_policy_wins_over_its_groups_and_the_first_group_over_the_others() -> None:
     machine, shop, archive = "1" * 32, "2" * 32, "3" * 32
     book = PolicyBook(

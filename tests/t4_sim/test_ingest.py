@@ -24,6 +24,7 @@ from replica_store.ingest.budget import Budget
 from replica_store.ingest.session import HEARTBEAT_S, OBJECTS_WAITING, SILENCE_S_MAX
 from replica_store.vault.enrolment import revoke
 from replica_store.vault.rebuild import rebuild
+from replica_store.vault.rows import Entry, PointRow
 from replica_store.vault.schema import REBUILDABLE
 from replica_store.vault.scrub import scrub
 from replica_store.vault.vault import Vault
@@ -72,6 +73,53 @@ async def test_i3_what_is_acknowledged_is_in_the_vault(scratch: Path, autojump_c
         await world.ship_all(history)
         check_history(world.vault, history)
         assert scrub(world.vault, world.vault.machines()).damages == []
+
+
+async def test_points_that_were_completed_later_are_no_damage_and_completions_that_got_lost_are(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with make_world(scratch) as world:
+        history = world.enrol()
+        fill(history, 5)
+        early = history.unfinished("early")
+        early_lsn = history.last_lsn
+        await world.ship_all(history)
+        assert scrub(world.vault, world.vault.machines()).damages == [], "a point whose last word has not come"
+        fill(history, 3, disk=False)
+        history.last_word(early, early_lsn, hold_ms=57.5, freeze_ms=50.25)
+        await world.ship_all(history)
+        assert [point.marker.hold_ms for point in world.vault.points(history.machine_id)] == [57.5]
+        assert scrub(world.vault, world.vault.machines()).damages == []
+        with world.vault.catalog.transaction():
+            world.vault.catalog.change("UPDATE points SET hold_ms = 1.0 WHERE lsn = ?", (early_lsn,))
+        (damage,) = scrub(world.vault, world.vault.machines()).damages
+        assert (damage.first_lsn, damage.last_lsn) == (early_lsn, early_lsn)
+
+
+async def test_a_last_word_that_comes_while_all_is_read_back_is_no_damage(
+    scratch: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with make_world(scratch) as world:
+        history = world.enrol()
+        fill(history, 5)
+        point = history.unfinished("noon")
+        point_lsn = history.last_lsn
+        await world.ship_all(history)
+        last = world.vault.catalog.last_object(history.machine_id)
+        assert last is not None
+        lsn = last.last_lsn + 1
+        word = msgspec.structs.replace(point, unfinished=False, completes=point_lsn, hold_ms=2.5)
+        row = replace(last, first_lsn=lsn, last_lsn=lsn, digest=bytes(32))
+        coming = [Entry(row, completions=(PointRow(history.machine_id, lsn, 1, last.last_time_ns, word),))]
+
+        def step(done: int, total: int) -> None:
+            if coming:
+                with Vault.open(world.path, writable=True) as served, served.catalog.transaction():
+                    served.catalog.append([coming.pop()])
+
+        assert scrub(world.vault, world.vault.machines(), step).damages == []
+        (listed,) = world.vault.points(history.machine_id)
+        assert listed.marker.hold_ms == 2.5, "it came"
 
 
 async def test_objects_that_wait_are_stored_together_and_no_more_than_a_few_wait(

@@ -146,6 +146,20 @@ def test_a_disk_that_is_attached_stays_what_it_is(host: HostUnderTest, scratch: 
     assert host.asrfs("disk", "add", "root", "--size", "1M")["id"] != known[0]["id"]
 
 
+def test_a_machine_is_no_disk_of_itself(host: HostUnderTest, scratch: Path) -> None:
+    host.serve()
+    device = host.asrfs("attach", "root", "--format", "ext4", "--on", make(scratch / "on"))["device"]
+    inside = scratch / "on" / "inside.img"
+    inside.write_bytes(bytes(1 << 20))
+    for image in (host.mount / "root.img", Path(device), inside):
+        refused(host_says(host, "disk", "add", "again", "--image", image), 4, "a disk that asrfs serves")
+    assert [each["name"] for each in host.asrfs("disk", "list")] == ["root"]
+    beside = scratch / "beside.img"
+    beside.write_bytes(bytes(1 << 20))
+    host.asrfs("disk", "add", "again", "--image", beside)
+    host.asrfs("detach", "root")
+
+
 def test_attach_hides_no_files_and_erases_no_filesystem(host: HostUnderTest, scratch: Path) -> None:
     host.serve()
     full = make(scratch / "full")
