@@ -37,6 +37,7 @@ from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.system_clock import SystemClock
 
 _ANSWER_S_MAX = 5.0
+_RECORDS_AT_ONCE, _BYTES_AT_ONCE = 4096, 8 << 20
 NS_PER_S = 1_000_000_000
 AGENT_NOT_RUNNING = "agent not running"
 AGENT_SILENT = "agent does not answer"
@@ -153,18 +154,21 @@ def offline_status(state: StateDirectory) -> dict[str, Any]:
 def _facts_without_agent(state: StateDirectory) -> Facts:
     machine = state.load_machine()
     positions = state.load_positions()
+    journal = DirectoryStorage(state.journal)
+    reader = JournalReader(journal, id_bytes(machine.id))
     durable = max(positions.applied, positions.acknowledged, key=lambda cursor: cursor.lsn)
+    is_served = state.lock_holder("disk_server") is not None
+    if not is_served:
+        durable = end_of_journal(reader, durable)
     appended_lsn, epoch = durable.lsn, positions.epoch
-    if state.lock_holder("disk_server") is not None:
+    if is_served:
         try:
             host = host_positions(call(state.socket_path("disk_server"), "positions", seconds_max=_ANSWER_S_MAX))
             durable, appended_lsn, epoch = host.durable, host.appended_lsn, host.epoch
         except AsrfsError:
             pass  # it is just starting or ending
-    journal = DirectoryStorage(state.journal)
     trimmer = Trimmer(journal, id_bytes(machine.id))
     oldest_segment = trimmer.look()
-    reader = JournalReader(journal, id_bytes(machine.id))
     first_unacknowledged_ns = oldest_unacknowledged_ns(reader, positions.acknowledged, durable)
     reader.close()
     processes = state.processes()
@@ -231,6 +235,17 @@ def _resting_hydration(state: StateDirectory, machine: MachineConfig) -> dict[in
         }
         for disk in based
     }
+
+
+def end_of_journal(reader: JournalReader, cursor: Cursor) -> Cursor:
+    """The place behind the last record from `cursor` on: what the next disk server will find, where none runs."""
+    count = _RECORDS_AT_ONCE
+    while count:
+        try:
+            cursor = reader.read(cursor, cursor.lsn + count, _BYTES_AT_ONCE).cursor
+        except (AsrfsError, OSError):
+            count //= 2  # there are fewer, or none
+    return cursor
 
 
 def oldest_unacknowledged_ns(reader: JournalReader, acknowledged: Cursor, durable: Cursor) -> int | None:

@@ -389,8 +389,11 @@ def test_i2_nothing_fsynced_is_lost_when_all_are_killed(served: HostUnderTest, r
         writer.close()
     with pytest.raises(OSError, match="not connected"):
         os.listdir(served.mount)
+    there = served.asrfs("status")
+    assert there["lag"]["records"] == there["lsn"]["durable"] > flushed, "what no store has is not hidden"
     served.serve()
     assert served.said() == ""
+    assert served.asrfs("status")["lsn"]["durable"] == there["lsn"]["durable"]
     assert len(mounts_below(served.mount)) == 1, "the dead mount was replaced"
     reached = stamper.check([served.mount / "root.img"], at_least=flushed)
     assert served.stop() == 0
