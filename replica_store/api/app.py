@@ -8,6 +8,8 @@ Every reply that is not 2xx is `transport.enrolment.ApiFailure`: one line for pe
 
 from __future__ import annotations
 
+from contextlib import aclosing
+
 import msgspec
 import structlog
 import trio
@@ -25,6 +27,7 @@ from replica_store.vault.enrolment import enrol
 from replica_store.vault.vault import Vault
 
 BODY_BYTES_MAX = 64 << 10
+HEARD_BYTES_MAX = 1 << 20  # who is refused before all is said may find a broken connection, and no reason
 BODY_S_MAX = 15.0
 _STATUS = {2: 400, 3: 404, 4: 409, 5: 500, 6: 401}
 _log = structlog.get_logger("replica_store.api")
@@ -55,16 +58,22 @@ def make_app(vault: Vault, clock: Clock, data_port: int, threads: trio.CapacityL
 async def _body(request: Request) -> bytes:
     """The whole body, if it is of sensible size and comes in sensible time."""
     body = bytearray()
+    heard = 0
     try:
         with trio.fail_after(BODY_S_MAX):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > BODY_BYTES_MAX:
-                    raise BadInputError(f"the request is longer than {BODY_BYTES_MAX} bytes")
+            async with aclosing(request.stream()) as chunks:
+                async for chunk in chunks:
+                    heard += len(chunk)
+                    if heard <= BODY_BYTES_MAX:
+                        body += chunk
+                    elif heard > HEARD_BYTES_MAX:
+                        break
     except trio.TooSlowError:
         raise BadInputError(f"the request did not come within {BODY_S_MAX:g} s") from None
     except ClientDisconnect:
         raise BadInputError("the client hung up") from None
+    if heard > BODY_BYTES_MAX:
+        raise BadInputError(f"the request is longer than {BODY_BYTES_MAX} bytes")
     return bytes(body)
 
 
