@@ -134,7 +134,8 @@ def test_who_is_in_a_directory_that_is_gone_is_told_so(tmp_path: Path) -> None:
     gone.mkdir()
     words = ["sh", "-c", 'rmdir "$PWD"; exec "$@"', "sh", sys.executable, "-m", "asrfs.cli.main"]
     words += ["--state", "state", "disk", "list"]
-    path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    # An empty part would be the directory that is gone, and Python itself would not start.
+    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH", "")]))
     done = subprocess.run(
         words, cwd=gone, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "PYTHONPATH": path}
     )
