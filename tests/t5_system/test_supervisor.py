@@ -393,7 +393,8 @@ def test_i2_nothing_fsynced_is_lost_when_all_are_killed(served: HostUnderTest, r
     assert there["lag"]["records"] == there["lsn"]["durable"] > flushed, "what no store has is not hidden"
     served.serve()
     assert served.said() == ""
-    assert served.asrfs("status")["lsn"]["durable"] == there["lsn"]["durable"]
+    announced = served.asrfs("status")["lsn"]["durable"] - there["lsn"]["durable"]
+    assert announced in (0, 1), "nothing but a DISK record, where that of before has been applied already"
     assert len(mounts_below(served.mount)) == 1, "the dead mount was replaced"
     reached = stamper.check([served.mount / "root.img"], at_least=flushed)
     assert served.stop() == 0
