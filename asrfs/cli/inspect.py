@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
-from rich.console import Console
 
 from asrfs.cli.invocation import Invocation, pass_invocation
 from asrfs.errors import (
@@ -34,6 +33,9 @@ from asrfs.model.machine import SLOT_MAX
 from asrfs.model.quantities import format_time
 from asrfs.storage.directory import DirectoryStorage, open_path
 from asrfs.terminal.output import pairs, table
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @click.command()

@@ -9,7 +9,7 @@ import msgspec
 
 from asrfs.cli.agent import FOREVER_S, call_agent
 from asrfs.cli.invocation import Invocation, pass_invocation
-from asrfs.consistency.maker import PointRequest
+from asrfs.consistency.point_request import PointRequest
 from asrfs.daemon.state import StateDirectory
 from asrfs.model.marker import Consistency
 from asrfs.model.point_filter import PointFilter

@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Group
-from rich.live import Live
-from rich.text import Text
 
 from asrfs.cli.invocation import Invocation, pass_invocation
 from asrfs.daemon import control
@@ -18,6 +15,9 @@ from asrfs.daemon.state import StateDirectory
 from asrfs.errors import TemporaryError
 from asrfs.model.quantities import format_size
 from asrfs.terminal.output import console, pairs, table
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 _WATCH_INTERVAL_S = 0.5
 _ANSWER_S_MAX = 4.0
@@ -74,8 +74,10 @@ def show_until_interrupted(invocation: Invocation, state: StateDirectory) -> Non
             time.sleep(_WATCH_INTERVAL_S)
     if not console().is_terminal:
         while True:
-            console().print(draw(read(state)), Text())
+            console().print(draw(read(state)), "")
             time.sleep(_WATCH_INTERVAL_S)
+    from rich.live import Live
+
     with Live(draw(read(state)), console=console(), refresh_per_second=4) as live:
         while True:
             time.sleep(_WATCH_INTERVAL_S)
@@ -83,6 +85,9 @@ def show_until_interrupted(invocation: Invocation, state: StateDirectory) -> Non
 
 
 def draw(document: dict[str, Any]) -> Group:
+    from rich.console import Group
+    from rich.text import Text
+
     lsn, lag, journal = document["lsn"], document["lag"], document["journal"]
     reason = f" ({document['reason']})" if document["reason"] else ""
     processes = ", ".join(f"{role} {pid or 'not running'}" for role, pid in document["processes"].items())

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Group
-from rich.text import Text
 
 from asrfs.cli.agent import call_agent
 from asrfs.cli.invocation import Invocation, pass_invocation
 from asrfs.daemon.state import StateDirectory
 from asrfs.errors import IntegrityError
 from asrfs.terminal.output import pairs, progress_bar, table
+
+if TYPE_CHECKING:
+    from rich.console import Group
 
 
 @click.command()
@@ -46,6 +47,9 @@ def wait_for_outcome(state: StateDirectory) -> dict[str, Any]:
 
 
 def draw(document: dict[str, Any]) -> Group:
+    from rich.console import Group
+    from rich.text import Text
+
     keys = ("name", "chunks_compared", "chunks_different")
     rows = [[disk[key] for key in keys] + [_places(disk)] for disk in document["disks"]]
     facts = {key.replace("_", " "): document[key] for key in ("bytes_sent", "seconds")}

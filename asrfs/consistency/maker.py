@@ -16,37 +16,17 @@ from typing import Any, Protocol
 import msgspec
 import trio
 
+from asrfs.consistency.point_request import PointRequest
 from asrfs.consistency.points import Point
-from asrfs.consistency.procedure import Held, OnFailure, Outcome, PointOrder, no_point
-from asrfs.errors import AsrfsError, BadInputError, TemporaryError, foreign_line
+from asrfs.consistency.procedure import Held, Outcome, PointOrder, no_point
+from asrfs.errors import TemporaryError, foreign_line
 from asrfs.model.marker import (
-    CONSISTENCIES,
     FAILED_CHARACTERS_MAX,
-    NOTE_CHARACTERS_MAX,
-    Consistency,
     MarkerRecord,
     encode_marker,
-    is_line,
 )
-from asrfs.model.names import check_point_name
 
 log = logging.getLogger(__name__)
-
-
-class PointRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A point that somebody wants. `on_failure`: what to do if it cannot have the consistency that is asked for."""
-
-    consistency: Consistency = "crash"
-    name: str | None = None
-    note: str | None = None
-    on_failure: OnFailure = "crash"
-
-    def check(self) -> None:
-        """Raise BadInputError."""
-        if self.name is not None:
-            check_point_name(self.name)
-        if not is_line(self.note, NOTE_CHARACTERS_MAX):
-            raise BadInputError(f"a note is one line of at most {NOTE_CHARACTERS_MAX} characters")
 
 
 class Quiescing(Protocol):
@@ -140,14 +120,3 @@ class PointMaker:
             on_failure=request.on_failure,
             deadline_s=self.deadline_s(),
         )
-
-
-def request_of(fields: dict[str, Any]) -> PointRequest:
-    """What a command asks for. Raises BadInputError."""
-    chosen = {key: fields[key] for key in ("consistency", "name", "note", "on_failure") if fields.get(key) is not None}
-    try:
-        return msgspec.convert(chosen, PointRequest)
-    except (msgspec.MsgspecError, AsrfsError) as error:
-        raise BadInputError(
-            f"no such point can be made: {error}; consistency is one of {', '.join(CONSISTENCIES)}"
-        ) from None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Literal, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -22,8 +22,7 @@ from asrfs.consistency.hook_sequence import HookSequence
 from asrfs.errors import AsrfsError, RefusedError, TemporaryError, foreign_line
 from asrfs.model.clock import Clock
 from asrfs.model.marker import FAILED_CHARACTERS_MAX, Consistency, MarkerRecord
-
-OnFailure = Literal["crash", "none"]
+from asrfs.model.policy import OnFailure
 
 
 class PointOrder(msgspec.Struct, frozen=True, kw_only=True):

@@ -27,7 +27,8 @@ from typing import Any
 import msgspec
 import trio
 
-from asrfs.consistency.maker import PointMaker, PointRequest
+from asrfs.consistency.maker import PointMaker
+from asrfs.consistency.point_request import PointRequest
 from asrfs.consistency.points import Point, PointLog
 from asrfs.consistency.scheduler import Scheduler
 from asrfs.daemon.agent_groups import AgentGroups

@@ -17,7 +17,8 @@ import msgspec
 import structlog
 import trio
 
-from asrfs.consistency.maker import PointMaker, PointRequest
+from asrfs.consistency.maker import PointMaker
+from asrfs.consistency.point_request import PointRequest
 from asrfs.daemon.agent_verbs import through_a_restart
 from asrfs.daemon.handing_over import Fencing, HandingOver
 from asrfs.daemon.handover_hooks import HandoverHooks

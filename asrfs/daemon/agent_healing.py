@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 import trio
 
-from asrfs.consistency.maker import PointMaker, PointRequest
+from asrfs.consistency.maker import PointMaker
+from asrfs.consistency.point_request import PointRequest
 from asrfs.daemon.agent_images import open_whole
 from asrfs.daemon.protection import Healing, standing_of
 from asrfs.daemon.settings import Settings

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 import msgspec
 import trio
 
-from asrfs.consistency.maker import PointMaker, PointRequest, request_of
+from asrfs.consistency.maker import PointMaker
+from asrfs.consistency.point_request import PointRequest, request_of
 from asrfs.consistency.points import Point, PointLog
 from asrfs.daemon.agent_groups import AgentGroups
 from asrfs.daemon.control import Fields

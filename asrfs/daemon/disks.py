@@ -17,7 +17,6 @@ from contextlib import suppress
 import msgspec
 
 from asrfs.consistency.filesystems import Kernel
-from asrfs.daemon.final_apply import apply_everything
 from asrfs.daemon.processes import tell
 from asrfs.daemon.state import MACHINE_FILE, StateDirectory, next_slot
 from asrfs.errors import AsrfsError, BadInputError, NoSpaceError, NotFoundError, RefusedError, TemporaryError
@@ -144,6 +143,8 @@ def _check_hydrated(disk: DiskConfig) -> None:
 
 def apply_unserved(state: StateDirectory) -> None:
     """Have the images of a machine that nobody serves hold everything. Raises RefusedError where somebody does."""
+    from asrfs.daemon.final_apply import apply_everything  # loads all of an agent; to list disks needs nothing of it
+
     lock = state.take_lock("agent")
     if lock is None:
         raise RefusedError(f"the agent of {state.root} has just started: try again")

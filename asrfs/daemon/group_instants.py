@@ -17,10 +17,12 @@ import structlog
 import trio
 
 from asrfs.consistency.group_share import AtInstant, Held, HoldingServer
-from asrfs.consistency.maker import PointMaker, PointRequest
-from asrfs.consistency.procedure import OnFailure, no_point
+from asrfs.consistency.maker import PointMaker
+from asrfs.consistency.point_request import PointRequest
+from asrfs.consistency.procedure import no_point
 from asrfs.errors import AsrfsError, foreign_line
 from asrfs.model.marker import FAILED_CHARACTERS_MAX, MarkerRecord, encode_marker
+from asrfs.model.policy import OnFailure
 
 T = TypeVar("T")
 

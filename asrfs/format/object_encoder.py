@@ -23,13 +23,12 @@ from asrfs.format.log_object import (
     SEAL_BYTES,
     STRETCH_VERSION,
     Bytes,
-    Index,
     ObjectHeader,
     ObjectKeys,
-    encode_index,
     encode_object_header,
     nonce_of,
 )
+from asrfs.format.object_index import Index, encode_index
 
 ZSTD_LEVEL = 1
 ZSTD_LEVEL_FAST = -5

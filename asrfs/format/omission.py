@@ -22,11 +22,11 @@ from asrfs.format.log_object import (
     SEAL_BYTES,
     Bytes,
     FrameTable,
-    Index,
     ObjectHeader,
     nonce_of,
 )
 from asrfs.format.object_encoder import Packer
+from asrfs.format.object_index import Index
 from asrfs.format.record import Kind
 from asrfs.model.extents import CHUNK_BYTES
 

@@ -20,8 +20,15 @@ from typing import NamedTuple
 import numpy as np
 
 from asrfs.errors import IntegrityError
-from asrfs.format.log_object import RECORDS_MAX, Index, ObjectHeader, ObjectKeys, decode_object_header, derive_keys
+from asrfs.format.log_object import (
+    RECORDS_MAX,
+    ObjectHeader,
+    ObjectKeys,
+    decode_object_header,
+    derive_keys,
+)
 from asrfs.format.object_encoder import ZSTD_LEVEL, ObjectEncoder
+from asrfs.format.object_index import Index
 from asrfs.format.omission import FilledChunk, filled_chunks
 from asrfs.format.record import Kind
 from asrfs.format.seed_file import chunk_digest, derive_digest_key

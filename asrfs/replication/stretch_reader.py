@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from asrfs.format.log_object import RECORDS_MAX, Index
+from asrfs.format.log_object import RECORDS_MAX
+from asrfs.format.object_index import Index
 from asrfs.format.record import CARRIES_EXTENT_BYTES, Kind
 from asrfs.journal.columns import Columns, Table
 from asrfs.journal.reader import JournalReader, Slabs

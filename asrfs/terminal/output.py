@@ -1,4 +1,7 @@
-"""How a verb answers: a table for people, one JSON document, or a progress bar while it works."""
+"""How a verb answers: a table for people, one JSON document, or a progress bar while it works.
+
+What draws is loaded when something is drawn: it takes as long as the rest of a verb, and scripts want JSON or nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 Document = dict[str, Any] | list[dict[str, Any]]
 Step = Callable[[int, int], None]
@@ -30,6 +35,8 @@ def answer(document: Document, as_json: bool, render: Callable[[Console], None])
 
 def console() -> Console:
     """Where tables go. A pipe gets plain text of any width, so that nothing is cut off."""
+    from rich.console import Console
+
     if sys.stdout is None:  # closed by who called us
         return Console(file=io.StringIO())
     width = None if sys.stdout.isatty() else _PIPE_WIDTH
@@ -39,6 +46,8 @@ def console() -> Console:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A plain table: head row, no frames."""
+    from rich.table import Table
+
     drawn = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         drawn.add_column(column, no_wrap=True)
@@ -49,6 +58,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
 
 def pairs(document: Mapping[str, object]) -> Table:
     """Names and values below each other."""
+    from rich.table import Table
+
     drawn = Table(box=None, pad_edge=False, show_header=False)
     drawn.add_column(style="bold", no_wrap=True)
     drawn.add_column()
@@ -63,10 +74,10 @@ def progress_bar(what: str, *, in_bytes: bool = True) -> Iterator[Step]:
     if sys.stderr is None or not sys.stderr.isatty():
         yield lambda done, total: None
         return
-    from rich import progress  # costs as much as the rest of a verb; only a terminal needs it
+    from rich import console, progress
 
     amount = progress.DownloadColumn(binary_units=True) if in_bytes else progress.MofNCompleteColumn()
     columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), amount, progress.TimeRemainingColumn())
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as drawn:
+    with progress.Progress(*columns, console=console.Console(stderr=True), transient=True) as drawn:
         task = drawn.add_task(what, total=None)
         yield lambda done, total: drawn.update(task, completed=done, total=total)

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
-from rich.console import Console
 
 from asrfs.errors import BadInputError, NotFoundError, TemporaryError
 from asrfs.model.boot import encode_boot
@@ -28,6 +27,9 @@ from replica_store.points.map_maker import leave_runs
 from replica_store.points.point_disk import FrameCache
 from replica_store.vault.groups import read_groups
 from replica_store.vault.vault import Vault
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _ENDINGS: dict[ExportFormat, str] = {"raw": ".img", "qcow2": ".qcow2"}
 

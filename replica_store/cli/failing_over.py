@@ -7,10 +7,9 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
-from rich.console import Console
 
 from asrfs.errors import BadInputError
 from asrfs.model.quantities import format_duration, parse_duration
@@ -23,6 +22,9 @@ from replica_store.failover.actions import Failovers
 from replica_store.failover.report import document, verdict
 from replica_store.failover.wanted import HANDOVER_S, Wanted
 from replica_store.vault.operations import Operation
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 POINT = click.option(
     "--point",

@@ -11,10 +11,9 @@ Works on the vault itself, whether it is served or not. What is started outlives
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.console import Console
 
 from asrfs.errors import AsrfsError
 from asrfs.model.quantities import format_duration, parse_duration, parse_size
@@ -41,6 +40,9 @@ from replica_store.failover.actions import Failovers
 from replica_store.failover.report import document, drills
 from replica_store.failover.wanted import TTL_S, Wanted
 from replica_store.vault.operations import ENDED, Operation, operation, operations
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -8,10 +8,9 @@ Works while the store serves, too: connected members are told within a second, t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.console import Console
 
 from asrfs.errors import BadInputError
 from asrfs.terminal.output import pairs, table
@@ -20,6 +19,9 @@ from replica_store.vault.group_changes import add_member, create_group, delete_g
 from replica_store.vault.groups import Group, places_of, policy_of_group, read_groups
 from replica_store.vault.policies import read_book
 from replica_store.vault.vault import Vault, lock_descriptions
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LOCK_S_MAX = 10.0
 T = TypeVar("T")

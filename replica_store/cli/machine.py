@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from asrfs.errors import BadInputError
 from asrfs.model.quantities import format_size, format_time
 from asrfs.storage.system_clock import SystemClock
 from asrfs.terminal.output import pairs, table
 from replica_store.cli.invocation import Invocation, pass_invocation
-from replica_store.vault import enrolment
 from replica_store.vault.standing import Standing, standing_of
 from replica_store.vault.vault import lock_descriptions
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @click.group()
@@ -79,6 +80,8 @@ def revoke(invocation: Invocation, name: str, yes: bool) -> None:
 
     A connection it has is cut within seconds. A new token lets the machine enrol again and go on where it was.
     """
+    from replica_store.vault import enrolment  # loads TLS, which listing machines has no use for
+
     with invocation.open_vault() as vault:
         found = vault.machine(name)
     if not yes:

@@ -7,11 +7,10 @@ create FILE.toml      list      show NAME      delete NAME --yes      check NAME
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
-from rich.console import Console
 
 from asrfs.errors import BadInputError, NotFoundError, RefusedError
 from asrfs.terminal.output import table
@@ -23,6 +22,9 @@ from replica_store.failover.plan_dry_run import findings
 from replica_store.failover.plan_facts import site_facts
 from replica_store.failover.report import plan_document
 from replica_store.vault.vault import lock_descriptions
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LOCK_S_MAX = 10.0
 STATE_DIRECTORY = "/var/lib/asrfs"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import msgspec
-from rich.console import Console
 
 from asrfs.errors import BadInputError, NotFoundError
 from asrfs.storage.system_clock import SystemClock
@@ -19,6 +19,9 @@ from replica_store.failover.plan_runs import PlanRuns
 from replica_store.failover.report import plan_document, plan_verdict
 from replica_store.failover.wanted import TTL_S
 from replica_store.vault.operations import ENDED, operations
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def plan_named(invocation: Invocation, name: str, selector: str | None) -> Plan | None:

@@ -8,10 +8,9 @@ Works while the store serves, too: connected hosts are told within a second, the
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from asrfs.errors import NotFoundError
 from asrfs.model.policy import texts_in_force
@@ -22,6 +21,9 @@ from replica_store.vault.groups import read_groups
 from replica_store.vault.policies import PolicyBook, TargetKind, read_book
 from replica_store.vault.policy_changes import assign, check_exists, delete_policy, set_policy
 from replica_store.vault.vault import Vault, lock_descriptions
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LOCK_S_MAX = 10.0
 

@@ -8,10 +8,9 @@ promotions                   all there were
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from asrfs.errors import BadInputError
 from asrfs.model.quantities import format_duration, format_size, format_time, parse_duration
@@ -27,6 +26,9 @@ from replica_store.failover.promoting import (
     wait_promotion,
 )
 from replica_store.vault.promotions import Promotion, promotions
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @click.command()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
-from rich.console import Console
 
 from asrfs.errors import IntegrityError
 from asrfs.terminal.output import pairs, progress_bar
 from replica_store.cli.invocation import Invocation, pass_invocation
 from replica_store.vault.rebuild import rebuild as rebuild_catalog
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @click.command()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from asrfs.model.quantities import parse_duration
 from asrfs.storage.system_clock import SystemClock
@@ -16,6 +15,9 @@ from replica_store.failover.leaving import status_of
 from replica_store.failover.report import document
 from replica_store.failover.reprotect import Reprotecting, Wish
 from replica_store.vault.protection import state_of
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @click.command()

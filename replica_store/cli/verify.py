@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from asrfs.errors import AsrfsError, IntegrityError
 from asrfs.model.quantities import format_size
@@ -18,6 +17,9 @@ from replica_store.vault.flaws import any_flaw, note_flaws
 from replica_store.vault.rows import MachineRow
 from replica_store.vault.scrub import Damage, Scrubbed, scrub
 from replica_store.vault.vault import Vault
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @click.command()

@@ -20,9 +20,9 @@ from asrfs.format.log_object import (
     ObjectHeader,
     ObjectKeys,
     check_digest,
-    decode_index,
     decode_object_header,
 )
+from asrfs.format.object_index import decode_index
 from asrfs.model.machine import DiskRecord
 from asrfs.protocol.frames import ProtocolError
 from asrfs.protocol.messages import Acknowledge

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 
 from asrfs.errors import AsrfsError, RefusedError
-from asrfs.format.log_object import Index, ObjectHeader, check_digest
+from asrfs.format.log_object import ObjectHeader, check_digest
+from asrfs.format.object_index import Index
 from asrfs.format.omission import pieces_of, restored
 from asrfs.model.digest_tree import bitmap_of, numbers_of
 from asrfs.model.machine import DiskRecord

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from asrfs.errors import FormatError, IntegrityError, NotFoundError, RefusedError
-from asrfs.format.log_object import DIGEST_BYTES, Index
+from asrfs.format.log_object import DIGEST_BYTES
 from asrfs.format.map_checkpoint import MapObjects
+from asrfs.format.object_index import Index
 from asrfs.format.record import Kind
 from asrfs.model.machine import DiskRecord, decode_disk
 from asrfs.model.quantities import SECTOR_BYTES

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
-from asrfs.format.log_object import FrameTable, Index, ObjectHeader
+from asrfs.format.log_object import FrameTable, ObjectHeader
+from asrfs.format.object_index import Index
 from asrfs.model.machine import DiskRecord
 from replica_store.vault.leaf_files import LeavesName
 from replica_store.vault.map_files import MapName

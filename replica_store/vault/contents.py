@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from asrfs.errors import FormatError
-from asrfs.format.log_object import Index, ObjectHeader
+from asrfs.format.log_object import ObjectHeader
+from asrfs.format.object_index import Index
 from asrfs.format.record import Kind
 from asrfs.model.machine import DiskRecord, decode_disk
 from asrfs.model.marker import decode_marker

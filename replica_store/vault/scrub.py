@@ -17,13 +17,12 @@ from asrfs.format.log_object import (
     NO_DIGEST,
     OBJECT_HEADER_BYTES,
     FrameTable,
-    Index,
     ObjectHeader,
     ObjectKeys,
     check_digest,
-    decode_index,
     decode_object_header,
 )
+from asrfs.format.object_index import Index, decode_index
 from asrfs.format.record import CARRIES_EXTENT_BYTES
 from asrfs.model.marker import completed
 from replica_store.vault.contents import entry_of

@@ -10,10 +10,10 @@ from asrfs.format.log_object import (
     DIGEST_BYTES,
     NO_DIGEST,
     ObjectKeys,
-    decode_index,
     decode_object_header,
     derive_keys,
 )
+from asrfs.format.object_index import decode_index
 from replica_store.vault.chain import Found, best_chain
 from replica_store.vault.contents import entry_of
 from replica_store.vault.keys import MachineKeys

@@ -13,6 +13,7 @@ import secrets
 import shutil
 import time
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -20,14 +21,11 @@ from asrfs.errors import IntegrityError, NotFoundError, RefusedError
 from asrfs.format.kept_leaves import derive_leaves_key
 from asrfs.format.log_object import (
     FrameTable,
-    Index,
     ObjectHeader,
     ObjectKeys,
-    decode_index,
     decode_object_header,
     derive_keys,
 )
-from asrfs.format.map_checkpoint import derive_map_key
 from asrfs.model.boot import NO_BOOT, BootSettings, decode_boot
 from asrfs.model.clock import Clock
 from asrfs.model.machine import DiskRecord
@@ -46,6 +44,9 @@ from replica_store.vault.objects import ObjectMissingError, Objects
 from replica_store.vault.rows import DiskRow, MachineRow, ObjectRow, PointRow
 from replica_store.vault.seed_files import SEEDS_DIRECTORY, SeedFiles
 from replica_store.vault.tails import TailMachine, TailRows, machine_of, point_of_tail, tail_point, tail_with_id, tails
+
+if TYPE_CHECKING:
+    from asrfs.format.object_index import Index
 
 VAULT_FILE = "vault.json"
 CATALOG_FILE = "catalog.sqlite3"
@@ -235,6 +236,8 @@ class Vault:
 
     def map_key(self, machine_id: str, salt: bytes) -> bytes:
         """What seals a map checkpoint of this machine with this salt."""
+        from asrfs.format.map_checkpoint import derive_map_key  # as in `_index`
+
         return derive_map_key(self.keys_of(machine_id).index_key, bytes.fromhex(machine_of(machine_id)), salt)
 
     def leaves_key(self, machine_id: str, salt: bytes) -> bytes:
@@ -269,6 +272,8 @@ class Vault:
         return header, head, where
 
     def _index(self, row: ObjectRow, header: ObjectHeader, head: bytes, where: str) -> Index:
+        from asrfs.format.object_index import decode_index  # brings numpy, which takes as long to load as a verb runs
+
         return decode_index(header, head, self.session_keys(row.machine_id, row.epoch, header.session_salt), where)
 
     def read_frame(self, row: ObjectRow, header: ObjectHeader, table: FrameTable, i: int) -> bytes:

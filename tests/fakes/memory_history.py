@@ -17,8 +17,9 @@ import numpy as np
 from asrfs.errors import NotFoundError
 from asrfs.format import log_object, object_encoder
 from asrfs.format.kept_leaves import derive_leaves_key
-from asrfs.format.log_object import FrameTable, Index, ObjectHeader
+from asrfs.format.log_object import FrameTable, ObjectHeader
 from asrfs.format.map_checkpoint import derive_map_key
+from asrfs.format.object_index import Index, decode_index
 from asrfs.format.record import Kind
 from asrfs.model.extents import BLOCK_BYTES, widen_to_blocks
 from asrfs.model.machine import NO_SLOT, DiskRecord, decode_disk, encode_disk
@@ -242,7 +243,7 @@ class MemoryHistory:
     def object_head(self, row: MemoryObject) -> tuple[ObjectHeader, Index, FrameTable]:
         stored = self._objects[row.name]
         header = log_object.decode_object_header(stored, row.name)
-        index = log_object.decode_index(header, stored, self._keys(row.epoch), row.name)
+        index = decode_index(header, stored, self._keys(row.epoch), row.name)
         return header, index, FrameTable(header, stored, row.name)
 
     def read_frame(self, row: MemoryObject, header: ObjectHeader, table: FrameTable, i: int) -> bytes:

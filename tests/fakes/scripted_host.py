@@ -13,8 +13,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from asrfs.format.log_object import NO_DIGEST, Index, ObjectKeys, derive_keys
+from asrfs.format.log_object import NO_DIGEST, ObjectKeys, derive_keys
 from asrfs.format.object_encoder import ObjectEncoder
+from asrfs.format.object_index import Index
 from asrfs.format.record import CARRIES_EXTENT_BYTES, Kind
 from asrfs.model.machine import NO_SLOT, DiskRecord, decode_disk, encode_disk
 from asrfs.model.marker import MarkerRecord, encode_marker

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import trio
 import trio.testing
 
-from asrfs.format.log_object import NO_DIGEST, FrameTable, Index, check_digest, decode_index, decode_object_header
+from asrfs.format.log_object import NO_DIGEST, FrameTable, check_digest, decode_object_header
+from asrfs.format.object_index import Index, decode_index
 from asrfs.format.record import CARRIES_EXTENT_BYTES, Kind
 from asrfs.model.machine import DiskRecord, decode_disk
 from asrfs.protocol.frames import ProtocolError

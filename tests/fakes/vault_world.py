@@ -14,7 +14,8 @@ from typing import cast
 from unittest import mock
 
 from asrfs.errors import AsrfsError
-from asrfs.format.log_object import NO_DIGEST, SALT_BYTES, FrameTable, Index, ObjectHeader
+from asrfs.format.log_object import NO_DIGEST, SALT_BYTES, FrameTable, ObjectHeader
+from asrfs.format.object_index import Index
 from asrfs.format.record import Kind
 from asrfs.model.machine import decode_disk
 from asrfs.protocol.messages import Acknowledge

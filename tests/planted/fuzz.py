@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 from asrfs.daemon import control
-from asrfs.format import dirty_map, log_object, record
+from asrfs.format import dirty_map, log_object, object_index, record
 from asrfs.format.kept_leaves import LEAVES_HEADER_BYTES
 from asrfs.journal import segments
 from asrfs.model import machine, names
@@ -102,11 +102,12 @@ def decompression_without_cap(patch: pytest.MonkeyPatch) -> None:
             raise log_object.FormatError(f"{where}: {len(raw)} bytes instead of {raw_length}")
         return raw
 
-    patch.setattr(log_object, "_unpack", unpack)
+    for module in (log_object, object_index):
+        patch.setattr(module, "unpack", unpack)
 
 
 def index_without_bounds(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(log_object, "_check_index", lambda header, index, where: None)
+    patch.setattr(object_index, "_check_index", lambda header, index, where: None)
 
 
 def name_may_be_a_path(patch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asrfs.format.log_object import Index
+from asrfs.format.object_index import Index
 from replica_store.points import builder
 from replica_store.points.painting import MapPainter
 from tests.planted import Plant

@@ -14,8 +14,9 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 
 from asrfs.disk.interface import check_extent
 from asrfs.format import map_checkpoint
-from asrfs.format.log_object import Index, ObjectHeader, decode_object_header
+from asrfs.format.log_object import ObjectHeader, decode_object_header
 from asrfs.format.map_checkpoint import MapHeader, SealedMap
+from asrfs.format.object_index import Index
 from asrfs.format.record import WriteFrame
 from asrfs.journal.block_map import BlockMap
 from asrfs.journal.columns import Table

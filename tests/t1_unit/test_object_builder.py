@@ -17,13 +17,12 @@ from asrfs.format import object_encoder
 from asrfs.format.log_object import (
     NO_DIGEST,
     FrameTable,
-    Index,
     ObjectHeader,
     check_digest,
-    decode_index,
     decode_object_header,
 )
 from asrfs.format.object_encoder import ZSTD_LEVEL, ZSTD_LEVEL_FAST
+from asrfs.format.object_index import Index, decode_index
 from asrfs.format.record import RECORD_HEADER_BYTES, Kind
 from asrfs.format.segment import SEGMENT_HEADER_BYTES
 from asrfs.journal.reader import JournalReader

@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 
 from asrfs.errors import FormatError
-from asrfs.format.log_object import (
-    FRAME_RAW_BYTES,
-    Index,
-    ObjectHeader,
-    decode_object_header,
-    derive_keys,
-)
+from asrfs.format.log_object import FRAME_RAW_BYTES, ObjectHeader, decode_object_header, derive_keys
 from asrfs.format.object_encoder import ZSTD_LEVEL, ZSTD_LEVEL_FAST, ObjectEncoder
+from asrfs.format.object_index import Index
 from asrfs.format.omission import filled_chunks, frames_within, pieces_of, restored, without_frames
 from asrfs.format.record import Kind
 

@@ -11,7 +11,8 @@ import pytest
 import trio
 import trio.testing
 
-from asrfs.consistency.maker import PointMaker, PointRequest, request_of
+from asrfs.consistency.maker import PointMaker
+from asrfs.consistency.point_request import PointRequest, request_of
 from asrfs.consistency.points import Point, PointLog
 from asrfs.consistency.procedure import Held, Outcome, PointOrder
 from asrfs.errors import BadInputError, TemporaryError

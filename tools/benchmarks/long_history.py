@@ -12,15 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from asrfs.format.log_object import (
-    NO_DIGEST,
-    SALT_BYTES,
-    Index,
-    ObjectKeys,
-    decode_object_header,
-    derive_keys,
-)
+from asrfs.format.log_object import NO_DIGEST, SALT_BYTES, ObjectKeys, decode_object_header, derive_keys
 from asrfs.format.object_encoder import ObjectEncoder
+from asrfs.format.object_index import Index
 from asrfs.format.record import Kind
 from asrfs.model.machine import DiskRecord, encode_disk
 from asrfs.storage.system_clock import SystemClock

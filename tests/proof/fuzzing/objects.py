@@ -22,8 +22,9 @@ import zstandard
 from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from asrfs.format import log_object, object_encoder
-from asrfs.format.log_object import OBJECT_HEADER_BYTES, Index, ObjectHeader, ObjectKeys
+from asrfs.format import log_object, object_encoder, object_index
+from asrfs.format.log_object import OBJECT_HEADER_BYTES, ObjectHeader, ObjectKeys
+from asrfs.format.object_index import Index
 from asrfs.format.record import CARRIES_EXTENT_BYTES, Kind
 from asrfs.protocol.messages import ObjectBegin
 from asrfs.protocol.session import ObjectReceived
@@ -148,8 +149,8 @@ def try_unsealed(samples: list[Sample], _world: StoreWorld, rng: random.Random, 
     if header is None:
         return
     assert not is_header_changed, "lengths were believed before their checksum"
-    original = log_object.decode_index(header, sample.content, sample.keys, "sample")
-    index = refused(lambda: log_object.decode_index(header, content, sample.keys, "mutated"))
+    original = object_index.decode_index(header, sample.content, sample.keys, "sample")
+    index = refused(lambda: object_index.decode_index(header, content, sample.keys, "mutated"))
     assert index is None or index.notes == original.notes
     if len(content) >= header.frames_offset:
         table = refused(lambda: log_object.FrameTable(header, content, "mutated"))
@@ -201,9 +202,9 @@ def try_sealed(samples: list[Sample], world: StoreWorld, rng: random.Random, str
 def _broken_index(rng: random.Random, sample: Sample, kind: str, strike: Strike) -> bytes:
     if kind == "raw index":
         return mutate_bytes(rng, sample.raw_index, sample.raw_index, strike)
-    index = log_object.decode_index(sample.parts.header, sample.content, sample.keys, "sample")
+    index = object_index.decode_index(sample.parts.header, sample.content, sample.keys, "sample")
     if kind == "note":
-        return log_object.encode_index(_with_broken_note(rng, index, strike))
+        return object_index.encode_index(_with_broken_note(rng, index, strike))
     strike("field")
     columns = {}
     bits = _COLUMN_BITS | ({"stretch_lsn": 64} if index.is_stretch else {})
@@ -214,7 +215,7 @@ def _broken_index(rng: random.Random, sample: Sample, kind: str, strike: Strike)
         if name == "stretch_lsn" and rng.random() < 0.5:
             column[at] = rng.randint(0, sample.parts.header.last_lsn + 1)
         columns[name] = column
-    return log_object.encode_index(replace(index, **columns))
+    return object_index.encode_index(replace(index, **columns))
 
 
 def _with_broken_note(rng: random.Random, index: Index, strike: Strike) -> Index:
@@ -256,7 +257,7 @@ def _store_and_read(world: StoreWorld, sample: Sample, content: bytes) -> None:
 def _check_bounds(sample: Sample, content: bytes) -> None:
     """Said once more, one record at a time: no record of an index that is accepted points outside of what is there."""
     header = refused(lambda: log_object.decode_object_header(content, "sealed"))
-    index = header and refused(lambda: log_object.decode_index(header, content, sample.keys, "sealed"))
+    index = header and refused(lambda: object_index.decode_index(header, content, sample.keys, "sealed"))
     if not header or not index:
         return
     for i in range(len(index)):
