@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from asrfs.errors import FormatError
 from asrfs.format import log_object as lo
-from asrfs.format import object_encoder
+from asrfs.format import object_encoder, object_index
 from asrfs.format.object_encoder import ZSTD_LEVEL, ObjectEncoder
 from asrfs.format.record import Kind
 
@@ -24,7 +24,7 @@ SALT = bytes(32)
 KEYS = lo.derive_keys(b"i" * 32, b"p" * 32, MACHINE, 1, SALT)
 
 
-def make_index(rows: Sequence[tuple[int, int, int, int, bytes]], first_lsn: int = 1) -> lo.Index:
+def make_index(rows: Sequence[tuple[int, int, int, int, bytes]], first_lsn: int = 1) -> object_index.Index:
     """Index of rows `(kind, slot, offset, length, note)`."""
     positions, at_payload, at_notes = [], 0, 0
     for kind, _, _, length, note in rows:
@@ -34,7 +34,7 @@ def make_index(rows: Sequence[tuple[int, int, int, int, bytes]], first_lsn: int 
         else:
             positions.append(at_notes if note else 0)
             at_notes += len(note)
-    return lo.Index(
+    return object_index.Index(
         first_lsn=first_lsn,
         time_ns=np.arange(1000, 1000 + len(rows), dtype=np.uint64),
         offset=np.array([row[2] for row in rows], np.uint64),
@@ -47,7 +47,7 @@ def make_index(rows: Sequence[tuple[int, int, int, int, bytes]], first_lsn: int 
     )
 
 
-def make_object(index: lo.Index, payloads: Sequence[bytes], *, compress: bool = True) -> bytes:
+def make_object(index: object_index.Index, payloads: Sequence[bytes], *, compress: bool = True) -> bytes:
     _, content = ObjectEncoder().encode(
         machine_id=MACHINE,
         epoch=1,
@@ -85,7 +85,7 @@ def test_all_kinds_come_back(compress: bool) -> None:
     payloads = [b"\x5a" * 4096, bytes(range(256)) * 32]
     content = make_object(make_index(ROWS, 7), payloads, compress=compress)
     header = lo.decode_object_header(content, "x")
-    index = lo.decode_index(header, content[: header.frames_offset], KEYS, "x")
+    index = object_index.decode_index(header, content[: header.frames_offset], KEYS, "x")
     assert (header.first_lsn, header.last_lsn, header.object_length) == (7, 11, len(content))
     assert [int(kind) for kind in index.kind] == [row[0] for row in ROWS]
     assert [int(length) for length in index.length] == [row[3] for row in ROWS]
@@ -121,7 +121,7 @@ def test_seals_bind_the_header() -> None:
     other = header._replace(last_time_ns=header.last_time_ns + 1)
     forged = lo.encode_object_header(other) + content[lo.OBJECT_HEADER_BYTES :]
     with pytest.raises(FormatError, match="seal is broken"):
-        lo.decode_index(other, forged, KEYS, "x")
+        object_index.decode_index(other, forged, KEYS, "x")
     with pytest.raises(FormatError, match="seal is broken"):
         raw_payload(forged)
 
@@ -130,7 +130,7 @@ def test_the_index_key_opens_no_payload_and_the_other_way_round() -> None:
     content = make_object(make_index([(Kind.WRITE, 0, 0, 4096, b"")]), [b"a" * 4096])
     swapped = lo.ObjectKeys(index=KEYS.payload, payload=KEYS.index)
     with pytest.raises(FormatError):
-        lo.decode_index(lo.decode_object_header(content, "x"), content, swapped, "x")
+        object_index.decode_index(lo.decode_object_header(content, "x"), content, swapped, "x")
     with pytest.raises(FormatError):
         raw_payload(content, swapped)
 
@@ -148,7 +148,7 @@ def test_sessions_machines_and_epochs_have_their_own_keys() -> None:
 def test_a_decompression_bomb_is_not_inflated() -> None:
     bomb = zstandard.ZstdCompressor().compress(bytes(256 << 20))
     with pytest.raises(FormatError, match="compressed size"):
-        lo._unpack(bomb, 131072, "x")
+        lo.unpack(bomb, 131072, "x")
 
 
 def test_wrong_order_of_times_is_refused() -> None:
@@ -156,7 +156,7 @@ def test_wrong_order_of_times_is_refused() -> None:
     index.time_ns[:] = [5, 4]
     content = make_object(index, [])
     with pytest.raises(FormatError, match="contradict"):
-        lo.decode_index(lo.decode_object_header(content, "x"), content, KEYS, "x")
+        object_index.decode_index(lo.decode_object_header(content, "x"), content, KEYS, "x")
 
 
 def test_payload_positions_must_be_where_the_payload_is() -> None:
@@ -164,7 +164,7 @@ def test_payload_positions_must_be_where_the_payload_is() -> None:
     index.payload_position[:] = [4096, 0]
     content = make_object(index, [b"a" * 4096, b"b" * 4096])
     with pytest.raises(FormatError, match="contradict"):
-        lo.decode_index(lo.decode_object_header(content, "x"), content, KEYS, "x")
+        object_index.decode_index(lo.decode_object_header(content, "x"), content, KEYS, "x")
 
 
 @settings(max_examples=300)

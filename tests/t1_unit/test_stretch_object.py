@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from asrfs.errors import FormatError
 from asrfs.format import log_object as lo
+from asrfs.format import object_index
 from asrfs.format.object_encoder import ObjectEncoder
 from asrfs.format.record import Kind
 
@@ -23,7 +24,7 @@ Row = tuple[Kind, int, int]
 """Kind, slot, LSN."""
 
 
-def make_index(rows: Sequence[Row], first_lsn: int) -> lo.Index:
+def make_index(rows: Sequence[Row], first_lsn: int) -> object_index.Index:
     """Extents of one block each, notes of one byte."""
     kinds = np.array([kind for kind, _, _ in rows], np.uint16)
     carries = (kinds == Kind.WRITE) | (kinds == Kind.FILL)
@@ -31,7 +32,7 @@ def make_index(rows: Sequence[Row], first_lsn: int) -> lo.Index:
     position = np.zeros(len(rows), np.uint64)
     position[carries] = np.arange(carries.sum()) * BLOCK
     position[noted] = np.arange(noted.sum())
-    return lo.Index(
+    return object_index.Index(
         first_lsn=first_lsn,
         time_ns=np.arange(1000, 1000 + len(rows), dtype=np.uint64),
         offset=np.zeros(len(rows), np.uint64),
@@ -45,7 +46,7 @@ def make_index(rows: Sequence[Row], first_lsn: int) -> lo.Index:
     )
 
 
-def make_object(index: lo.Index) -> bytes:
+def make_object(index: object_index.Index) -> bytes:
     carried = int(((index.kind == Kind.WRITE) | (index.kind == Kind.FILL)).sum())
     _, content = ObjectEncoder().encode(
         machine_id=MACHINE,
@@ -59,9 +60,9 @@ def make_object(index: lo.Index) -> bytes:
     return bytes(content)
 
 
-def opened(content: bytes) -> tuple[lo.ObjectHeader, lo.Index]:
+def opened(content: bytes) -> tuple[lo.ObjectHeader, object_index.Index]:
     header = lo.decode_object_header(content, "x")
-    return header, lo.decode_index(header, content, KEYS, "x")
+    return header, object_index.decode_index(header, content, KEYS, "x")
 
 
 SOUND: dict[str, tuple[int, list[Row]]] = {
@@ -114,12 +115,12 @@ def test_it_must_end_with_its_last_record() -> None:
     """A header that says more than the records do, sealed with the right key: a hostile host can do that."""
     index = make_index([(Kind.WRITE, 0, 12), (Kind.WRITE, 0, 14)], 10)
 
-    class Longer(lo.Index):
+    class Longer(object_index.Index):
         @property
         def last_lsn(self) -> int:
             return 15
 
-    columns = {name: getattr(index, name) for name in lo.Index.__slots__}
+    columns = {name: getattr(index, name) for name in object_index.Index.__slots__}
     with pytest.raises(FormatError, match="stretch"):
         opened(make_object(Longer(**columns)))
 
@@ -142,14 +143,16 @@ def test_times_and_counts_are_held_to_the_header() -> None:
 def test_the_index_of_one_version_is_not_read_as_the_others() -> None:
     stretch = make_index([(Kind.WRITE, 0, 10), (Kind.WRITE, 0, 11)], 10)
     header, _ = opened(make_object(stretch))
-    plain = lo.encode_index(
-        lo.Index(**{name: getattr(stretch, name) for name in lo.Index.__slots__} | {"stretch_lsn": None})
+    plain = object_index.encode_index(
+        object_index.Index(
+            **{name: getattr(stretch, name) for name in object_index.Index.__slots__} | {"stretch_lsn": None}
+        )
     )
-    assert len(lo.encode_index(stretch)) == len(plain) + 8 * 2
+    assert len(object_index.encode_index(stretch)) == len(plain) + 8 * 2
     with pytest.raises(FormatError, match="holds 2 records"):
         lo._decode_index(header, plain, "x")
     with pytest.raises(FormatError, match="holds 2 records"):
-        lo._decode_index(header._replace(version=1, stretch_count=0), lo.encode_index(stretch), "x")
+        lo._decode_index(header._replace(version=1, stretch_count=0), object_index.encode_index(stretch), "x")
 
 
 @settings(max_examples=200)
