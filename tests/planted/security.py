@@ -12,7 +12,7 @@ import trio
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from asrfs.errors import AuthenticationError
-from asrfs.format import log_object, object_encoder
+from asrfs.format import log_object, object_encoder, object_index
 from asrfs.format.log_object import DIGEST_BYTES, decode_object_header
 from asrfs.protocol.messages import Acknowledge
 from asrfs.protocol.session import ObjectReceived
@@ -142,7 +142,7 @@ def identity_not_compared(patch: pytest.MonkeyPatch) -> None:
 def nonce_used_again(patch: pytest.MonkeyPatch) -> None:
     """Each object of a session counts its frames from the same nonce on."""
     sound = log_object.nonce_of
-    for module in (log_object, object_encoder):
+    for module in (log_object, object_encoder, object_index):
         patch.setattr(module, "nonce_of", lambda header, frame: sound(header._replace(first_lsn=1), frame))
 
 

@@ -150,9 +150,9 @@ def test_the_index_of_one_version_is_not_read_as_the_others() -> None:
     )
     assert len(object_index.encode_index(stretch)) == len(plain) + 8 * 2
     with pytest.raises(FormatError, match="holds 2 records"):
-        lo._decode_index(header, plain, "x")
+        object_index._decode_index(header, plain, "x")
     with pytest.raises(FormatError, match="holds 2 records"):
-        lo._decode_index(header._replace(version=1, stretch_count=0), object_index.encode_index(stretch), "x")
+        object_index._decode_index(header._replace(version=1, stretch_count=0), object_index.encode_index(stretch), "x")
 
 
 @settings(max_examples=200)
