@@ -239,6 +239,7 @@ class AgentHealing:
         await trio.to_thread.run_sync(self._positions.save, limiter=self._threads)
         have_parted = any(Reason.REJOINED in self._dirty.map.reasons(disk.slot) for disk in disks)
         async with self._comparing() as comparer:
+            await comparer.catch_up()
             found = await comparer.compare(disks, by_kept=not have_parted)
             self._scanned = found
             return found.different if await comparer.is_real(disks, found) else {}

@@ -10,8 +10,8 @@ Both sides go on meanwhile. **Equal at any two moments is equal for good**: each
 some record, each of the store's after some other; the records between them are, or will be, in both histories and
 carry the bytes themselves. So where the values agree, they agree after all records, and writes under way cost nothing.
 
-What differs may be only a record on its way. Filling that again is harmless; who must know looks again (`settle`), at
-one LSN on both sides:
+What differs may be only a record on its way. Filling that again is harmless, and costs traffic: who fills lets come
+what there is (`catch_up`); who must know looks again (`settle`), at one LSN on both sides:
 
     sync ─▶ applied that far ─▶ applier held at LSN n, digests here, applier goes on ─▶ acknowledged ≥ n ─▶ store: at n
 
@@ -92,6 +92,13 @@ class Comparer:
     images: ExactImages
     hurry_applied: Callable[[int], None]
     hurry_shipped: Callable[[int], None]
+
+    async def catch_up(self) -> None:
+        """Wait until the store has all that was written by now, else that differs, and is sent once more as what fills
+        the difference. A store that takes longer is not waited for."""
+        lsn = (await self.server.sync()).durable.lsn
+        with trio.move_on_after(PATIENCE_S):
+            await self._have_shipped(lsn)
 
     async def compare(
         self, disks: Sequence[DiskConfig], step: Step = lambda done, total: None, *, by_kept: bool = False
@@ -176,13 +183,16 @@ class Comparer:
             self.hurry_applied(lsn)
             async with self.images.held(lsn) as exact:
                 leaves = await self.digester.digest(disk, region)
-            self.hurry_shipped(exact)
-            await self.progress.wait_until(lambda exact=exact: self.progress.acknowledged.lsn >= exact)  # type: ignore[misc]
+            await self._have_shipped(exact)
             try:
                 return await self._differing(disk, region, leaves, exact)
             except NotFoundError:
                 await trio.sleep(RETRY_S)  # the store has no state at this LSN, only at others
         raise TemporaryError(f"the store has no state of disk {disk.name} that could be compared: try again later")
+
+    async def _have_shipped(self, lsn: int) -> None:
+        self.hurry_shipped(lsn)
+        await self.progress.wait_until(lambda: self.progress.acknowledged.lsn >= lsn)
 
     async def _differing(
         self, disk: DiskConfig, region: Region, leaves: bytes, lsn: int, by_kept: bool = False

@@ -292,6 +292,35 @@ async def test_a_difference_is_found_under_writes_and_nothing_else(
         nursery.cancel_scope.cancel()
 
 
+async def test_what_is_on_its_way_is_waited_for_and_not_sent_twice(
+    autojump_clock: trio.testing.MockClock, scratch: Path, rng: random.Random
+) -> None:
+    """A backlog is shipped while disks are compared: without waiting for it, what it writes differs."""
+    async with comparing(scratch, rng) as host:
+        await settled(host)
+        for waits in (False, True):
+            await host.cut()
+            pause = host.store.listener.pause = trio.Event()
+            host.write(60)
+            lsn = (await host.sync()).durable.lsn
+            await host.ticker.tick()
+            await host.progress.wait_until(lambda lsn=lsn: host.progress.applied.lsn >= lsn)  # type: ignore[misc]
+            assert host.progress.acknowledged.lsn < lsn
+            found: list[Comparison] = []
+
+            async def compare(waits: bool = waits, found: list[Comparison] = found) -> None:
+                if waits:
+                    await host.comparer.catch_up()
+                found.append(await host.comparer.compare(host.disks))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(compare)
+                await pass_time(1)
+                assert not (waits and found)
+                pause.set()
+            assert bool(plain(found[0])) == (not waits)
+
+
 async def test_images_that_a_broken_span_has_passed_are_not_taken_for_exact(
     autojump_clock: trio.testing.MockClock, scratch: Path, rng: random.Random
 ) -> None:

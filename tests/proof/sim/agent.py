@@ -317,6 +317,7 @@ class Agent:
         await trio.to_thread.run_sync(self.positions.save, limiter=self._threads)
         have_parted = any(Reason.REJOINED in self.dirty.map.reasons(disk.slot) for disk in disks)
         async with self._comparing:
+            await self._comparer.catch_up()
             found = await self._comparer.compare(disks, by_kept=not have_parted)
             settled = await self._comparer.settle(disks, found)
         if have_parted:
