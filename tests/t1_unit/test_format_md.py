@@ -16,6 +16,7 @@ from asrfs.format import (
     log_object,
     log_writes,
     map_checkpoint,
+    object_index,
     record,
     seed_file,
     segment,
@@ -102,7 +103,7 @@ def test_byte_table_is_the_layout_in_the_code(heading: str) -> None:
 
 def test_index_columns() -> None:
     documented = [(row[0], int(row[1])) for row in table("Index")]
-    assert documented == [(name, np.dtype(dtype).itemsize) for name, dtype in log_object._STRETCH_COLUMNS]
+    assert documented == [(name, np.dtype(dtype).itemsize) for name, dtype in object_index._STRETCH_COLUMNS]
 
 
 def test_record_kinds() -> None:
