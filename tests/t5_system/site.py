@@ -155,13 +155,16 @@ class Site:
         return next(machine for machine in self.machines if machine.name == name)
 
     def wait_until_joined(self, machines: Sequence[HostUnderTest] | None = None) -> None:
-        """Until every one of them is connected to the coordinator, which says so too."""
+        """Until every one of them knows that these are the group, and is connected to the coordinator, which says so
+        too."""
         machines = self.machines if machines is None else machines
 
         def are_joined() -> bool:
             standings = [self.standing(machine) for machine in machines]
             connected = [standing.get("connected") for standing in standings if standing.get("role") == "coordinator"]
-            return connected == [len(machines)] and not any(standing.get("reason") for standing in standings)
+            known = {standing.get("members") for standing in standings}
+            is_well = not any(standing.get("reason") for standing in standings)
+            return known == {len(machines)} and connected == [len(machines)] and is_well
 
         wait_until(are_joined, 60, what="all members joined the group")
 

@@ -129,8 +129,12 @@ def test_production_goes_on_during_a_test_failover(lab: Lab, failovers: Failover
     writer.close()
     assert recovered.read_bytes() == bytes(2 * MIB)
     assert exported(lab, later)["plain"] == (lab.disks / "plain.img").read_bytes()
-    machine = lab.replica_store("machine", "show", lab.machine)
-    assert (machine["state"], machine["epoch"], machine["link"]) == ("protected", 1, "up")
+
+    def shown() -> tuple[str, int, str]:
+        machine = lab.replica_store("machine", "show", lab.machine)
+        return machine["state"], machine["epoch"], machine["link"]
+
+    wait_until(lambda: shown() == ("protected", 1, "up"), what="a connected, protected machine")  # it may come again
     assert lab.replica_store("point", "list", lab.machine)[:-1] == points
     failovers.ask("cleanup", document["id"])
     assert lab.status()["link"] == "connected"
