@@ -22,6 +22,7 @@ from replica_store.vault.promotions import (
 from replica_store.vault.vault import Vault
 
 TIME_IS_UP = "not all hosts were ready in time"
+_NOTHING = Promote(id="", wanted="take-back")
 
 
 def wanted_of(found: Promotion, member: PromotedMachine) -> Promote | None:
@@ -43,8 +44,9 @@ def wanted_of(found: Promotion, member: PromotedMachine) -> Promote | None:
 
 
 def promotions_wanted(vault: Vault, now_ns: int) -> dict[str, Promote]:
-    """By machine, of several the oldest's. Those whose time is up are cancelled. A row that nobody sealed wants
-    nothing. Raises AsrfsError."""
+    """By machine, of several the oldest's; but one to take back waits behind what is wanted since, which a host whose
+    disks are partly written can obey, and to take back it cannot. Those whose time is up are cancelled. A row that
+    nobody sealed wants nothing. Raises AsrfsError."""
     wanted: dict[str, Promote] = {}
     for row in promotions(vault.catalog, live=True):
         try:
@@ -55,8 +57,8 @@ def promotions_wanted(vault: Vault, now_ns: int) -> dict[str, Promote]:
             found = change_promotion(vault.root, found.id, lambda before: expired(before, now_ns))
         for member in found.machines:
             word = wanted_of(found, member)
-            if word is not None:
-                wanted.setdefault(member.machine_id, word)
+            if word is not None and wanted.get(member.machine_id, _NOTHING).wanted == "take-back":
+                wanted[member.machine_id] = word
     return wanted
 
 

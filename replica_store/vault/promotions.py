@@ -160,7 +160,11 @@ def sealed_promotion(vault: Vault, promotion_id: str) -> Promotion:
 
 def live_promotion(catalog: Catalog, machine_id: str) -> Promotion | None:
     """The newest that this machine's host has something to hear of."""
-    found = [each for each in promotions(catalog, live=True) if each.member(machine_id) is not None]
+    found = [
+        each
+        for each in promotions(catalog, live=True)
+        if (member := each.member(machine_id)) is not None and not member.is_back
+    ]
     return found[-1] if found else None
 
 

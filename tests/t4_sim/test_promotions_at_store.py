@@ -4,7 +4,7 @@ what becomes of one whose host, command or time runs out."""
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,7 @@ async def test_i8_what_is_not_ready_in_time_is_taken_back(
             assert [word.wanted for word in promotions_wanted(vault, made.until_ns - 1).values()] == ["prepare"]
             assert [word.wanted for word in promotions_wanted(vault, made.until_ns).values()] == ["take-back"]
         assert found(world, made.id).causes[-1].text == TIME_IS_UP
-        with pytest.raises(TemporaryError, match="nothing has changed"):
+        with pytest.raises(TemporaryError, match="has written nothing"):
             wait_promotion(world.path, made.id, clock, lambda found: None)
         again = cancel_promotion(world.path, "web1", clock)
         assert again.state == "cancelled"
@@ -226,6 +226,29 @@ async def test_the_same_again_is_the_same_and_another_takes_its_place_when_that_
         assert (await hear_of(host, "prepare")).id == other.id
         assert cancel_promotion(world.path, "web1", clock).id == other.id
         assert (await hear_of(host, "take-back")).id == other.id
+        third = begun(world, clock, "later")
+        assert third.id != other.id
+        assert (await hear_of(host, "prepare")).id == third.id, "disks that are partly written cannot be taken back"
+        await host.say(Promoted(id=third.id, outcome="ready", lsn=history.last_lsn))
+        assert (await hear_of(host, "write")).id == third.id
+
+
+async def test_a_machine_that_is_back_is_free_whatever_the_others_do(
+    scratch: Path, clock: Clock, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with connected(scratch) as (world, history, _):
+        made = begun(world, clock)
+        lost = msgspec.structs.replace(made.machines[0], machine_id="9" * 32, machine="web9")
+        both = msgspec.structs.replace(made, machines=(*made.machines, lost)).to("cancelled", 1, "it was cancelled")
+        ours = msgspec.structs.replace(both.machines[0], is_back=True)
+        for free, state in ((False, both), (True, both.with_member(ours))):
+            with Vault.open(world.path, writable=True) as vault, vault.catalog.transaction():
+                write_promotion(vault.catalog, state)
+            assert not found(world, made.id).is_over, "the other one has heard nothing"
+            said = standing_of(world.vault, world.vault.machine("web1"), clock.time_ns())
+            assert ("copied back" in said.reason) != free
+            with nullcontext() if free else pytest.raises(RefusedError, match="is being copied back"):
+                check_not_promoting(world.vault.catalog, history.machine_id, "web1")
 
 
 async def test_a_machine_that_is_failed_over_or_away_is_refused(
