@@ -153,6 +153,8 @@ class Promoter:
         if word.wanted == "write":
             if self.now is None or self.now.id != word.id:  # it was taken back meanwhile
                 await self._prepare_or_take_back(word)
+            elif self.now.phase == "held" and not self.now.before_lsn:  # a kill came before the point of what is there
+                await self._prepare(word)
             return await self._write(word)
         if word.wanted == "release":
             await self._let_go(word.id, of_phase="written")

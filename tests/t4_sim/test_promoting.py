@@ -307,6 +307,20 @@ async def test_nothing_is_held_where_it_cannot_be(host: PromotedHost, autojump_c
         assert host.write() and host.world.journal.appended_lsn <= appended + 2, "but a marker, and that write"
 
 
+async def test_i7_a_kill_before_the_point_of_what_is_there_leaves_it_to_be_made(
+    rng: random.Random, autojump_clock: trio.testing.MockClock
+) -> None:
+    world, point = made(rng)
+    held = Promoting(id=ID, phase="held", epoch=1, time_ns=7, lsn=point)
+    write_atomically(world.storage, "promoting.json", msgspec.json.encode(held))
+    host = PromotedHost(world, rng, point)
+    host.server.announce()
+    async with serving(host):
+        said = await answer(host, host.wanted("write"))
+        assert said.outcome == "written"
+        host.check_written(said)
+
+
 async def test_who_begins_to_use_the_disks_between_is_found(
     host: PromotedHost, autojump_clock: trio.testing.MockClock
 ) -> None:
