@@ -128,7 +128,8 @@ class GroupShare:
         try:
             await self._instants.at_instant(self._marker(first), self._at_instant)
         except AsrfsError as error:
-            self._decline(error)
+            if not self._is_over:  # else the coordinator may be at its next point, and no word of this one is due
+                self._decline(error)
         if not self._is_over:
             while self._end is None and not self._is_lost:
                 if isinstance(await self._hear(math.inf), Prepare):

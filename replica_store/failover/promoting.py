@@ -260,7 +260,9 @@ def wait_promotion(root: str, promotion_id: str, clock: Clock, step: Callable[[P
 def _failure(found: Promotion) -> Exception:
     for member in found.machines:
         if member.error is not None:
-            return error_class(member.exit_code)(f"machine {member.machine}: {member.error}; promotion {found.id[:12]} has written nothing")
+            return error_class(member.exit_code)(
+                f"machine {member.machine}: {member.error}; promotion {found.id[:12]} has written nothing"
+            )
     text = found.causes[-1].text if found.causes else "nobody said why"
     return TemporaryError(f"promotion {found.id[:12]} was cancelled and has written nothing: {text}")
 
