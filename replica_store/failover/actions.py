@@ -193,7 +193,7 @@ class Failovers:
                 disks=chosen.disk_names,
                 warnings=chosen.warnings,
                 data_loss_s=0.0,
-                handover=msgspec.structs.replace(before.handover, is_used=True),
+                handover=msgspec.structs.replace(before.handover, is_used=True, epoch=chosen.point.epoch),
             )
 
         return change(self._root, begun.id, use), chosen
@@ -391,6 +391,10 @@ class Failovers:
         holding = holder(operations(vault.catalog, machine.id))
         if holding is None or holding.id != found.id:
             raise RefusedError(f"failover {found.id[:12]} is {found.state}: {event} is refused; allowed: nothing")
+        if event is ProtectionEvent.CHANGE_POINT and found.handover is not None and not found.handover.is_used:
+            raise RefusedError(
+                f"the host has not handed over to failover {found.id[:12]}: {event} is refused; allowed: resume, cancel"
+            )
         if found.epoch is not None and event is not ProtectionEvent.COMMIT:
             raise RefusedError(f"the commit of failover {found.id[:12]} has begun: {event} is refused; allowed: commit")
 
@@ -434,7 +438,8 @@ class Failovers:
 
 def _check_host_rests(found: Operation, epoch: int) -> None:
     """Raise RefusedError where the host goes on by itself since it handed over: committing would lose what it wrote."""
-    if found.handover is not None and (found.handover.is_back or epoch != found.point.epoch):
+    handover = found.handover
+    if handover is not None and (handover.is_back or epoch != (handover.epoch or found.point.epoch)):
         raise RefusedError(
             f"the host of machine {found.machine} has taken its machine back since it handed over: commit is refused; "
             "allowed: cancel"

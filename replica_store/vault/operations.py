@@ -120,8 +120,9 @@ class HandoverAsked(msgspec.Struct, frozen=True, kw_only=True):
     """What a planned failover asked of the machine's host, and what that answered.
 
     Until `until_ns` (the store's clock) it is asked. `lsn`: up to which it handed over, having found `chunks_compared`
-    chunks to be equal; `error`: why it did not. `is_used`: the failover goes on from there. `is_back`: the host has its
-    machine again, or never let go of it.
+    chunks to be equal; `error`: why it did not. `is_used`: the failover goes on from there, and `epoch` is the one that
+    the machine was in then (0: that of the failover's point). `is_back`: the host has its machine again, or never let
+    go of it.
     """
 
     seconds_max: int
@@ -131,6 +132,7 @@ class HandoverAsked(msgspec.Struct, frozen=True, kw_only=True):
     chunks_different: int = 0
     error: str | None = None
     is_used: bool = False
+    epoch: int = 0
     is_back: bool = False
 
     @property

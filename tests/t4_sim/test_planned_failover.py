@@ -338,6 +338,22 @@ def test_who_asks_again_carries_on_with_what_died(failovers: Failovers, root: st
     assert failovers.resume(died.id).state == "commit-pending"
 
 
+@pytest.mark.parametrize("has_answered", [False, True])
+def test_i7_another_point_is_for_who_has_been_handed_over_to(
+    failovers: Failovers, root: str, clock: ShiftedClock, has_answered: bool
+) -> None:
+    """Else the host would be asked no more, write on, and be committed away."""
+    died = died_waiting(failovers, root)
+    if has_answered:
+        died = died_waiting_of(root, failovers.resume(died.id))
+    with pytest.raises(RefusedError, match="has not handed over.*allowed: resume, cancel"):
+        failovers.change_point(died.id, "latest")
+    assert last(root) == died
+    assert failovers.resume(died.id).state == "commit-pending"
+    with Vault.open(root) as vault:
+        assert failovers.change_point(died.id, "lsn:2").point.lsn < vault.received_lsn(died.machine_id)
+
+
 def died_waiting_of(root: str, found: Operation) -> Operation:
     """Killed after the host had answered, before that was used."""
     assert found.handover is not None
