@@ -346,7 +346,7 @@ def test_i7_another_point_is_for_who_has_been_handed_over_to(
     died = died_waiting(failovers, root)
     if has_answered:
         died = died_waiting_of(root, failovers.resume(died.id))
-    with pytest.raises(RefusedError, match="has not handed over.*allowed: resume, cancel"):
+    with pytest.raises(RefusedError, match=r"has not handed over.*allowed: resume, cancel"):
         failovers.change_point(died.id, "latest")
     assert last(root) == died
     assert failovers.resume(died.id).state == "commit-pending"
@@ -392,6 +392,26 @@ def test_what_a_person_has_moved_is_theirs(failovers: Failovers, root: str, cloc
     failovers.change_point(found.id, f"lsn:{found.point.lsn - 1}")
     change(root, found.id, lambda vault, before: before.to("preparing", 0, "it died"))
     assert not failovers.is_anything_due()
+
+
+def test_a_point_of_before_the_host_came_home_can_be_committed(
+    scratch: Path, clock: ShiftedClock, recovery: Recovery
+) -> None:
+    """It is of an older epoch, and the host rests all the same."""
+    history = random_history(7, records=20, disks={"root": 16 * 4096})
+    history.marker(name="old")
+    history.seal()
+    history.begin_epoch(history.time_ns + 1)
+    history.marker(name="end")
+    history.seal()
+    fill_vault(scratch / "vault", history)
+    with Vault.open(str(scratch / "vault")) as vault:
+        put_description(vault, vault.machine(MACHINE))
+    failovers = Failovers(str(scratch / "vault"), clock)
+    found = failovers.planned(wanted())
+    moved = failovers.change_point(found.id, "old")
+    assert (found.point.epoch, moved.point.epoch) == (2, 1)
+    assert failovers.commit(found.id).state == "committed"
 
 
 @pytest.mark.parametrize("way", ["it says so", "a new epoch"])
