@@ -68,12 +68,18 @@ class PlanRuns:
         return journal
 
     def resume(self, text: str) -> PlanJournal:
-        """Go on with a run that was interrupted, waits for a person, or failed. Raises RefusedError when it is done."""
+        """Go on with a run that was interrupted, waits for a person, or failed. Raises RefusedError when it is done.
+
+        What turns out now to have been interrupted, and must not be begun again unseen, is only said: a person has not
+        decided yet.
+        """
         directory = self._find(text)
         with _lock(directory), closing(PlanJournal.open(os.path.join(directory, _JOURNAL))) as journal:
-            for event in journal.run.interruptions(self._clock.time_ns()):
+            found = journal.run.interruptions(self._clock.time_ns())
+            for event in found:
                 journal.append(event)
-            if journal.run.state != "running":
+            is_news = any(journal.run.standing[event.step].state == "failed" for event in found)
+            if journal.run.state != "running" and not is_news:
                 for event in journal.run.resumption(self._clock.time_ns()):
                     journal.append(event)
             self._carry_out(journal)

@@ -17,6 +17,7 @@ from replica_store.failover import actions, processes, undoing
 from replica_store.failover.actions import Failovers
 from replica_store.failover.plan import Plan, read_plan
 from replica_store.failover.plan_journal import PlanJournal
+from replica_store.failover.plan_run import INTERRUPTED
 from replica_store.failover.plan_runs import PlanRuns
 from replica_store.failover.preparation import Stopwatch
 from replica_store.failover.report import plan_document, plan_verdict
@@ -175,6 +176,26 @@ def test_what_failed_is_tried_again(runs: PlanRuns, plan: Plan, recovery: Recove
     recovery.booted = Booted(kind="qemu")
     assert told(runs, runs.resume(journal.head.id))["state"] == "done"
     assert [each.state for each in found_in(root)] == ["cleaned", "cleaned", "serving"]
+
+
+def test_what_must_not_be_begun_again_unseen_is_said_before_it_is(runs: PlanRuns, scratch: Path) -> None:
+    """The command died while such a script ran: a person, who may know of nothing, decides by asking twice."""
+    ran = scratch / "ran"
+    once = f'post = [{{ name = "said", command = ["/bin/touch", "{ran}"], repeatable = false }}]'
+    plan = read_plan(PLAN.replace('post = [{ name = "said", command = ["/bin/true"] }]', once), "here")
+
+    def die(*_: object, **__: object) -> None:
+        raise Died
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("replica_store.failover.plan_executor.run_script", die)
+        with pytest.raises(Died):
+            runs.begin(plan, "unplanned")
+    (died,) = runs.journals()
+    document = told(runs, runs.resume(died.head.id))
+    assert document["state"] == "failed" and not ran.exists()
+    assert [step["text"] for step in document["steps"] if step["state"] == "failed"] == [INTERRUPTED]
+    assert told(runs, runs.resume(died.head.id))["state"] == "paused" and ran.exists()
 
 
 def test_a_machine_in_earnest_that_does_not_run_is_kept_and_started_again(
