@@ -20,11 +20,7 @@ from asrfs.consistency.point_request import PointRequest
 from asrfs.consistency.points import Point
 from asrfs.consistency.procedure import Held, Outcome, PointOrder, no_point
 from asrfs.errors import TemporaryError, foreign_line
-from asrfs.model.marker import (
-    FAILED_CHARACTERS_MAX,
-    MarkerRecord,
-    encode_marker,
-)
+from asrfs.model.marker import FAILED_CHARACTERS_MAX, MarkerRecord, encode_marker
 
 log = logging.getLogger(__name__)
 

@@ -95,10 +95,12 @@ class Comparer:
 
     async def catch_up(self) -> None:
         """Wait until the store has all that was written by now, else that differs, and is sent once more as what fills
-        the difference. A store that takes longer is not waited for."""
+        the difference. A store that takes longer is not waited for; one that is away raises TemporaryError."""
         lsn = (await self.server.sync()).durable.lsn
-        with trio.move_on_after(PATIENCE_S):
+        with trio.move_on_after(PATIENCE_S) as scope:
             await self._have_shipped(lsn)
+        if scope.cancelled_caught and not self.outlet.is_open:
+            raise TemporaryError("there is no connection to the store")
 
     async def compare(
         self, disks: Sequence[DiskConfig], step: Step = lambda done, total: None, *, by_kept: bool = False

@@ -258,13 +258,15 @@ def wait_promotion(root: str, promotion_id: str, clock: Clock, step: Callable[[P
 
 
 def _failure(found: Promotion) -> Exception:
+    # All were ready: it was being written, and another one took its place.
+    was_writing = all(member.before_lsn is not None for member in found.machines)
+    wrote = "was being written" if was_writing else "has written nothing"
     for member in found.machines:
         if member.error is not None:
-            return error_class(member.exit_code)(
-                f"machine {member.machine}: {member.error}; promotion {found.id[:12]} has written nothing"
-            )
+            said = f"machine {member.machine}: {member.error}; promotion {found.id[:12]} {wrote}"
+            return error_class(member.exit_code)(said)
     text = found.causes[-1].text if found.causes else "nobody said why"
-    return TemporaryError(f"promotion {found.id[:12]} was cancelled and has written nothing: {text}")
+    return TemporaryError(f"promotion {found.id[:12]} was cancelled and {wrote}: {text}")
 
 
 def _is_same(found: Promotion, wanted: Plan) -> bool:

@@ -22,7 +22,6 @@ from replica_store.vault.promotions import (
 from replica_store.vault.vault import Vault
 
 TIME_IS_UP = "not all hosts were ready in time"
-_NOTHING = Promote(id="", wanted="take-back")
 
 
 def wanted_of(found: Promotion, member: PromotedMachine) -> Promote | None:
@@ -57,7 +56,8 @@ def promotions_wanted(vault: Vault, now_ns: int) -> dict[str, Promote]:
             found = change_promotion(vault.root, found.id, lambda before: expired(before, now_ns))
         for member in found.machines:
             word = wanted_of(found, member)
-            if word is not None and wanted.get(member.machine_id, _NOTHING).wanted == "take-back":
+            older = wanted.get(member.machine_id)
+            if word is not None and (older is None or older.wanted == "take-back"):
                 wanted[member.machine_id] = word
     return wanted
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = {"asyncio", "cryptography.x509", "numpy", "rich", "ssl", "starlette", "structlog", "trio"}
-"""Each takes 30 ms or more to load, of the 20 that Python needs to start."""
+"""Each takes 30 ms or more to load, where Python itself starts in 20."""
 
 _RUN = """
 import json, sys

@@ -25,7 +25,7 @@ from asrfs.protocol.messages import Compare
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.applier import Applier
 from asrfs.replication.applier_task import ApplierTask
-from asrfs.replication.comparer import Comparer, Comparison
+from asrfs.replication.comparer import PATIENCE_S, Comparer, Comparison
 from asrfs.replication.disk_server import HostPositions
 from asrfs.replication.image_digests import digest_image
 from asrfs.replication.link import Link
@@ -319,6 +319,22 @@ async def test_what_is_on_its_way_is_waited_for_and_not_sent_twice(
                 assert not (waits and found)
                 pause.set()
             assert bool(plain(found[0])) == (not waits)
+
+
+async def test_a_store_that_is_away_is_not_caught_up_with(
+    autojump_clock: trio.testing.MockClock, scratch: Path, rng: random.Random
+) -> None:
+    async with comparing(scratch, rng) as host:
+        await settled(host)
+        host.shipper.pause()
+        host.write(3)
+        began = trio.current_time()
+        with pytest.raises(TemporaryError, match="no connection"):
+            await host.comparer.catch_up()
+        assert trio.current_time() - began == pytest.approx(PATIENCE_S, abs=10)
+        host.shipper.resume()
+        await host.comparer.catch_up()
+        assert host.progress.acknowledged.lsn == host.world.journal.durable_lsn
 
 
 async def test_images_that_a_broken_span_has_passed_are_not_taken_for_exact(

@@ -223,6 +223,8 @@ async def test_the_same_again_is_the_same_and_another_takes_its_place_when_that_
             cancel_promotion(world.path, "web1", clock)
         other = begun(world, clock, "later")
         assert other.id != made.id and found(world, made.id).is_over
+        with pytest.raises(TemporaryError, match="was being written: another point was asked for"):
+            wait_promotion(world.path, made.id, clock, lambda found: None)
         assert (await hear_of(host, "prepare")).id == other.id
         assert cancel_promotion(world.path, "web1", clock).id == other.id
         assert (await hear_of(host, "take-back")).id == other.id
