@@ -12,6 +12,7 @@ recovered machine's own agent that compares and sends; here it is only looked at
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from asrfs.storage.directory import DirectoryStorage
 from asrfs.storage.interface import write_atomically
 from asrfs.transport.enrolment import Token, decode_token
 from asrfs.transport.stream import format_address, parse_address
-from replica_store.failover import places
+from replica_store.failover import places, processes
 from replica_store.failover.actions import Failovers
 from replica_store.failover.leaving import asrfs, status_of, statuses_of
 from replica_store.failover.preparation import Told, has_bases
@@ -51,7 +52,8 @@ _DEPARTURE_FILE = "departure.json"
 @dataclass(frozen=True, slots=True)
 class Wish:
     """`store`: management address of the other store. `paused`: it is enrolled and sends nothing until `asrfs resume`,
-    so that seeds can be brought first. `wait`: until the other store has all of it."""
+    so that seeds can be brought first. `wait`: until the other store has all of it. `seconds_max`: for all that is
+    waited for, but an enrolment that has begun."""
 
     machine: str
     store: str
@@ -77,11 +79,12 @@ class Reprotecting:
         token = decode_token(wish.token)
         host, port = parse_address(wish.store, MANAGE_PORT_DEFAULT)
         store = format_address(host, port)
-        deadline = None if wish.seconds_max is None else time.monotonic() + wish.seconds_max
+        deadline = math.inf if wish.seconds_max is None else time.monotonic() + wish.seconds_max
         self._told("order")
         found = self._order(wish.machine, store, token)
         self._told("start")
-        found = self._failovers.resume(found.id)
+        with processes.within(None if math.isinf(deadline) else deadline - time.monotonic()):
+            found = self._failovers.resume(found.id)
         self._told("hydrate")
         self._hydrate(found, deadline)
         self._told("enrol")
@@ -90,7 +93,7 @@ class Reprotecting:
             return found
         self._told("connect")
         with closing(statuses_of(found)) as statuses:
-            found = self._note_whole(found, self._connect(found, statuses))
+            found = self._note_whole(found, self._connect(found, statuses, deadline))
             if wish.wait:
                 self._told("replicate")
             while wish.wait and found.reprotection is not None and found.reprotection.done_ns is None:
@@ -127,7 +130,7 @@ class Reprotecting:
         with places.take_lock(holding.places):
             return change(self._root, holding.id, order)
 
-    def _hydrate(self, found: Operation, deadline: float | None) -> None:
+    def _hydrate(self, found: Operation, deadline: float) -> None:
         """Until its disks are whole: what another store protects must not hang on this vault."""
         if not has_bases(found):
             return
@@ -166,10 +169,10 @@ class Reprotecting:
                 return self._note(found, enrolled=True)
             return found
 
-    def _connect(self, found: Operation, statuses: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    def _connect(self, found: Operation, statuses: Iterator[dict[str, Any]], deadline: float) -> dict[str, Any]:
         """Until the other store has welcomed it, in its new epoch; how it stands then."""
         begun = time.monotonic()
-        deadline = begun + CONNECT_S_MAX
+        deadline = min(deadline, begun + CONNECT_S_MAX)
         for status in statuses:
             is_rejoined = found.epoch is None or status["epoch"] > found.epoch
             if status["link"] == "connected" and is_rejoined:
@@ -265,6 +268,6 @@ def _enrolled_at(found: Operation) -> str | None:
         raise IntegrityError(f"{path} cannot be read: remove it, and begin again with a new token") from None
 
 
-def _check_time(deadline: float | None, advice: str) -> None:
-    if deadline is not None and time.monotonic() > deadline:
+def _check_time(deadline: float, advice: str) -> None:
+    if time.monotonic() > deadline:
         raise TemporaryError(f"its time is up; {advice}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,21 @@ def test_what_stands_in_the_way_is_said(root: str, host: Host, committed: Operat
     host.link = "refused"
     with pytest.raises(TemporaryError, match=r"not connected yet.*no store answers"):
         run(root, token)
+
+
+def test_a_store_that_is_away_is_waited_for_as_long_as_was_said(
+    root: str, host: Host, committed: Operation, token: str
+) -> None:
+    host.dies_after = "enroll"
+    with pytest.raises(Died):
+        run(root, token)
+    host.link = "waiting"
+    begun = time.monotonic()
+    with pytest.raises(TemporaryError, match=r"it is enrolled, and not connected yet.*: waiting"):
+        run(root, token, seconds_max=0.2)
+    assert 0.2 <= time.monotonic() - begun < reprotect.CONNECT_S_MAX / 2
+    host.link = "connecting"
+    assert run(root, token, seconds_max=60.0).reprotection.done_ns  # type: ignore[union-attr]
 
 
 def test_i7_what_it_left_is_removed_by_a_person_and_only_if_nothing_is_lost(
