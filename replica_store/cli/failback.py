@@ -33,7 +33,7 @@ def failback(
     mount: str | None,
     check_command: str | None,
     no_boot: bool,
-    timeout: str,
+    timeout: str | None,
     commits: bool,
 ) -> None:
     """MACHINE, or all of PLAN, comes home: it runs at the other site, this store protects it, and it goes on here.

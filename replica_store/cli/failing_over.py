@@ -45,7 +45,9 @@ MOUNT = click.option("--mount", metavar="DIR", help="Where its disks appear as D
 NO_BOOT = click.option("--no-boot", is_flag=True, help="Bring the disks back and start nothing on them.")
 CHECK = click.option("--check", "check_command", metavar="CMD", help="Run by sh when the disks are there; 0 is good.")
 TIMEOUT = click.option(
-    "--timeout", metavar="D", default=format_duration(HANDOVER_S), show_default=True, help="Cancelled after so long."
+    "--timeout",
+    metavar="D",
+    help=f"Cancelled after so long; {format_duration(HANDOVER_S)} unless given. Plans have their own.",
 )
 COMMIT = click.option(
     "--commit", "commits", is_flag=True, help="Commit at once, if all of it is good: the old side is fenced then."
@@ -62,7 +64,7 @@ class HandoverWords:
     mount: str | None
     check_command: str | None
     no_boot: bool
-    timeout: str
+    timeout: str | None
     commits: bool
 
 
@@ -72,7 +74,13 @@ def hand_over(invocation: Invocation, kind: Literal["planned", "failback"], aske
     if asked.selector not in (None, "latest"):
         raise BadInputError("a planned failover goes to `--point latest`: it loses nothing")
     if (plan := plan_named(invocation, asked.name, asked.selector)) is not None:
-        only_machine(state=asked.state, mount=asked.mount, check=asked.check_command, commit=asked.commits or None)
+        only_machine(
+            state=asked.state,
+            mount=asked.mount,
+            check=asked.check_command,
+            timeout=asked.timeout,
+            commit=asked.commits or None,
+        )
         return carry_out(invocation, plan, kind, accept_damage=False, boots=not asked.no_boot)
     wanted = Wanted(
         machine=asked.name,
@@ -81,7 +89,7 @@ def hand_over(invocation: Invocation, kind: Literal["planned", "failback"], aske
         mount=asked.mount,
         check_command=asked.check_command,
         boots=not asked.no_boot,
-        handover_s=math.ceil(parse_duration(asked.timeout)),
+        handover_s=HANDOVER_S if asked.timeout is None else math.ceil(parse_duration(asked.timeout)),
     )
     found = failovers.planned(wanted) if kind == "planned" else failovers.failback(wanted)
     if asked.commits and verdict(found) is None:

@@ -157,7 +157,7 @@ def planned(
     mount: str | None,
     check_command: str | None,
     no_boot: bool,
-    timeout: str,
+    timeout: str | None,
     commits: bool,
 ) -> None:
     """In earnest, its host being there: MACHINE goes on here with all that it wrote, commit pending; or all of PLAN.

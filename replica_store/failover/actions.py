@@ -13,9 +13,11 @@ comes next takes it away.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -64,8 +66,8 @@ _LOCK_S_MAX = 10.0
 
 class Failovers:
     """The failovers of the vault at `root`. `told`: called with the name of each step before it begins; `begun_s`: how
-    long ago the command began that is carried out. `seconds_max`: for making a machine ready; what is not ready by then
-    is taken back."""
+    long ago the command began that is carried out. `seconds_max`: from now on, for making a machine ready; what is not
+    ready by then is taken back."""
 
     def __init__(
         self,
@@ -73,13 +75,13 @@ class Failovers:
         clock: Clock,
         told: Told = lambda step: None,
         begun_s: float = 0.0,
-        seconds_max: float | None = None,
+        seconds_max: float = math.inf,
     ) -> None:
         self._root = os.path.abspath(root)
         self._clock = clock
         self._told = told
         self._begun_s = begun_s
-        self._seconds_max = seconds_max
+        self._until = time.monotonic() + seconds_max
 
     # ---- beginning --------------------------------------------------------------------------------------------
 
@@ -212,7 +214,7 @@ class Failovers:
     def _prepare(self, begun: Operation, chosen: Chosen, watch: Stopwatch) -> Operation:
         is_test = begun.kind == "test"
         epoch = chosen.machine.epoch if is_test else chosen.machine.epoch + 1
-        with processes.within(self._seconds_max), processes.giving_way(is_test):
+        with processes.within(self._until - time.monotonic()), processes.giving_way(is_test):
             ready = prepare(self._root, begun, chosen, epoch, watch, examined=is_test)
         state: OperationState = "serving" if is_test else "commit-pending"
         self._told("report")
@@ -260,7 +262,7 @@ class Failovers:
 
     def _back(self, found: Operation) -> Operation:
         """Start what is missing of it, and note how it runs. The caller has its lock."""
-        with processes.within(self._seconds_max), processes.giving_way(found.kind == "test"):
+        with processes.within(self._until - time.monotonic()), processes.giving_way(found.kind == "test"):
             after = bring_back(self._root, found)
         if after.booted == found.booted:
             return found

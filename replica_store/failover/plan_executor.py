@@ -7,17 +7,16 @@ Called again, also after a SIGKILL, it goes on from what is written down. Nothin
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Protocol
 
-from asrfs.errors import AsrfsError, NotFoundError, TemporaryError, foreign_line
+from asrfs.errors import AsrfsError
 from asrfs.model.clock import Clock
 from asrfs.model.quantities import parse_duration
 from replica_store.failover.plan import Pause, PlannedMachine, Script
 from replica_store.failover.plan_run import Event, PlanRun, Step
+from replica_store.failover.plan_script import run_script
 
 SIDE_BY_SIDE_MAX = 64
 _TEXT_CHARACTERS_MAX = 300
@@ -31,6 +30,9 @@ class Journal(Protocol):
     """See `plan_journal.PlanJournal`."""
 
     @property
+    def run_id(self) -> str: ...
+
+    @property
     def run(self) -> PlanRun: ...
 
     def append(self, event: Event) -> None: ...
@@ -40,11 +42,9 @@ def carry_out(
     journal: Journal,
     bring_back: BringBack,
     clock: Clock,
-    *,
-    variables: Mapping[str, str] | None = None,
     report: Callable[[Event], None] = lambda event: None,
 ) -> PlanRun:
-    """Go on until nothing more can be begun. `variables`: environment of scripts, who are also told what they are for.
+    """Go on until nothing more can be begun. Scripts have our environment, and are told what they are for.
 
     Raises OSError when what happens cannot be written down: nothing more is begun then.
     """
@@ -68,7 +68,7 @@ def carry_out(
                 step, what = due[0]
                 note(Event(step=step.id, what="begun" if what == "begin" else "skipped", time_ns=clock.time_ns()))
                 if what == "begin" and not isinstance(step.item, Pause):
-                    working[pool.submit(_do, run, step, bring_back, variables)] = step
+                    working[pool.submit(_do, journal.run_id, run, step, bring_back)] = step
             if not working:
                 return run
             ended, _ = wait(working, return_when=FIRST_COMPLETED)
@@ -87,38 +87,10 @@ def _ended(step: Step, future: Future[str], clock: Clock) -> Event:
     return Event(step=step.id, what="done", time_ns=clock.time_ns(), text=text[:_TEXT_CHARACTERS_MAX])
 
 
-def _do(run: PlanRun, step: Step, bring_back: BringBack, variables: Mapping[str, str] | None) -> str:
+def _do(run_id: str, run: PlanRun, step: Step, bring_back: BringBack) -> str:
     item = step.item
     if isinstance(item, PlannedMachine):
         return bring_back(item, parse_duration(item.timeout))
     assert isinstance(item, Script)
     told = {"ASRFS_PLAN": run.plan.name, "ASRFS_KIND": run.kind, "ASRFS_GROUP": step.group, "ASRFS_STEP": step.id}
-    return run_script(item, dict(os.environ if variables is None else variables) | told)
-
-
-def run_script(script: Script, variables: Mapping[str, str]) -> str:
-    """What it printed, as one line. Killed with all it started when its time is up. Raises AsrfsError."""
-    try:
-        child = subprocess.Popen(
-            script.command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=dict(variables),
-            cwd="/",
-            start_new_session=True,
-        )
-    except FileNotFoundError:
-        raise NotFoundError(f"the program {script.command[0]} is not there") from None
-    except OSError as error:
-        raise AsrfsError(f"{script.command[0]}: {error.strerror}") from None
-    try:
-        said, _ = child.communicate(timeout=parse_duration(script.timeout))
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
-        raise TemporaryError(f"script {script.name} did not end within {script.timeout}") from None
-    text = foreign_line(said.decode(errors="replace")[-_TEXT_CHARACTERS_MAX:])
-    if child.returncode:
-        raise AsrfsError(f"script {script.name} ended with {child.returncode}: {text}")
-    return text
+    return run_script(item, os.environ | told, f"{run_id}/{step.id}")

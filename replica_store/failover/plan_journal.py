@@ -75,6 +75,10 @@ class PlanJournal:
         return tuple(self._events)
 
     @property
+    def run_id(self) -> str:
+        return self.head.id
+
+    @property
     def run(self) -> PlanRun:
         """What has happened so far."""
         return PlanRun.replay(self.head.plan, self.head.kind, self._events)

@@ -8,6 +8,7 @@ makes anew what was taken back, and leaves alone what is ready.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import secrets
@@ -108,6 +109,7 @@ class PlanRuns:
                 ttl_s=head.ttl_s,
                 boots=head.boots,
                 plan=head.id,
+                handover_s=max(1, math.floor(seconds)),
             )
             verbs = {"test": failovers.test, "planned": failovers.planned, "failback": failovers.failback}
             found = verbs.get(head.kind, failovers.unplanned)(wanted)

@@ -66,10 +66,9 @@ def environment(operation_id: str, part: Part) -> dict[str, str]:
 
 
 @contextmanager
-def within(seconds: float | None) -> Iterator[None]:
-    """Whatever this thread runs or waits for inside must end in that time; None: in its own. Raises TemporaryError."""
-    before = _deadline.get()
-    token = _deadline.set(before if seconds is None else min(before, time.monotonic() + seconds))
+def within(seconds: float) -> Iterator[None]:
+    """Whatever this thread runs or waits for inside must end in that time. Raises TemporaryError."""
+    token = _deadline.set(min(_deadline.get(), time.monotonic() + seconds))
     try:
         yield
     finally:

@@ -83,7 +83,7 @@ class Reprotecting:
         self._told("order")
         found = self._order(wish.machine, store, token)
         self._told("start")
-        with processes.within(None if math.isinf(deadline) else deadline - time.monotonic()):
+        with processes.within(deadline - time.monotonic()):
             found = self._failovers.resume(found.id)
         self._told("hydrate")
         self._hydrate(found, deadline)

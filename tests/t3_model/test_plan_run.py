@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import secrets
 import threading
 from collections import Counter
 from pathlib import Path
@@ -27,6 +28,7 @@ class MemoryJournal:
         self.plan, self.kind = plan, kind
         self.events: list[Event] = []
         self.dies_at = dies_at
+        self.run_id = secrets.token_hex(16)
 
     @property
     def run(self) -> PlanRun:
@@ -153,7 +155,7 @@ def play(rng: random.Random, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]
     plan, kind = random_plan(rng), rng.choice(KINDS)
     site, clock = Site(rng, rng.choice((0.0, 0.1, 0.3))), TickingClock()
     run_script = "replica_store.failover.plan_executor.run_script"
-    monkeypatch.setattr(run_script, lambda script, variables: site.carry_out())
+    monkeypatch.setattr(run_script, lambda script, variables, mark: site.carry_out())
     journal = MemoryJournal(plan, kind)
     deaths = resumptions = 0
     while True:

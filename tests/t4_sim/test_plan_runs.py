@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import msgspec
 import pytest
 
 from asrfs.errors import IntegrityError, NotFoundError, RefusedError, TemporaryError
+from asrfs.model.clock import Clock
 from asrfs.storage.system_clock import SystemClock
 from replica_store.cli import main
-from replica_store.failover import actions, processes, undoing
+from replica_store.failover import actions, handing_over, processes, undoing
 from replica_store.failover.actions import Failovers
 from replica_store.failover.plan import Plan, read_plan
 from replica_store.failover.plan_journal import PlanJournal
@@ -22,7 +24,7 @@ from replica_store.failover.plan_runs import PlanRuns
 from replica_store.failover.preparation import Stopwatch
 from replica_store.failover.report import plan_document, plan_verdict
 from replica_store.failover.wanted import Wanted
-from replica_store.vault.operations import Booted, Operation, operations
+from replica_store.vault.operations import Booted, Operation, change, operation, operations
 from replica_store.vault.vault import Vault
 from tests.fakes.filled_vault import fill_vault
 from tests.fakes.memory_history import random_history
@@ -218,6 +220,34 @@ def test_what_a_machine_may_take_is_kept(runs: PlanRuns, plan: Plan, recovery: R
     with processes.within(-1.0), pytest.raises(TemporaryError, match="its time is up"):
         processes.run("ab" * 16, ["true"])
     processes.run("ab" * 16, ["true"])
+
+
+def test_a_handover_is_of_the_time_of_its_machine(
+    runs: PlanRuns, plan: Plan, root: str, recovery: Recovery, monkeypatch: pytest.MonkeyPatch, scratch: Path
+) -> None:
+    left: list[float] = []
+
+    def handed_over(root: str, operation_id: str, clock: Clock) -> Operation:
+        with Vault.open(root) as vault:
+            found = operation(vault.catalog, operation_id)
+            assert found.handover is not None and found.handover.seconds_max == 20
+            lsn = vault.received_lsn(found.machine_id)
+        used_s.append(15.0)
+        used = msgspec.structs.replace(found.handover, lsn=lsn)
+        return change(root, operation_id, lambda vault, before: msgspec.structs.replace(before, handover=used))
+
+    used_s: list[float] = []
+    monotonic = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + sum(used_s))
+    monkeypatch.setattr(handing_over, "check_present", lambda *_: None)
+    monkeypatch.setattr(handing_over, "wait_answer", handed_over)
+    recovery.effect = lambda: left.append(processes._time_left(1e9))
+    runs.begin(plan, "planned")
+    assert 0 < left[0] <= 5, "what the handover took is not there any more"
+    file = scratch / "plan.toml"
+    file.write_text(PLAN)
+    assert run_cli(root, "plan", "create", str(file)) == 0
+    assert run_cli(root, "failover", "planned", "shop", "--timeout", "5m") == 2, "each machine of a plan has its own"
 
 
 def test_a_machine_that_somebody_else_brought_back_is_left_alone(

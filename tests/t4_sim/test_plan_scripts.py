@@ -1,0 +1,109 @@
+"""Scripts of plans as real processes: what they print, and what they or a killed command leave behind."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from asrfs.errors import AsrfsError, NotFoundError, TemporaryError
+from replica_store.failover import processes
+from replica_store.failover.plan import Script
+from replica_store.failover.plan_script import run_script
+
+LONG_S = 600
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    mark = f"{secrets.token_hex(16)}/group/pre/step"
+    yield mark
+    processes.end(mark, None)
+
+
+def shell(text: str, timeout: str = "60s") -> Script:
+    return Script(name="one", command=("/bin/sh", "-c", text), timeout=timeout)
+
+
+def run(script: Script, mark: str, **variables: str) -> str:
+    return run_script(script, {"PATH": "/usr/bin:/bin", **variables}, mark)
+
+
+def wait_for(path: Path) -> str:
+    """What is in it, once it is there: it is put there whole."""
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline
+        select.select([], [], [], 0.01)
+    return path.read_text().strip()
+
+
+def has_ended(pid: int) -> bool:
+    """Within some seconds."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], 20)[0])
+    finally:
+        os.close(descriptor)
+
+
+def test_the_end_of_what_it_printed(mark: str) -> None:
+    assert run(shell("echo $WHO; echo more >&2"), mark, WHO="me") == "me more"
+    assert len(run(shell("yes | head -c 100000; echo end"), mark)) <= 300
+    with pytest.raises(AsrfsError, match=r"script one ended with 7: no luck"):
+        run(shell("echo no luck; exit 7"), mark)
+    with pytest.raises(NotFoundError, match="/no/such/program"):
+        run_script(Script(name="one", command=("/no/such/program",)), {}, mark)
+
+
+def test_what_it_leaves_behind_goes_on_and_nobody_waits_for_it(mark: str, scratch: Path) -> None:
+    """Also one that goes on printing where its script did."""
+    told, go_on, came = scratch / "told", scratch / "go-on", scratch / "came"
+    service = f"until [ -e {go_on} ]; do sleep 0.05; done; echo here; echo $? > {came}.new; mv {came}.new {came}; "
+    service += f"sleep {LONG_S}"
+    begun = time.monotonic()
+    assert run(shell(f"setsid sh -c '{service}' & echo $! > {told}; echo up"), mark) == "up"
+    assert time.monotonic() - begun < LONG_S / 10
+    go_on.touch()
+    assert wait_for(came) == "0", "printing has killed it"
+    pid = int(told.read_text())
+    run(shell("true"), f"{mark}-of-another")
+    assert processes.find(mark), "another step ends nothing of this"
+    run(shell("true"), mark)
+    assert has_ended(pid), "the same step, begun again, finds nothing of before"
+
+
+def test_all_it_started_is_killed_when_its_time_is_up(mark: str, scratch: Path) -> None:
+    told = scratch / "told"
+    with pytest.raises(TemporaryError, match=r"script one did not end within 2s"):
+        run(shell(f"setsid sleep {LONG_S} & echo $! > {told}; exec sleep {LONG_S}", "2s"), mark)
+    assert has_ended(int(told.read_text())) and not processes.find(mark)
+
+
+def test_what_a_killed_command_left_is_ended_before_it_is_begun_again(mark: str, scratch: Path) -> None:
+    told = scratch / "told"
+    program = (
+        "import sys; from replica_store.failover.plan_script import run_script, Script; "
+        "run_script(Script(name='one', command=('/bin/sh', '-c', sys.argv[1])), {'PATH': '/usr/bin:/bin'}, sys.argv[2])"
+    )
+    script = f"echo $$ > {told}.new; mv {told}.new {told}; exec sleep {LONG_S}"
+    command = subprocess.Popen([sys.executable, "-c", program, script, mark], cwd=Path(__file__).parents[2])
+    try:
+        pid = int(wait_for(told))
+    finally:
+        command.send_signal(signal.SIGKILL)
+        command.wait()
+    assert [each.pid for each in processes.find(mark)] == [pid], "it outlives the command"
+    # Whoever was killed may be there as a zombie.
+    assert run(shell(f"grep -s 'State:.[RSD]' /proc/{pid}/status || echo gone"), mark) == "gone"
