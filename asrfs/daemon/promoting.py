@@ -139,7 +139,8 @@ class Promoter:
                 return is_over  # nothing new
             code = error.exit_code if isinstance(error, AsrfsError) else 1
             self._failed = why
-            answer = Promoted(id=word.id, outcome="failed", exit_code=code, error=why)
+            has_begun = self.now is not None and (self.now.is_partial or self.now.phase != "held")
+            answer = Promoted(id=word.id, outcome="failed", exit_code=code, error=why, is_untouched=not has_begun)
         try:
             if word.id:  # else nobody asked
                 await self.outlet.say(answer)

@@ -272,7 +272,7 @@ class Promoted(msgspec.Struct, frozen=True, kw_only=True):
     `taken-back`: guests may use them.
 
     `failed`: it could not, and `error` says why, `exit_code` of which kind. Of `prepare`, nothing has changed; of
-    `write`, it is tried again.
+    `write`, it is tried again, and `is_untouched` says that nothing was written for it so far.
     """
 
     id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
@@ -281,6 +281,7 @@ class Promoted(msgspec.Struct, frozen=True, kw_only=True):
     bytes_written: Number = 0
     exit_code: Annotated[int, msgspec.Meta(ge=0, le=6)] = 0
     error: Annotated[str, msgspec.Meta(max_length=FOREIGN_CHARACTERS_MAX)] = ""
+    is_untouched: bool = False
 
 
 class Fetch(msgspec.Struct, frozen=True, kw_only=True):

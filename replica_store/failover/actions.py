@@ -54,6 +54,7 @@ from replica_store.vault.operations import (
     operations,
     sealed_operation,
 )
+from replica_store.vault.promoting import leave_promotions
 from replica_store.vault.protection import check_event
 from replica_store.vault.returning import close_side
 from replica_store.vault.vault import Vault, lock_descriptions
@@ -335,6 +336,7 @@ class Failovers:
 
         def finish(vault: Vault, before: Operation) -> Operation:
             after = before.to("committed", now, f"it was committed: epoch {epoch}")
+            leave_promotions(vault, found.machine_id, now, f"it was failed over for good ({found.id[:12]})")
             return close_side(vault, msgspec.structs.replace(after, epoch=epoch))
 
         return change(self._root, found.id, finish)

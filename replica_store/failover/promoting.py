@@ -38,6 +38,8 @@ from replica_store.vault.vault import Vault
 
 PREPARE_S = 600
 PREPARE_S_MAX = 24 * 3600
+FAILING_S_MAX = 20.0
+"""For so long a host may say that it cannot before who waits is told: it tries again every few seconds."""
 _LOOK_EVERY_S = 0.2
 
 
@@ -110,6 +112,7 @@ def _plan_machine(
         records=tuple(msgspec.structs.replace(then[slot], boot=b"") for slot in both),
         left=tuple(slot for slot in sorted(now) if slot not in both),
         boot=_boot_of(vault, chosen),
+        epoch=row.epoch,
         bytes_changed=sum(disk.bytes_changed for disk in planned),
     )
     return member, planned, notes
@@ -187,7 +190,7 @@ def begin_promotion(root: str, wanted: Plan, clock: Clock, prepare_s: int = PREP
         for before in _live(vault, ids):
             if before.state == "cancelled":
                 continue
-            if _is_same(before, wanted):
+            if _is_same(before, wanted) and not _has_moved_on(vault, before):
                 return (before,)
             if before.state != "writing" or {each.machine_id for each in before.machines} != ids:
                 raise RefusedError(
@@ -212,7 +215,10 @@ def begin_promotion(root: str, wanted: Plan, clock: Clock, prepare_s: int = PREP
 
 
 def cancel_promotion(root: str, target: str, clock: Clock) -> Promotion:
-    """Take one back to which nothing was written yet. Raises RefusedError, NotFoundError."""
+    """Take one back of which nothing was written yet: hosts are not ready, or say that they cannot begin.
+
+    Raises RefusedError, NotFoundError.
+    """
     with Vault.open(root) as vault:
         live = [each for each in _live_all(vault) if each.target == target]
     if not live:
@@ -222,7 +228,8 @@ def cancel_promotion(root: str, target: str, clock: Clock) -> Promotion:
         before = sealed_promotion(vault, live[-1].id)
         if before.state == "cancelled":
             return (before,)
-        if before.state != "preparing":
+        is_untouched = before.state == "writing" and all(each.is_back or each.is_untouched for each in before.machines)
+        if before.state != "preparing" and not is_untouched:
             raise RefusedError(
                 f"promotion {before.id[:12]} is {before.state}: it goes on to its end. What was there before is point "
                 f"before-promote-{before.id[:12]}, which can be promoted"
@@ -235,9 +242,10 @@ def cancel_promotion(root: str, target: str, clock: Clock) -> Promotion:
 def wait_promotion(root: str, promotion_id: str, clock: Clock, step: Callable[[Promotion], None]) -> Promotion:
     """The promotion when it is done. `step` is told of it as it is, again and again.
 
-    Raises what a host failed with, or TemporaryError when one is away: what has begun goes on without this.
+    Raises what a host failed with, also if that is tried again and again, or TemporaryError when one is away: what has
+    begun goes on without this.
     """
-    seen = clock.monotonic()
+    seen = sound = clock.monotonic()
     while True:
         with Vault.open(root) as vault:
             found = promotion(vault.catalog, promotion_id)
@@ -254,12 +262,20 @@ def wait_promotion(root: str, promotion_id: str, clock: Clock, step: Callable[[P
                 f"the host of machine {away[0]} is away; promotion {found.id[:12]} is {found.state} and goes on when "
                 "it is back: the same command waits for that"
             )
+        failing = [each for each in found.machines if each.error is not None and not each.is_back]
+        sound = sound if failing else now
+        if failing and now >= sound + FAILING_S_MAX:
+            raise error_class(failing[0].exit_code)(
+                f"machine {failing[0].machine}: {failing[0].error}; promotion {found.id[:12]} is {found.state}, and "
+                "its host tries that again: the same command waits for it"
+                + (", --cancel takes it back" if all(each.is_untouched for each in failing) else "")
+            )
         time.sleep(_LOOK_EVERY_S)  # sleep: another process writes it down
 
 
 def _failure(found: Promotion) -> Exception:
-    # All were ready: it was being written, and another one took its place.
-    was_writing = all(member.before_lsn is not None for member in found.machines)
+    # All were ready: it was being written, unless all have said that they could not begin.
+    was_writing = all(member.before_lsn is not None and not member.is_untouched for member in found.machines)
     wrote = "was being written" if was_writing else "has written nothing"
     for member in found.machines:
         if member.error is not None:
@@ -276,6 +292,14 @@ def _is_same(found: Promotion, wanted: Plan) -> bool:
     # What a word means moves on while disks are written: of the same words only the first time counts.
     is_same_wish = (found.target, found.selector) == (wanted.target, wanted.selector)
     return is_same_wish or cuts(found.machines) == cuts(wanted.machines)
+
+
+def _has_moved_on(vault: Vault, found: Promotion) -> bool:
+    """Whether a host that has not written to the end is in another epoch now: it does not go on with this one."""
+    return any(
+        each.epoch and each.end_lsn is None and not each.is_back and vault.machine(each.machine).epoch != each.epoch
+        for each in found.machines
+    )
 
 
 def _live_all(vault: Vault) -> list[Promotion]:

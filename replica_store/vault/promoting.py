@@ -1,14 +1,16 @@
 """What promotions want of hosts, and what their answers make of them.
 
 A host hears `write` only when all of the promotion are ready, `release` only when all have written, and `take-back`
-only as long as none was told to write.
+only as long as none was told to write, or all have said that they could not begin to.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import msgspec
 
-from asrfs.errors import IntegrityError, NotFoundError, foreign_line
+from asrfs.errors import IntegrityError, NotFoundError, RefusedError, foreign_line
 from asrfs.protocol.frames import ProtocolError
 from asrfs.protocol.messages import Promote, Promoted
 from replica_store.vault.promotions import (
@@ -17,6 +19,7 @@ from replica_store.vault.promotions import (
     change_promotion,
     promotion,
     promotions,
+    put_promotion,
     sealed_promotion,
 )
 from replica_store.vault.vault import Vault
@@ -103,6 +106,40 @@ def answered(before: Promotion, machine_id: str, word: Promoted, received_lsn: i
     return before
 
 
+def without(before: Promotion, machine_id: str, now_ns: int, text: str) -> Promotion:
+    """The promotion gone on without one of its machines, which runs elsewhere from now on. PURE."""
+    member = before.member(machine_id)
+    if member is None or member.is_back or before.is_over:
+        return before
+    gone = msgspec.structs.replace(member, is_back=True, error=text, exit_code=RefusedError.exit_code)
+    after = before.with_member(gone)
+    left = [each for each in after.machines if not each.is_back]
+    cause = f"machine {member.machine}: {text}"
+    if before.state == "preparing" or (before.state == "writing" and not left):
+        return after.to("cancelled", now_ns, cause)
+    if before.state == "writing":
+        return _releasing(after, now_ns) if _have_written(after) else after.to("writing", now_ns, cause)
+    return after.to("done", now_ns, cause) if before.state == "releasing" and not left else after
+
+
+def leave_promotions(vault: Vault, machine_id: str, now_ns: int, text: str) -> None:
+    """A machine goes on elsewhere, so its host is asked nothing more. Inside a transaction, behind the lock of
+    descriptions."""
+    for row in promotions(vault.catalog, live=True):
+        if (after := without(row, machine_id, now_ns, text)) != row:
+            with suppress(IntegrityError):  # a row that nobody sealed wants nothing
+                sealed_promotion(vault, row.id)
+                put_promotion(vault, after)
+
+
+def _have_written(found: Promotion) -> bool:
+    return all(each.end_lsn is not None or each.is_back for each in found.machines)
+
+
+def _releasing(found: Promotion, now_ns: int) -> Promotion:
+    return found.to("releasing", now_ns, "all disks are what they were at the point")
+
+
 def _while_preparing(before: Promotion, member: PromotedMachine, word: Promoted, now_ns: int) -> Promotion:
     change = msgspec.structs.replace
     if word.outcome == "ready":
@@ -121,13 +158,13 @@ def _while_preparing(before: Promotion, member: PromotedMachine, word: Promoted,
 
 def _while_writing(before: Promotion, member: PromotedMachine, word: Promoted, now_ns: int) -> Promotion:
     change = msgspec.structs.replace
-    if word.outcome == "written" and member.end_lsn is None:
+    if member.is_back or member.end_lsn is not None:
+        return before
+    if word.outcome == "written":
         written = change(member, end_lsn=word.lsn, bytes_written=word.bytes_written, error=None, exit_code=0)
-        after = before.with_member(written)
-        if any(each.end_lsn is None for each in after.machines):
-            return after
-        return after.to("releasing", now_ns, "all disks are what they were at the point")
-    if word.outcome == "failed" and member.end_lsn is None:
-        error = foreign_line(word.error)
-        return before.with_member(change(member, error=error, exit_code=word.exit_code or 1))
+        after = before.with_member(change(written, is_untouched=False))
+        return _releasing(after, now_ns) if _have_written(after) else after
+    if word.outcome == "failed":
+        failed = change(member, error=foreign_line(word.error), exit_code=word.exit_code or 1)
+        return before.with_member(change(failed, is_untouched=word.is_untouched))
     return before

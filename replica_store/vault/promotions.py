@@ -4,8 +4,8 @@
         └─▶ cancelled                              when one cannot, or time is up: then nothing has changed
 
 One promotion has all members of a group, or one machine; nobody writes before all are ready, and no guest writes before
-all have written. Each is a row of the catalog and a sealed object, as failovers are: a change is durable before anybody
-hears of it, and no row alone has a host write.
+all have written. A member that is failed over for good meanwhile is not waited for. Each is a row of the catalog and a
+sealed object, as failovers are: a change is durable before anybody hears of it, and no row alone has a host write.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class PromotedMachine(msgspec.Struct, frozen=True, kw_only=True):
     stay; `boot`: as it is said to the host (`protocol.messages.Promote`).
 
     `before_lsn`: of the point of what the disks were, once the host is ready; `end_lsn`: where they are what they were
-    at the point; `error`: why the host cannot, at the moment or for good. `is_back`: guests may use the disks.
+    at the point; `error`: why the host cannot, at the moment or for good. `is_untouched`: it said so before it wrote
+    anything for this. `is_back`: guests may use the disks, or it runs elsewhere. `epoch`: of the machine at the begin.
     """
 
     machine_id: str
@@ -54,7 +55,9 @@ class PromotedMachine(msgspec.Struct, frozen=True, kw_only=True):
     bytes_written: int = 0
     error: str | None = None
     exit_code: int = 0
+    is_untouched: bool = False
     is_back: bool = False
+    epoch: int = 0
 
 
 class PromotionCause(msgspec.Struct, frozen=True, kw_only=True):
@@ -200,7 +203,7 @@ def save(root: str, make: Callable[[Vault], tuple[Promotion, ...]]) -> Promotion
     # Opened behind the lock: a rebuild puts another catalog in the place of this one.
     with lock_descriptions(root, LOCK_S_MAX), Vault.open(root, writable=True) as vault:
         with vault.catalog.transaction():
-            saved = [_put(vault, made) for made in make(vault)]
+            saved = [put_promotion(vault, made) for made in make(vault)]
         for each in saved:
             shelf_of(each.id).remove_old(vault.objects, vault.sealer)
     return saved[-1]
@@ -211,7 +214,8 @@ def change_promotion(root: str, promotion_id: str, make: Callable[[Promotion], P
     return save(root, lambda vault: (make(sealed_promotion(vault, promotion_id)),))
 
 
-def _put(vault: Vault, made: Promotion) -> Promotion:
+def put_promotion(vault: Vault, made: Promotion) -> Promotion:
+    """Its next generation, sealed, and its row. Inside a transaction, behind the lock of descriptions."""
     shelf = shelf_of(made.id)
     newest, _ = shelf.newest(vault.objects, vault.sealer)
     generation = max(made.generation, newest.generation if newest else 0) + 1

@@ -10,7 +10,7 @@ import pytest
 from asrfs.model.machine import DiskRecord
 from asrfs.protocol.messages import Promoted
 from replica_store.vault.operations import ChosenPoint
-from replica_store.vault.promoting import answered, expired, wanted_of
+from replica_store.vault.promoting import answered, expired, wanted_of, without
 from replica_store.vault.promotions import PromotedMachine, Promotion, is_sound
 
 ID, A, B = "f" * 32, "a" * 32, "b" * 32
@@ -114,3 +114,37 @@ def test_what_is_said_again_changes_nothing(outcome: Any) -> None:
     for state in (ready(), written()):
         once = told(state, A, outcome, 45)
         assert told(once, A, outcome, 45) == once
+
+
+def left(promotion: Promotion, machine_id: str) -> Promotion:
+    after = without(promotion, machine_id, 9, "it was failed over for good")
+    assert is_sound(after) and without(after, machine_id, 10, "once more") == after
+    return after
+
+
+def test_who_is_failed_over_is_asked_nothing_more_and_kept_waiting_for_by_nobody() -> None:
+    early = left(told(BEGUN, A, "ready", 10), B)
+    assert (early.state, wants(early)) == ("cancelled", ["take-back", None]), "not all can go back any more"
+    half = left(told(ready(), A, "written", 30), B)
+    assert (half.state, wants(half)) == ("releasing", ["release", None])
+    done = told(half, A, "released")
+    assert (done.state, done.is_over) == ("done", True)
+    assert done.machines[1].error == "it was failed over for good" and done.machines[1].end_lsn is None
+    writing = left(ready(), B)
+    assert (writing.state, wants(writing)) == ("writing", ["write", None])
+    assert told(writing, B, "written", 40) == writing, "what its host says is of a side that ended"
+    assert wants(told(writing, A, "written", 30)) == ["release", None]
+    both = left(writing, A)
+    assert (both.state, wants(both), both.is_over) == ("cancelled", [None, None], True)
+    freed = left(told(written(), A, "released"), B)
+    assert (freed.state, freed.is_over) == ("done", True)
+    assert wants(left(written(), B)) == ["release", None]
+    over = left(left(early, A), A)
+    assert over.is_over and without(over, A, 11, "") == over and without(BEGUN, "c" * 32, 9, "") == BEGUN
+
+
+def test_who_has_not_begun_says_so_until_he_has() -> None:
+    failed = told(ready(), A, "failed", exit_code=4, error="the disks are in use", is_untouched=True)
+    assert [each.is_untouched for each in failed.machines] == [True, False]
+    assert not told(failed, A, "failed", exit_code=5, error="a frame is damaged").machines[0].is_untouched
+    assert not told(failed, A, "written", 30).machines[0].is_untouched

@@ -329,7 +329,7 @@ async def test_who_begins_to_use_the_disks_between_is_found(
         host.users = ["process 7 has d0.img open"]
         was = host.disks()
         said = await answer(host, host.wanted("write"))
-        assert (said.outcome, said.exit_code) == ("failed", 4) and host.disks() == was
+        assert (said.outcome, said.exit_code, said.is_untouched) == ("failed", 4, True) and host.disks() == was
         for _ in range(4):
             await pass_time(20)
             host.promoter.heard(host.wanted("write"))
@@ -375,6 +375,7 @@ async def test_another_promotion_takes_the_place_of_one_that_cannot_go_on(
         host.fails = RefusedError("a frame is damaged")
         said = await answer(host, host.wanted("write"))
         assert (said.outcome, said.error) == ("failed", "a frame is damaged") and host.server.is_partial
+        assert not said.is_untouched
         host.fails, host.point_lsn = None, ready.lsn
         host.users = ["process 7 has d0.img open"]  # it gets nothing but errors
         again = await answer(host, host.wanted("prepare", OTHER))

@@ -17,22 +17,27 @@ from asrfs.errors import BadInputError, NotFoundError, RefusedError, TemporaryEr
 from asrfs.model.clock import Clock
 from asrfs.protocol.messages import Handover, Heartbeat, Hello, Promote, Promoted
 from asrfs.storage.system_clock import SystemClock
-from replica_store.failover import handing_over, promoting
+from replica_store.failover import actions, handing_over, promoting
+from replica_store.failover.actions import Failovers
 from replica_store.failover.promoting import (
+    FAILING_S_MAX,
     Plan,
     begin_promotion,
     cancel_promotion,
     plan,
     wait_promotion,
 )
+from replica_store.failover.wanted import Wanted
 from replica_store.ingest.promoting import AGAIN_S
+from replica_store.vault.epochs import raise_epoch
 from replica_store.vault.operations import Operation
 from replica_store.vault.promoting import TIME_IS_UP, promotions_wanted
 from replica_store.vault.promotions import Promotion, check_not_promoting, promotion, promotions, write_promotion
 from replica_store.vault.rebuild import rebuild
+from replica_store.vault.returning import end_by_return
 from replica_store.vault.rows import LinkRow
 from replica_store.vault.standing import standing_of
-from replica_store.vault.vault import Vault
+from replica_store.vault.vault import Vault, lock_descriptions
 from tests.fakes.listening_store import StoreWorld, make_world
 from tests.fakes.scripted_host import HostEnd, HostHistory
 from tests.t4_sim.test_planned_failover import ask as ask_handover
@@ -266,6 +271,78 @@ async def test_a_machine_that_is_failed_over_or_away_is_refused(
             begun(world, clock)
         with pytest.raises(BadInputError):
             begun(world, clock, prepare_s=0)
+
+
+async def test_what_no_host_could_begin_can_be_taken_back(
+    scratch: Path, clock: Clock, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with connected(scratch) as (world, history, host):
+        made = begun(world, clock)
+        await hear(host)
+        await host.say(Promoted(id=made.id, outcome="ready", lsn=history.last_lsn))
+        await hear_of(host, "write")
+        in_use = Promoted(id=made.id, outcome="failed", exit_code=4, error="the disks are in use")
+        for is_untouched in (False, True):
+            await host.say(msgspec.structs.replace(in_use, is_untouched=is_untouched))
+            await trio.sleep(2)  # sleep: virtual, what writing it down takes
+            present(world, clock)
+            looks: list[Promotion] = []
+            with pytest.raises(RefusedError, match=r"the disks are in use; .*is writing, and its host tries") as said:
+                wait_promotion(world.path, made.id, clock, looks.append)
+            assert ("--cancel takes it back" in str(said.value)) == is_untouched
+            assert FAILING_S_MAX - 1 <= len(looks) <= FAILING_S_MAX + 1, "a second a look: it may end by itself"
+            if not is_untouched:
+                with pytest.raises(RefusedError, match="it goes on to its end"):
+                    cancel_promotion(world.path, "web1", clock)
+        assert cancel_promotion(world.path, "web1", clock).state == "cancelled"
+        with pytest.raises(RefusedError, match=r"the disks are in use; .*has written nothing"):
+            wait_promotion(world.path, made.id, clock, lambda found: None)
+        assert (await hear_of(host, "take-back")).id == made.id
+        await host.say(Promoted(id=made.id, outcome="taken-back"))
+        await trio.sleep(2)  # sleep: virtual, what writing it down takes
+        assert found(world, made.id).is_over
+        check_not_promoting(world.vault.catalog, history.machine_id, "web1")
+
+
+async def test_a_machine_that_was_failed_over_is_not_taken_back_to_a_point_when_it_comes_home(
+    scratch: Path, clock: Clock, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actions, "prepare", lambda root, begun, *_, **__: begun)
+    async with connected(scratch) as (world, history, host):
+        made = begun(world, clock)
+        await hear(host)
+        await host.say(Promoted(id=made.id, outcome="ready", lsn=history.last_lsn))
+        await hear_of(host, "write")
+        failovers = Failovers(world.path, clock)
+        operation = failovers.unplanned(Wanted(machine="web1", selector="latest"))
+        with Vault.open(world.path) as vault:
+            assert promotions_wanted(vault, 0), "it may be cancelled yet"
+        failovers.commit(operation.id)
+        after = found(world, made.id)
+        assert after.is_over and "was failed over for good" in after.causes[-1].text
+        end_by_return(world.path, operation.id, 9, clock.time_ns())
+        with Vault.open(world.path) as vault:
+            assert promotions_wanted(vault, 0) == {}
+        with pytest.raises(RefusedError, match=r"failed over for good.*was being written"):
+            wait_promotion(world.path, made.id, clock, lambda found: None)
+    rebuild(world.path)
+    with Vault.open(world.path) as vault:
+        assert promotions(vault.catalog) == [after]
+
+
+async def test_the_same_again_is_another_once_its_host_is_in_a_new_epoch(
+    scratch: Path, clock: Clock, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with connected(scratch) as (world, history, host):
+        made = begun(world, clock)
+        await hear(host)
+        await host.say(Promoted(id=made.id, outcome="ready", lsn=history.last_lsn))
+        await hear_of(host, "write")
+        assert begun(world, clock).id == made.id
+        with lock_descriptions(world.path, 10.0), Vault.open(world.path, writable=True) as vault:
+            raise_epoch(vault, history.machine_id)
+        other = begun(world, clock)
+        assert other.id != made.id and found(world, made.id).is_over
 
 
 async def test_a_row_that_was_never_sealed_writes_to_no_host(
