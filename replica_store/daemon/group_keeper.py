@@ -14,6 +14,7 @@ import trio
 from asrfs.errors import AsrfsError
 from asrfs.model.clock import Clock
 from replica_store.vault.group_changes import choose_coordinators, lacks_coordinator
+from replica_store.vault.groups import read_groups
 from replica_store.vault.vault import Vault, lock_descriptions
 
 LOOK_EVERY_S = 1.0
@@ -35,12 +36,23 @@ class GroupKeeper:
 
     async def run(self) -> None:
         """For ever."""
+        # At the start nobody has had the time to connect: who has a place is only away for a moment.
+        placed = await trio.to_thread.run_sync(self._coordinators, limiter=self._threads)
+        self._seen = dict.fromkeys(placed, self._monotonic())
         while True:
             await trio.sleep(LOOK_EVERY_S)
             try:
                 await trio.to_thread.run_sync(self._look, self._present(), limiter=self._threads)
             except AsrfsError as error:
                 self._log.info("coordinators are looked at later", reason=str(error))
+
+    def _coordinators(self) -> list[str]:
+        """Of now. Blocks."""
+        try:
+            return [group.coordinator for group in read_groups(self._vault.catalog).groups]
+        except AsrfsError as error:
+            self._log.info("coordinators are not known", reason=str(error))
+            return []
 
     def _present(self) -> set[str]:
         """Who is connected, or was a moment ago."""

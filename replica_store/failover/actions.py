@@ -27,7 +27,7 @@ from asrfs.model.clock import Clock
 from asrfs.model.protection_states import ProtectionEvent
 from asrfs.model.quantities import NS_PER_SECOND, format_duration, format_size
 from asrfs.protocol.messages import HANDOVER_S_MAX
-from replica_store.failover import handing_over, leaving, network, places, processes, undoing
+from replica_store.failover import handing_over, leaving, mounts, network, places, processes, undoing
 from replica_store.failover.choice import (
     RESERVE_BYTES,
     Chosen,
@@ -250,7 +250,7 @@ class Failovers:
     def resume(self, text: str) -> Operation:
         """Carry on with one that was interrupted, or start again what a ready one lacks, as after a restart."""
         found = self._find(text)
-        with places.take_lock(found.places):
+        with places.take_lock_of(found):
             found = self._find(found.id)
             if found.state in ENDED:
                 return undoing.tidy(self._root, found) if found.remains else found
@@ -285,13 +285,13 @@ class Failovers:
     def change_point(self, text: str, selector: str, *, accept_damage: bool = False) -> Operation:
         """Another point for a failover that is not committed; what was written since it began is given up."""
         found = self._find(text)
-        with places.take_lock(found.places):
+        with places.take_lock_of(found):
             watch = Stopwatch(self._told, [Step("start", self._begun_s)])
             with watch.step("resolve"), Vault.open(self._root) as vault:
                 self._allow(vault, self._find(found.id), ProtectionEvent.CHANGE_POINT)
                 chosen = choose(vault, found.machine, selector, accept_damage=accept_damage)
                 check_in_history(chosen)
-                check_space(vault, chosen, found.places.state)
+                check_space(vault, chosen, found.places.state, mounts.allocated_bytes(found.places.state))
             now = self._clock.time_ns()
 
             def move(vault: Vault, before: Operation) -> Operation:
@@ -310,7 +310,7 @@ class Failovers:
     def commit(self, text: str) -> Operation:
         """For good: the machine's old side can add nothing any more, from before this returns."""
         found = self._find(text)
-        with places.take_lock(found.places):
+        with places.take_lock_of(found):
             return self._commit(self._find(found.id))
 
     def _commit(self, found: Operation) -> Operation:
@@ -368,7 +368,7 @@ class Failovers:
         self, text: str, state: OperationState, cause: str, allow: Callable[[Vault, Operation], None]
     ) -> Operation:
         found = self._find(text)
-        with places.take_lock(found.places):
+        with places.take_lock_of(found):
             now = self._clock.time_ns()
             if (found := self._find(found.id)).state == state == "cleaned" and not found.remains:
                 return found
@@ -413,7 +413,7 @@ class Failovers:
         for each in self._remaining():
             try:
                 if each.state in ENDED:
-                    with places.take_lock(each.places):
+                    with places.take_lock_of(each):
                         if (found := self._find(each.id)).remains:
                             ended.append(undoing.tidy(self._root, found))
                 elif (cause := cause_to_end(each, self._clock.time_ns())) is not None:

@@ -135,9 +135,10 @@ def check_may_begin(vault: Vault, kind: Kind, machine: str) -> None:
         check_away(vault, row)
 
 
-def check_space(vault: Vault, chosen: Chosen, directory: str) -> None:
-    """Raise RefusedError if hydration would fill the filesystem. Reads the disks' maps and nothing of their content."""
-    free = free_bytes(directory)
+def check_space(vault: Vault, chosen: Chosen, directory: str, given_back: int = 0) -> None:
+    """Raise RefusedError if hydration would fill the filesystem, which gets so many bytes back before. Reads the disks'
+    maps and nothing of their content."""
+    free = free_bytes(directory) + given_back
     live = [disk for disk in chosen.disks if not disk.removed]
     states = build_states(vault, chosen.past, chosen.point.lsn, live)
     needed = sum(state.layers.bytes_max for state in states.values())

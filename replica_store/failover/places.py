@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from asrfs.errors import BadInputError, RefusedError
 from replica_store.failover import mounts
 from replica_store.vault.lock import VaultLock
-from replica_store.vault.operations import Operation, Places
+from replica_store.vault.operations import ENDED, Operation, Places
 
 DIRECTORY = "failover"
 RECOVERED_FILE = "recovered.json"
@@ -64,6 +65,12 @@ def take_lock(places: Places) -> VaultLock:
     """Be the only one that works on this failover. Raises RefusedError while another is."""
     os.makedirs(places.directory, mode=0o700, exist_ok=True)
     return VaultLock(os.path.join(places.directory, _LOCK_FILE), "being worked on", "wait until that is done")
+
+
+def take_lock_of(found: Operation) -> AbstractContextManager[object]:
+    """The same for one that there is. Of one that has ended, with nothing left, nobody changes anything more, and no
+    directory is made for a lock."""
+    return nullcontext() if found.state in ENDED and not found.remains else take_lock(found.places)
 
 
 def tree_of(places: Places) -> str:

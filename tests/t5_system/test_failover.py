@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from asrfs.model.quantities import format_time
+from replica_store.failover.choice import RESERVE_BYTES, free_bytes
+from replica_store.failover.mounts import is_mount_point
 from replica_store.failover.processes import find
 from replica_store.vault.enrolment import put_description
 from replica_store.vault.protection import protection_of
@@ -21,6 +23,7 @@ from replica_store.vault.vault import Vault
 from tests.fakes.filled_vault import fill_vault
 from tests.fakes.memory_history import MemoryHistory, random_history
 from tests.t5_system.failovers import FailoversUnderTest, contents, failovers_of
+from tests.t5_system.machine import run_tool
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(300)
@@ -175,6 +178,8 @@ def test_i6_commit_pending_and_its_ways_out(failovers: FailoversUnderTest, histo
     assert standing(failovers) == ("protected", 1)
     assert failovers.leftovers() == ""
     assert "protected: commit is refused" in failovers.refused(4, "commit", document["id"])
+    assert "protected: cancel is refused" in failovers.refused(4, "cancel", document["id"])
+    assert failovers.leftovers() == "", "no lock either of what nobody works on"
     again = failovers.ask("unplanned", MACHINE, "--point", "latest")
     check_bytes(again, history)
     with Path(again["disks"][0]["path"]).open("r+b") as disk:
@@ -248,9 +253,33 @@ def test_too_little_space_is_said_before_it_starts(failovers: FailoversUnderTest
         assert "make space" in failovers.refused(4, "unplanned", MACHINE, *words)
         assert "make space" in failovers.refused(4, "test", MACHINE, *words, "--space-limit", "1G")
         assert list(small.iterdir()) == []
+        assert failovers.ask("list", "--all") == []
+        size = RESERVE_BYTES + 2 * sum(DISKS.values())
+        subprocess.run(["mount", "-o", f"remount,size={size}", small], check=True, timeout=30)
+        document = failovers.ask("unplanned", MACHINE, *words)
+        assert free_bytes(str(small)) < RESERVE_BYTES, "its journal"
+        assert failovers.ask("change-point", document["id"], "--point", "early")["state"] == "commit-pending"
+        failovers.ask("cancel", document["id"])
+        assert list(small.iterdir()) == []
     finally:
+        failovers.discard()
         subprocess.run(["umount", small], check=True, timeout=30)
-    assert failovers.ask("list", "--all") == []
+
+
+def test_what_hangs_in_the_kernel_is_taken_away(failovers: FailoversUnderTest, scratch: Path) -> None:
+    """A filesystem on its disks, not synced, whose disk server does not answer: who unmounts that cannot be killed."""
+    document = failovers.ask("test", MACHINE, "--point", "late")
+    device = run_tool("losetup", "--find", "--show", document["disks"][0]["path"]).strip()
+    mounted = scratch / "mounted"
+    mounted.mkdir()
+    run_tool("mkfs.ext4", "-q", "-F", device)
+    run_tool("mount", device, mounted)
+    (mounted / "file").write_bytes(bytes(4096))
+    (server,) = [each.pid for each in find(document["id"]) if "asrfs.daemon.disk_server" in each.words]
+    os.kill(server, signal.SIGSTOP)
+    failovers.ask("cleanup", document["id"])
+    assert failovers.leftovers() == ""
+    assert not is_mount_point(str(mounted))
 
 
 def test_a_point_that_verification_flagged_is_refused(failovers: FailoversUnderTest, history: MemoryHistory) -> None:
