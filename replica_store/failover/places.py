@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 
 from asrfs.errors import BadInputError, RefusedError
@@ -61,10 +61,37 @@ def check_not_taken(places: Places, others: list[Operation]) -> None:
                 )
 
 
-def take_lock(places: Places) -> VaultLock:
+class FailoverLock(VaultLock):
+    """Of a directory, which goes with it when nothing else is there."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        super().__init__(os.path.join(directory, _LOCK_FILE), "being worked on", "wait until that is done")
+
+    def is_in_place(self) -> bool:
+        """Whether it is the one that others find: who removed the directory before may have removed it."""
+        try:
+            return os.path.samestat(os.fstat(self._fd), os.stat(os.path.join(self._directory, _LOCK_FILE)))
+        except FileNotFoundError:
+            return False
+
+    def close(self) -> None:
+        if self.is_in_place() and os.listdir(self._directory) == [_LOCK_FILE]:
+            _remove_with_lock(self._directory)
+        super().close()
+
+
+def take_lock(places: Places) -> FailoverLock:
     """Be the only one that works on this failover. Raises RefusedError while another is."""
-    os.makedirs(places.directory, mode=0o700, exist_ok=True)
-    return VaultLock(os.path.join(places.directory, _LOCK_FILE), "being worked on", "wait until that is done")
+    while True:
+        os.makedirs(places.directory, mode=0o700, exist_ok=True)
+        try:
+            lock = FailoverLock(places.directory)
+        except FileNotFoundError:  # its directory has gone since
+            continue
+        if lock.is_in_place():
+            return lock
+        lock.close()
 
 
 def take_lock_of(found: Operation) -> AbstractContextManager[object]:
@@ -95,14 +122,14 @@ def make(places: Places) -> None:
         os.makedirs(path, mode=0o700, exist_ok=True)
 
 
-def empty(directory: str) -> None:
-    """Remove what is in it; nothing happens if it is not there."""
+def empty(directory: str, spared: str | None = None) -> None:
+    """Remove what is in it, but what has the name `spared`; nothing happens if it is not there."""
     if not os.path.isdir(directory):
         return
     for entry in os.scandir(directory):
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path)
-        else:
+        elif entry.name != spared:
             os.unlink(entry.path)
 
 
@@ -115,4 +142,14 @@ def remove(places: Places) -> None:
     for path in reversed(places.made):
         if os.path.isdir(path):
             os.rmdir(path)
-    shutil.rmtree(places.directory, ignore_errors=False) if os.path.isdir(places.directory) else None
+    if os.path.isdir(places.directory):
+        empty(places.directory, spared=_LOCK_FILE)
+        _remove_with_lock(places.directory)
+
+
+def _remove_with_lock(directory: str) -> None:
+    """From now on somebody else may have the lock, with a new directory: that one is his."""
+    with suppress(FileNotFoundError):
+        os.unlink(os.path.join(directory, _LOCK_FILE))
+    with suppress(OSError):
+        os.rmdir(directory)
