@@ -67,10 +67,15 @@ def enroll(
     `above_epoch`: it goes on there in a new epoch, higher than that one, from the first word it says. `arrival`: what
     the store says that it comes from.
     Raises BadInputError (token, address), AuthenticationError (fingerprint, used or expired token), RefusedError
-    (enrolled with another store, superseded), TemporaryError (no answer).
+    (enrolled with another store, superseded, a trial), TemporaryError (no answer).
     """
     token = decode_token(token_text)
     host, port = parse_address(store, MANAGE_PORT_DEFAULT)
+    recovered = state.load_recovered()
+    if recovered is not None and recovered.is_trial:  # the store would take it for the machine, and refuse that
+        raise RefusedError(
+            f"this is machine {recovered.name} in a test failover, and the machine itself goes on: it alone is enrolled"
+        )
     if above_epoch is not None and state.is_fenced():
         raise RefusedError("this host was superseded, and another side of the machine goes on: enrol that one")
     with state.enrolment_lock():

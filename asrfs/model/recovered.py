@@ -40,6 +40,7 @@ class RecoveredMachine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     """A machine at a point: the state behind record `lsn`, whose time is `time_ns`. Its journal goes on in `epoch`.
 
     `point`: as people call it, if it has a name or id. `boot`: how the machine is started, as its history says.
+    `is_trial`: it is tried beside the machine itself, which goes on.
     """
 
     format: Literal[1] = 1
@@ -51,6 +52,7 @@ class RecoveredMachine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     disks: tuple[RecoveredDisk, ...]
     point: str = ""
     boot: BootSettings | None = None
+    is_trial: bool = False
 
     def described(self) -> str:
         """The point in words."""

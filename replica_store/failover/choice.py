@@ -186,5 +186,6 @@ def recovered_file(
                 for disk in disks
             ),
             boot=boot,
+            is_trial=operation.kind == "test",
         )
     )

@@ -18,6 +18,7 @@ from asrfs.cli.main import run
 from asrfs.model.configuration import HostConfiguration, encode_configuration
 from asrfs.model.policy import DEFAULT_TEXTS as POLICY_TEXTS
 from asrfs.model.recovered import RecoveredDisk, RecoveredMachine, encode_recovered
+from asrfs.transport.enrolment import Token, encode_token
 
 
 class Outcome(NamedTuple):
@@ -70,6 +71,15 @@ def test_machine_from_a_recovery_point(asrfs: Run, scratch: Path) -> None:
     assert "LSN 7 of 2001-09-09" in shown["reason"]
     assert asrfs("disk", "resize", "root", "2M").code == 4
     assert asrfs("disk", "remove", "root", "--yes").code == 4
+
+
+@pytest.mark.parametrize("is_trial", [True, False])
+def test_a_machine_that_is_only_tried_is_not_enrolled(asrfs: Run, scratch: Path, is_trial: bool) -> None:
+    """Before anything is asked of the store, which would lock the machine itself out; nobody listens there."""
+    assert asrfs("init", "db1", "--recovered", recovered_file(scratch / "db1.json", is_trial=is_trial)).code == 0
+    token = encode_token(Token(machine="db1", secret=bytes(32), fingerprint=bytes(32)))
+    said = asrfs("enroll", "--store", "127.0.0.1:1", "--token", token)
+    assert (said.code, "in a test failover" in said.err) == ((4, True) if is_trial else (1, False))
 
 
 @pytest.fixture
