@@ -18,6 +18,7 @@ that of another promotion which takes its place.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -85,6 +86,7 @@ class Promoter:
     _heard: trio.Event = field(default_factory=trio.Event)
     _heard_at: float = 0.0
     _failed: str = ""
+    _unable: Promoted | None = None
     _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     def __post_init__(self) -> None:
@@ -129,24 +131,34 @@ class Promoter:
         log = structlog.get_logger("asrfs.promoting").bind(promotion=word.id)
         is_over = word.wanted != "write"
         try:
-            answer = await self._answer(word)
+            answer = self._said_of(word) or await self._answer(word)
             log.warning("done", wanted=word.wanted, outcome=answer.outcome, lsn=answer.lsn)
             self._failed, is_over = "", True
         except (AsrfsError, OSError) as error:
             why = foreign_line(str(error)) or type(error).__name__
             log.warning("it failed", wanted=word.wanted, reason=why)
-            if word.wanted in ("release", "take-back") or (word.wanted == "write" and why == self._failed):
+            has_begun = self.now is not None and (self.now.is_partial or self.now.phase != "held")
+            attempt = word.attempt if word.wanted == "write" and not has_begun else 0
+            is_known = word.wanted == "write" and why == self._failed and not attempt
+            if word.wanted in ("release", "take-back") or is_known:
                 return is_over  # nothing new
             code = error.exit_code if isinstance(error, AsrfsError) else 1
             self._failed = why
-            has_begun = self.now is not None and (self.now.is_partial or self.now.phase != "held")
-            answer = Promoted(id=word.id, outcome="failed", exit_code=code, error=why, is_untouched=not has_begun)
+            answer = Promoted(id=word.id, outcome="failed", exit_code=code, error=why, attempt=attempt)
+            if attempt:  # the store may cancel it now, so nothing is written before it says that it is to be
+                self._unable, is_over = answer, True
         try:
             if word.id:  # else nobody asked
                 await self.outlet.say(answer)
         except AsrfsError as error:  # the store says it again
             log.warning("not answered", reason=str(error))
         return is_over
+
+    def _said_of(self, word: Promote) -> Promoted | None:
+        """What was said of this very attempt, which is not begun again."""
+        said = self._unable
+        is_same = said is not None and word.wanted == "write" and (said.id, said.attempt) == (word.id, word.attempt)
+        return said if is_same else None
 
     async def _answer(self, word: Promote) -> Promoted:
         if word.wanted == "prepare":
@@ -249,6 +261,10 @@ class Promoter:
     async def _note(self, slot: int, offset: int, count: int) -> None:
         assert self.now is not None
         total = self.now.bytes_written + count
+        if self._failed:
+            self._failed = ""
+            with suppress(AsrfsError):  # that it is written will be said all the same
+                await self.outlet.say(Promoted(id=self.now.id, outcome="failed"))
         await self._save(msgspec.structs.replace(self.now, slot=slot, offset=offset, bytes_written=total))
 
     # ---- ending ----

@@ -255,7 +255,8 @@ class Promote(msgspec.Struct, frozen=True, kw_only=True):
     each session until it is answered.
 
     `disks`: those that are written, as they were at that record; `left`: slots of those that stay as they are. `boot`:
-    the document that holds there for the machine, None where it stays as it is.
+    the document that holds there for the machine, None where it stays as it is. `attempt`: of `write`, raised only when
+    the host has said that nothing was written for the one before; 0 from a store that does not count.
     """
 
     id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
@@ -264,6 +265,7 @@ class Promote(msgspec.Struct, frozen=True, kw_only=True):
     disks: Annotated[tuple[DiskRecord, ...], msgspec.Meta(max_length=SLOT_MAX)] = ()
     left: Annotated[tuple[int, ...], msgspec.Meta(max_length=SLOT_MAX)] = ()
     boot: Annotated[bytes, msgspec.Meta(max_length=BOOT_BYTES_MAX)] | None = None
+    attempt: Number = 0
 
 
 class Promoted(msgspec.Struct, frozen=True, kw_only=True):
@@ -271,8 +273,9 @@ class Promoted(msgspec.Struct, frozen=True, kw_only=True):
     `written`: at record `lsn`, which the store has, the disks are what they were at the point; `released` and
     `taken-back`: guests may use them.
 
-    `failed`: it could not, and `error` says why, `exit_code` of which kind. Of `prepare`, nothing has changed; of
-    `write`, it is tried again, and `is_untouched` says that nothing was written for it so far.
+    `failed`: it could not, and `error` says why, `exit_code` of which kind. Of `prepare`, nothing has changed. Of
+    `write`, something may have been written, and the host tries it again; no `error` says that it goes on. With an
+    `attempt`, nothing was written up to that one, and nothing is before there is another.
     """
 
     id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
@@ -281,7 +284,7 @@ class Promoted(msgspec.Struct, frozen=True, kw_only=True):
     bytes_written: Number = 0
     exit_code: Annotated[int, msgspec.Meta(ge=0, le=6)] = 0
     error: Annotated[str, msgspec.Meta(max_length=FOREIGN_CHARACTERS_MAX)] = ""
-    is_untouched: bool = False
+    attempt: Number = 0
 
 
 class Fetch(msgspec.Struct, frozen=True, kw_only=True):

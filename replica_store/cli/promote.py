@@ -133,11 +133,11 @@ def document(found: Promotion) -> dict[str, Any]:
                 "disks": [record.name for record in each.records],
                 "before": f"before-promote-{found.id[:12]}",
                 "before_lsn": each.before_lsn,
-                "end": f"promoted-{found.id[:12]}",
+                "end": None if each.has_left else f"promoted-{found.id[:12]}",
                 "end_lsn": each.end_lsn,
                 "bytes_changed": each.bytes_changed,
                 "bytes_written": each.bytes_written,
-                "usable": each.is_back,
+                "usable": each.is_back and not each.has_left,
                 "error": each.error,
             }
             for each in found.machines

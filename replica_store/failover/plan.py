@@ -51,7 +51,7 @@ class PlannedMachine(_Strict, frozen=True, kw_only=True):
 
     name: str
     point: str | None = None
-    timeout: Text = "30m"
+    timeout: Text = "90m"
     critical: bool = True
     when: tuple[Kind, ...] = KINDS
 

@@ -112,7 +112,6 @@ def _plan_machine(
         records=tuple(msgspec.structs.replace(then[slot], boot=b"") for slot in both),
         left=tuple(slot for slot in sorted(now) if slot not in both),
         boot=_boot_of(vault, chosen),
-        epoch=row.epoch,
         bytes_changed=sum(disk.bytes_changed for disk in planned),
     )
     return member, planned, notes
@@ -197,7 +196,9 @@ def begin_promotion(root: str, wanted: Plan, clock: Clock, prepare_s: int = PREP
                     f"promotion {before.id[:12]} of {before.target} is {before.state}: wait until that is over"
                 )
             back = tuple(msgspec.structs.replace(each, is_back=True) for each in before.machines)
-            after = before.to("cancelled", now_ns, "another point was asked for, which takes its place")
+            has_moved_on = _has_moved_on(vault, before)
+            why = "its host is in a new epoch" if has_moved_on else "another point was asked for, which takes its place"
+            after = before.to("cancelled", now_ns, why)
             replaced.append(msgspec.structs.replace(after, machines=back))
         made = Promotion(
             id=secrets.token_hex(16),
@@ -251,31 +252,35 @@ def wait_promotion(root: str, promotion_id: str, clock: Clock, step: Callable[[P
             found = promotion(vault.catalog, promotion_id)
         step(found)
         if found.state == "done":
+            if left := [each for each in found.machines if each.has_left]:
+                raise RefusedError(f"machine {left[0].machine}: {left[0].error}; the others are at their points")
             return found
         if found.state == "cancelled":
             raise _failure(found)
         now = clock.monotonic()
-        away = [each.machine for each in found.machines if not is_present(root, each.machine, clock)]
+        here = [each for each in found.machines if not each.is_back]
+        away = [each.machine for each in here if not is_present(root, each.machine, clock)]
         seen = seen if away else now
         if away and now >= seen + AWAY_S_MAX:
             raise TemporaryError(
                 f"the host of machine {away[0]} is away; promotion {found.id[:12]} is {found.state} and goes on when "
                 "it is back: the same command waits for that"
             )
-        failing = [each for each in found.machines if each.error is not None and not each.is_back]
+        failing = [each for each in here if each.error is not None]
         sound = sound if failing else now
         if failing and now >= sound + FAILING_S_MAX:
             raise error_class(failing[0].exit_code)(
                 f"machine {failing[0].machine}: {failing[0].error}; promotion {found.id[:12]} is {found.state}, and "
                 "its host tries that again: the same command waits for it"
-                + (", --cancel takes it back" if all(each.is_untouched for each in failing) else "")
+                + (", --cancel takes it back" if all(each.is_untouched for each in here) else "")
             )
         time.sleep(_LOOK_EVERY_S)  # sleep: another process writes it down
 
 
 def _failure(found: Promotion) -> Exception:
-    # All were ready: it was being written, unless all have said that they could not begin.
-    was_writing = all(member.before_lsn is not None and not member.is_untouched for member in found.machines)
+    # All were ready: it was being written, unless no host could begin.
+    are_ready = all(member.before_lsn is not None for member in found.machines)
+    was_writing = are_ready and not all(member.is_untouched for member in found.machines)
     wrote = "was being written" if was_writing else "has written nothing"
     for member in found.machines:
         if member.error is not None:
@@ -295,8 +300,8 @@ def _is_same(found: Promotion, wanted: Plan) -> bool:
 
 
 def _has_moved_on(vault: Vault, found: Promotion) -> bool:
-    """Whether a host that has not written to the end is in another epoch now: it does not go on with this one."""
-    return any(
+    """Whether a host that is to write has gone on in another epoch: it does not go on with this one."""
+    return found.state == "writing" and any(
         each.epoch and each.end_lsn is None and not each.is_back and vault.machine(each.machine).epoch != each.epoch
         for each in found.machines
     )

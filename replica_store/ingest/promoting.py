@@ -12,7 +12,7 @@ from asrfs.errors import AsrfsError, RefusedError
 from asrfs.model.clock import Clock
 from asrfs.protocol.messages import Fetch, Fetched, Promote, Promoted
 from replica_store.ingest.handovers import InThread
-from replica_store.vault.promoting import note_answer, promotions_wanted
+from replica_store.vault.promoting import begin_attempt, note_answer, promotions_wanted
 from replica_store.vault.vault import Vault
 
 LOOK_EVERY_S = 0.5
@@ -58,8 +58,8 @@ class Promotions:
         except AsrfsError as error:
             self._log.warning("what promotions want of hosts cannot be seen", reason=str(error))
             return
-        if wanted != self._wanted:
-            self._wanted = wanted
+        before, self._wanted = self._wanted, wanted
+        if _kinds(wanted) != _kinds(before):  # another attempt to write has time until it is said again
             self._changed.set()
             self._changed = trio.Event()
 
@@ -77,10 +77,18 @@ class Promotions:
         while True:
             wanted = self.of(machine_id)
             if wanted is not None and takes_promotion:
-                await send(wanted)
+                if wanted.wanted != "write" or await self._begins_attempt(machine_id, wanted):
+                    await send(wanted)
             elif wanted is not None:
                 await self.answered(machine_id, Promoted(id=wanted.id, outcome="failed", exit_code=4, error=_TOO_OLD))
             await self.change()
+
+    async def _begins_attempt(self, machine_id: str, wanted: Promote) -> bool:
+        try:
+            return await self._in_thread(begin_attempt, self._vault, machine_id, wanted)
+        except AsrfsError as error:
+            self._log.warning("a host is not told to write now", promotion=wanted.id, reason=str(error))
+            return False
 
     async def answered(self, machine_id: str, word: Promoted) -> None:
         """Write a host's answer down. Raises AsrfsError: it is to be asked again."""
@@ -92,3 +100,7 @@ class Promotions:
         word = self._wanted.get(machine_id)
         if word is None or word.wanted != "write" or word.lsn != wanted.lsn:
             raise RefusedError(f"no promotion brings this machine back to LSN {wanted.lsn}")
+
+
+def _kinds(wanted: dict[str, Promote]) -> dict[str, tuple[str, str]]:
+    return {machine_id: (word.id, word.wanted) for machine_id, word in wanted.items()}

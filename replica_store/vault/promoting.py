@@ -42,6 +42,7 @@ def wanted_of(found: Promotion, member: PromotedMachine) -> Promote | None:
         disks=member.records,
         left=member.left,
         boot=member.boot,
+        attempt=member.attempt + member.is_untouched if found.state == "writing" else 0,
     )
 
 
@@ -65,6 +66,23 @@ def promotions_wanted(vault: Vault, now_ns: int) -> dict[str, Promote]:
     return wanted
 
 
+def begin_attempt(vault: Vault, machine_id: str, word: Promote) -> bool:
+    """Note, durably, that a host is told to write now; whether it is to be. Blocks. Raises AsrfsError."""
+
+    def is_noted(found: Promotion) -> bool:
+        member = found.member(machine_id)
+        return found.state == "writing" and member is not None and member.attempt == word.attempt
+
+    def note(before: Promotion) -> Promotion:
+        member = before.member(machine_id)
+        if before.state != "writing" or member is None or not member.is_untouched or word.attempt != member.attempt + 1:
+            return before
+        return before.with_member(msgspec.structs.replace(member, attempt=word.attempt))
+
+    found = promotion(vault.catalog, word.id)
+    return is_noted(found) or is_noted(change_promotion(vault.root, word.id, note))
+
+
 def expired(before: Promotion, now_ns: int) -> Promotion:
     """PURE."""
     is_due = before.state == "preparing" and now_ns >= before.until_ns
@@ -82,20 +100,27 @@ def note_answer(vault: Vault, machine_id: str, word: Promoted, now_ns: int) -> N
         return  # of a vault that this one is an older copy of
     if found.member(machine_id) is None:
         raise ProtocolError(f"promotion {word.id[:12]} asked nothing of this host")
-    received_lsn = vault.received_lsn(machine_id)
-    if answered(found, machine_id, word, received_lsn, now_ns) != found:
-        change_promotion(vault.root, found.id, lambda before: answered(before, machine_id, word, received_lsn, now_ns))
+    row = vault.catalog.machine_by_id(machine_id)
+    epoch, received_lsn = 0 if row is None else row.epoch, vault.received_lsn(machine_id)
+
+    def note(before: Promotion) -> Promotion:
+        return answered(before, machine_id, word, received_lsn, now_ns, epoch)
+
+    if note(found) != found:
+        change_promotion(vault.root, found.id, note)
 
 
-def answered(before: Promotion, machine_id: str, word: Promoted, received_lsn: int, now_ns: int) -> Promotion:
-    """The promotion with a host's answer, gone on where that was the last it waited for. PURE."""
+def answered(
+    before: Promotion, machine_id: str, word: Promoted, received_lsn: int, now_ns: int, epoch: int = 0
+) -> Promotion:
+    """With an answer of a host whose machine is in that epoch; gone on where that was the last it waited for. PURE."""
     member = before.member(machine_id)
     assert member is not None
     if word.outcome in ("ready", "written") and not 0 < word.lsn <= received_lsn:
         text = f"its host speaks of LSN {word.lsn}, and LSN {received_lsn} is here"
         word = Promoted(id=word.id, outcome="failed", exit_code=IntegrityError.exit_code, error=text)
     if before.state == "preparing":
-        return _while_preparing(before, member, word, now_ns)
+        return _while_preparing(before, member, word, now_ns, epoch)
     if before.state == "writing":
         return _while_writing(before, member, word, now_ns)
     if word.outcome in ("released", "taken-back") and not member.is_back:
@@ -111,7 +136,7 @@ def without(before: Promotion, machine_id: str, now_ns: int, text: str) -> Promo
     member = before.member(machine_id)
     if member is None or member.is_back or before.is_over:
         return before
-    gone = msgspec.structs.replace(member, is_back=True, error=text, exit_code=RefusedError.exit_code)
+    gone = msgspec.structs.replace(member, is_back=True, has_left=True, error=text, exit_code=RefusedError.exit_code)
     after = before.with_member(gone)
     left = [each for each in after.machines if not each.is_back]
     cause = f"machine {member.machine}: {text}"
@@ -125,7 +150,7 @@ def without(before: Promotion, machine_id: str, now_ns: int, text: str) -> Promo
 def leave_promotions(vault: Vault, machine_id: str, now_ns: int, text: str) -> None:
     """A machine goes on elsewhere, so its host is asked nothing more. Inside a transaction, behind the lock of
     descriptions."""
-    for row in promotions(vault.catalog, live=True):
+    for row in promotions(vault.catalog, live=True, sound_alone=True):
         if (after := without(row, machine_id, now_ns, text)) != row:
             with suppress(IntegrityError):  # a row that nobody sealed wants nothing
                 sealed_promotion(vault, row.id)
@@ -140,12 +165,12 @@ def _releasing(found: Promotion, now_ns: int) -> Promotion:
     return found.to("releasing", now_ns, "all disks are what they were at the point")
 
 
-def _while_preparing(before: Promotion, member: PromotedMachine, word: Promoted, now_ns: int) -> Promotion:
+def _while_preparing(before: Promotion, member: PromotedMachine, word: Promoted, now_ns: int, epoch: int) -> Promotion:
     change = msgspec.structs.replace
     if word.outcome == "ready":
         if member.before_lsn is not None:
             return before
-        after = before.with_member(change(member, before_lsn=word.lsn))
+        after = before.with_member(change(member, before_lsn=word.lsn, epoch=epoch))
         if any(each.before_lsn is None for each in after.machines):
             return after
         return after.to("writing", now_ns, "nobody uses the disks, and what they are is a point")
@@ -162,9 +187,11 @@ def _while_writing(before: Promotion, member: PromotedMachine, word: Promoted, n
         return before
     if word.outcome == "written":
         written = change(member, end_lsn=word.lsn, bytes_written=word.bytes_written, error=None, exit_code=0)
-        after = before.with_member(change(written, is_untouched=False))
+        after = before.with_member(written)
         return _releasing(after, now_ns) if _have_written(after) else after
     if word.outcome == "failed":
-        failed = change(member, error=foreign_line(word.error), exit_code=word.exit_code or 1)
-        return before.with_member(change(failed, is_untouched=word.is_untouched))
+        error = foreign_line(word.error) or None
+        untouched = word.attempt if word.attempt == member.attempt else member.untouched
+        code = 0 if error is None else word.exit_code or 1
+        return before.with_member(change(member, error=error, exit_code=code, untouched=untouched))
     return before

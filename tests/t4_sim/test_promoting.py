@@ -131,9 +131,9 @@ class PromotedHost:
     def world(self) -> JournalWorld:
         return self.life.world
 
-    def wanted(self, what: Any, promotion: str = ID) -> Promote:
+    def wanted(self, what: Any, promotion: str = ID, attempt: int = 0) -> Promote:
         disks = tuple(DiskRecord.of(disk) for disk in self.machine.load().live_disks())
-        return Promote(id=promotion, wanted=what, lsn=self.point_lsn, disks=disks, boot=BOOT)
+        return Promote(id=promotion, wanted=what, lsn=self.point_lsn, disks=disks, boot=BOOT, attempt=attempt)
 
     def write(self) -> bool:
         """As a guest would; whether it could."""
@@ -329,7 +329,7 @@ async def test_who_begins_to_use_the_disks_between_is_found(
         host.users = ["process 7 has d0.img open"]
         was = host.disks()
         said = await answer(host, host.wanted("write"))
-        assert (said.outcome, said.exit_code, said.is_untouched) == ("failed", 4, True) and host.disks() == was
+        assert (said.outcome, said.exit_code) == ("failed", 4) and host.disks() == was
         for _ in range(4):
             await pass_time(20)
             host.promoter.heard(host.wanted("write"))
@@ -337,6 +337,44 @@ async def test_who_begins_to_use_the_disks_between_is_found(
         host.users = []
         await pass_time(10)
         assert host.said[-1].outcome == "written"
+        host.check_written(host.said[-1])
+
+
+async def test_who_could_not_begin_begins_only_when_he_is_told_again(
+    host: PromotedHost, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The store may have cancelled it meanwhile."""
+    async with serving(host):
+        await answer(host, host.wanted("prepare"))
+        host.users = ["process 7 has d0.img open"]
+        said = await answer(host, host.wanted("write", attempt=1))
+        assert (said.outcome, said.attempt) == ("failed", 1)
+        host.users = []
+        was = host.disks()
+        await pass_time(30)
+        assert host.said[-1] == said and host.disks() == was, "not by itself"
+        assert await answer(host, host.wanted("write", attempt=1)) == said, "what is said twice is begun once"
+        await pass_time(30)
+        assert host.disks() == was and len(host.said) == 3
+        host.users = ["process 7 has d0.img open"]
+        again = await answer(host, host.wanted("write", attempt=2))
+        assert again == msgspec.structs.replace(said, attempt=2), "each attempt has its answer"
+        host.promoter.heard(host.wanted("take-back"))
+        await pass_time(5)
+        assert host.said[-1].outcome == "taken-back" and host.write()
+
+
+async def test_what_goes_on_after_a_failure_is_said_to(
+    host: PromotedHost, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with serving(host):
+        await answer(host, host.wanted("prepare"))
+        host.fails = RefusedError("a frame is damaged")
+        said = await answer(host, host.wanted("write", attempt=1))
+        assert (said.error, said.attempt) == ("a frame is damaged", 0), "it may have begun"
+        host.fails = None
+        await pass_time(30)
+        assert [(each.outcome, each.error) for each in host.said[-2:]] == [("failed", ""), ("written", "")]
         host.check_written(host.said[-1])
 
 
@@ -375,7 +413,6 @@ async def test_another_promotion_takes_the_place_of_one_that_cannot_go_on(
         host.fails = RefusedError("a frame is damaged")
         said = await answer(host, host.wanted("write"))
         assert (said.outcome, said.error) == ("failed", "a frame is damaged") and host.server.is_partial
-        assert not said.is_untouched
         host.fails, host.point_lsn = None, ready.lsn
         host.users = ["process 7 has d0.img open"]  # it gets nothing but errors
         again = await answer(host, host.wanted("prepare", OTHER))

@@ -31,7 +31,7 @@ from replica_store.failover.wanted import Wanted
 from replica_store.ingest.promoting import AGAIN_S
 from replica_store.vault.epochs import raise_epoch
 from replica_store.vault.operations import Operation
-from replica_store.vault.promoting import TIME_IS_UP, promotions_wanted
+from replica_store.vault.promoting import TIME_IS_UP, begin_attempt, promotions_wanted
 from replica_store.vault.promotions import Promotion, check_not_promoting, promotion, promotions, write_promotion
 from replica_store.vault.rebuild import rebuild
 from replica_store.vault.returning import end_by_return
@@ -139,7 +139,7 @@ async def test_a_host_is_led_through_it_and_told_again(
         assert [disk.name for disk in word.disks] == ["disk0", "disk1"] and word.boot == b""
         assert await hear(host) == word, "again, in the same session"
         await host.say(Promoted(id=made.id, outcome="ready", lsn=history.last_lsn))
-        assert await hear_of(host, "write") == msgspec.structs.replace(word, wanted="write")
+        assert await hear_of(host, "write") == msgspec.structs.replace(word, wanted="write", attempt=1)
         host = world.connect(history)
         await host.greet(takes(history))
         assert (await hear(host)).wanted == "write", "in each session"
@@ -276,25 +276,35 @@ async def test_a_machine_that_is_failed_over_or_away_is_refused(
 async def test_what_no_host_could_begin_can_be_taken_back(
     scratch: Path, clock: Clock, autojump_clock: trio.testing.MockClock
 ) -> None:
+    """Each `write` that is said anew may be begun at any time, so it can be taken back between two of them only."""
     async with connected(scratch) as (world, history, host):
         made = begun(world, clock)
         await hear(host)
         await host.say(Promoted(id=made.id, outcome="ready", lsn=history.last_lsn))
-        await hear_of(host, "write")
         in_use = Promoted(id=made.id, outcome="failed", exit_code=4, error="the disks are in use")
-        for is_untouched in (False, True):
-            await host.say(msgspec.structs.replace(in_use, is_untouched=is_untouched))
+        for attempt in (1, 2, 3):
+            with trio.fail_after(3 * AGAIN_S):
+                while (await hear(host)).attempt != attempt:
+                    continue
+            assert found(world, made.id).machines[0].attempt == attempt, "durable before it is said"
+            with pytest.raises(RefusedError, match="it goes on to its end"):
+                cancel_promotion(world.path, "web1", clock)
+            await host.say(msgspec.structs.replace(in_use, attempt=attempt - (attempt == 2)))
             await trio.sleep(2)  # sleep: virtual, what writing it down takes
-            present(world, clock)
-            looks: list[Promotion] = []
-            with pytest.raises(RefusedError, match=r"the disks are in use; .*is writing, and its host tries") as said:
-                wait_promotion(world.path, made.id, clock, looks.append)
-            assert ("--cancel takes it back" in str(said.value)) == is_untouched
-            assert FAILING_S_MAX - 1 <= len(looks) <= FAILING_S_MAX + 1, "a second a look: it may end by itself"
-            if not is_untouched:
-                with pytest.raises(RefusedError, match="it goes on to its end"):
-                    cancel_promotion(world.path, "web1", clock)
+            if attempt == 2:  # that was said of the one before
+                assert not found(world, made.id).machines[0].is_untouched
+                await host.say(msgspec.structs.replace(in_use, attempt=2))
+                await trio.sleep(2)  # sleep: virtual, what writing it down takes
+            assert found(world, made.id).machines[0].is_untouched
+        present(world, clock)
+        looks: list[Promotion] = []
+        with pytest.raises(RefusedError, match=r"the disks are in use; .*its host tries.*--cancel takes"):
+            wait_promotion(world.path, made.id, clock, looks.append)
+        assert FAILING_S_MAX - 1 <= len(looks) <= FAILING_S_MAX + 1, "a second a look: it may end by itself"
         assert cancel_promotion(world.path, "web1", clock).state == "cancelled"
+        with Vault.open(world.path) as vault:
+            late = Promote(id=made.id, wanted="write", attempt=4)
+            assert not begin_attempt(vault, history.machine_id, late), "decided before, and not said any more"
         with pytest.raises(RefusedError, match=r"the disks are in use; .*has written nothing"):
             wait_promotion(world.path, made.id, clock, lambda found: None)
         assert (await hear_of(host, "take-back")).id == made.id
@@ -324,6 +334,12 @@ async def test_a_machine_that_was_failed_over_is_not_taken_back_to_a_point_when_
         with Vault.open(world.path) as vault:
             assert promotions_wanted(vault, 0) == {}
         with pytest.raises(RefusedError, match=r"failed over for good.*was being written"):
+            wait_promotion(world.path, made.id, clock, lambda found: None)
+        gone = msgspec.structs.replace(after.machines[0], machine_id="9" * 32, machine="web9")
+        others = msgspec.structs.replace(after, machines=(gone, after.machines[0]), state="done")
+        with Vault.open(world.path, writable=True) as vault, vault.catalog.transaction():
+            write_promotion(vault.catalog, others)
+        with pytest.raises(RefusedError, match=r"machine web9: it was failed over .*; the others are at"):
             wait_promotion(world.path, made.id, clock, lambda found: None)
     rebuild(world.path)
     with Vault.open(world.path) as vault:
