@@ -13,14 +13,14 @@ from asrfs.errors import TemporaryError
 from asrfs.format.record import Kind
 from asrfs.journal.reader import JournalReader
 from asrfs.model import dirty_map
-from asrfs.model.dirty_map import DirtyMap, GivenUp, Reason
+from asrfs.model.dirty_map import TO_COMPARE, DirtyMap, GivenUp
 from asrfs.model.machine import NO_SLOT, DiskConfig, DiskRecord, MachineConfig, encode_disk
 from asrfs.model.marker import MarkerRecord, encode_marker
 from asrfs.model.positions import Cursor
 from asrfs.replication.alarms import Alarms
 from asrfs.replication.disk_server import HostPositions
 from asrfs.replication.filler import Filler
-from asrfs.replication.lost_map import open_dirty_map, unknown_slots
+from asrfs.replication.lost_map import open_dirty_map
 from asrfs.replication.positions_file import PositionsFile
 from asrfs.replication.progress import Progress
 from asrfs.replication.quota import Quota
@@ -151,25 +151,25 @@ class WorldServer:
 def check_marked(
     records: Sequence[ModelRecord], after_lsn: int, last_lsn: int, dirty: DirtyMap, given_up: GivenUp
 ) -> None:
-    """I4: what records behind `after_lsn` up to `last_lsn` wrote is in the map, or in records that will be sent."""
+    """I4: what records behind `after_lsn` up to `last_lsn` wrote is in the map, or in records that will be sent, or all
+    of its disk will be compared."""
     later = {
         (record.slot, at)
         for record in records[given_up.through.lsn :]
         for at in range(record.offset, record.offset + record.length, BLOCK)
     }
-    unknown = unknown_slots(dirty)
     marked = {
         (slot, at)
         for slot in dirty.slots()
         for offset, length in dirty.runs(slot, 1 << 20)
         for at in range(offset, offset + length, BLOCK)
     }
-    unknown = {slot for slot in dirty.slots() if Reason.REJOINED in dirty.reasons(slot)}  # all of it will be compared
+    compared = {slot for slot in dirty.slots() if dirty.reasons(slot) & TO_COMPARE}
     for lsn, record in enumerate(records[after_lsn:last_lsn], after_lsn + 1):
-        if record.slot in unknown:
+        if record.slot in compared:
             continue
         for at in range(record.offset, record.offset + record.length, BLOCK):
-            assert record.slot in unknown or (record.slot, at) in marked | later, (
+            assert (record.slot, at) in marked | later, (
                 f"I4: LSN {lsn} was freed, and byte {at} of disk {record.slot} is neither at the store nor in the map"
             )
 
