@@ -20,6 +20,8 @@ _TOOL_S_MAX = 20.0
 """What a machine wrote is given up when it is taken away: nobody waits long for that to be flushed."""
 _BLOCK = Path("/sys/block")
 _DELETED = " (deleted)"
+_undying: set[subprocess.Popen[bytes]] = set()
+"""Tools that could not be waited for. Each is held until it has ended: one that is dropped before warns of a leak."""
 
 
 class Mounted(NamedTuple):
@@ -77,6 +79,9 @@ def _is_in(path: str, directory: str) -> bool:
 
 def _run(*words: str) -> int:
     """Exit code, that of a death by signal if it did not end in time."""
+    for each in tuple(_undying):
+        if each.poll() is not None:
+            _undying.discard(each)
     try:
         tool = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     except FileNotFoundError:
@@ -85,6 +90,7 @@ def _run(*words: str) -> int:
         return tool.wait(_TOOL_S_MAX)
     except subprocess.TimeoutExpired:
         tool.kill()
+        _undying.add(tool)
         return -signal.SIGKILL
 
 
@@ -98,8 +104,12 @@ def _unescape(text: str) -> str:
 
 
 def allocated_bytes(directory: str) -> int:
-    """What the files below a directory take on their filesystem; other filesystems mounted there do not count."""
-    device = os.lstat(directory).st_dev
+    """What the files below a directory take on their filesystem; other filesystems mounted there do not count. Nothing
+    where there is none: who died may not have come to making it."""
+    try:
+        device = os.lstat(directory).st_dev
+    except FileNotFoundError:
+        return 0
     total = 0
     for root, names, files in os.walk(directory):
         names[:] = [name for name in names if not os.path.ismount(os.path.join(root, name))]

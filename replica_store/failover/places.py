@@ -6,6 +6,7 @@ VAULT/failover/ID/state  and  VAULT/failover/ID/disks, or the two directories th
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -76,19 +77,27 @@ class FailoverLock(VaultLock):
             return False
 
     def close(self) -> None:
-        if self.is_in_place() and os.listdir(self._directory) == [_LOCK_FILE]:
-            _remove_with_lock(self._directory)
-        super().close()
+        try:
+            if self.is_in_place() and os.listdir(self._directory) == [_LOCK_FILE]:
+                with suppress(OSError):  # what somebody has just put there stays, as what was there before does
+                    _remove_with_lock(self._directory)
+        finally:
+            super().close()
 
 
 def take_lock(places: Places) -> FailoverLock:
     """Be the only one that works on this failover. Raises RefusedError while another is."""
+    os.makedirs(os.path.dirname(places.directory), exist_ok=True)
     while True:
-        os.makedirs(places.directory, mode=0o700, exist_ok=True)
+        # Not `makedirs`, which fails where the directory that was in its way has gone when it looks what that was.
+        with suppress(FileExistsError):
+            os.mkdir(places.directory, 0o700)
         try:
             lock = FailoverLock(places.directory)
-        except FileNotFoundError:  # its directory has gone since
-            continue
+        except FileNotFoundError:
+            if os.path.islink(places.directory):  # to nothing: it would be so for ever
+                raise
+            continue  # it has gone since
         if lock.is_in_place():
             return lock
         lock.close()
@@ -148,8 +157,21 @@ def remove(places: Places) -> None:
 
 
 def _remove_with_lock(directory: str) -> None:
-    """From now on somebody else may have the lock, with a new directory: that one is his."""
+    """From now on somebody else may have the lock, with this directory or a new one: that is his, and goes with him.
+
+    Raises OSError where anything else keeps it: then it is tried again.
+    """
     with suppress(FileNotFoundError):
         os.unlink(os.path.join(directory, _LOCK_FILE))
-    with suppress(OSError):
-        os.rmdir(directory)
+    with suppress(FileNotFoundError):
+        while True:
+            try:
+                return os.rmdir(directory)
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:
+                    raise
+                there = os.listdir(directory)
+                if _LOCK_FILE in there:
+                    return None
+                if there:
+                    raise  # written by who was thought to have ended
