@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 
 import msgspec
 import pytest
 
-from replica_store.failover import actions
+from replica_store.failover import actions, places
 from replica_store.ingest import session
 from replica_store.vault import operations as operations_room
 from replica_store.vault import protection, returning
@@ -104,6 +105,21 @@ def what_came_back_is_swept(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(actions, "ENDED", (*ENDED, "returned"))
 
 
+def the_lock_goes_first(patch: pytest.MonkeyPatch) -> None:
+    sound = places.empty
+
+    def empty(directory: str, spared: str | None = None) -> None:
+        if spared is not None:
+            os.unlink(os.path.join(directory, spared))
+        sound(directory)
+
+    patch.setattr(places, "empty", empty)
+
+
+def scripts_side_by_side(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("replica_store.failover.plan_script.processes.end", lambda mark, part: None)
+
+
 PLANTS = tuple(
     Plant(name, text, level, 1, apply, shows)
     for name, text, level, apply, shows in (
@@ -134,6 +150,20 @@ PLANTS = tuple(
             f"{_OPERATIONS}test_a_failover_holds_its_machine_and_a_test_does_not",
             a_test_holds_its_machine,
             "FAILED_OVER|failed-over",
+        ),
+        (
+            "lock-goes-first",
+            "two take one failover away at a time",
+            "tests/t4_sim/test_failover_places.py::test_nobody_else_works_on_it_before_all_of_it_is_gone",
+            the_lock_goes_first,
+            "DID NOT RAISE",
+        ),
+        (
+            "scripts-side-by-side",
+            "a script of a plan runs beside the one that a killed command had begun",
+            "tests/t4_sim/test_plan_scripts.py::test_what_a_killed_command_left_is_ended_before_it_is_begun_again",
+            scripts_side_by_side,
+            "gone",
         ),
         (
             "stale-side-returns",

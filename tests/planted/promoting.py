@@ -13,6 +13,7 @@ from asrfs.daemon import promoting as host
 from asrfs.daemon.promoting import Promoter
 from asrfs.journal.hold import WriteHold
 from asrfs.model.promoting import Promoting
+from asrfs.protocol.messages import Promote
 from replica_store.ingest.promoting import Promotions
 from replica_store.points import changed_since
 from replica_store.points.extent_map import without_zeros
@@ -114,8 +115,8 @@ def one_is_enough(patch: pytest.MonkeyPatch) -> None:
     """Members go when the first of them is ready."""
     sound = store._while_preparing
 
-    def while_preparing(before: Promotion, member: Any, word: Any, now_ns: int) -> Promotion:
-        after = sound(before, member, word, now_ns)
+    def while_preparing(before: Promotion, member: Any, word: Any, now_ns: int, epoch: int) -> Promotion:
+        after = sound(before, member, word, now_ns, epoch)
         return after.to("writing", now_ns, "ready") if word.outcome == "ready" else after
 
     patch.setattr(store, "_while_preparing", while_preparing)
@@ -175,6 +176,29 @@ def one_block_too_little(patch: pytest.MonkeyPatch) -> None:
         return changed_since.Changed(found.start[keep], found.end[keep] - changed_since.BLOCK_BYTES)
 
     patch.setattr(changed_since, "united", united)
+
+
+def comes_home_to_it(patch: pytest.MonkeyPatch) -> None:
+    """A machine that was failed over is taken back to the point when it comes home."""
+    patch.setattr("replica_store.failover.actions.leave_promotions", lambda *_: None)
+
+
+def begins_by_itself(patch: pytest.MonkeyPatch) -> None:
+    """A host that could not begin to write does when it can, though it has said that it had not."""
+    sound = Promoter._obey
+
+    async def obey(self: Promoter, word: Promote) -> bool:
+        if word.wanted == "write" and self.users():
+            await sound(self, word)
+            return False
+        return await sound(self, msgspec.structs.replace(word, attempt=0))
+
+    patch.setattr(Promoter, "_obey", obey)
+
+
+def told_unnoted(patch: pytest.MonkeyPatch) -> None:
+    """A host is told to write before that is written down."""
+    patch.setattr("replica_store.ingest.promoting.begin_attempt", lambda *_: True)
 
 
 PLANTS = tuple(
@@ -277,6 +301,27 @@ PLANTS = tuple(
             f"{_STORE}test_a_row_that_was_never_sealed_writes_to_no_host",
             rows_believed,
             "assert",
+        ),
+        (
+            "comes-home",
+            "a machine that was failed over is taken back to a point when it comes home",
+            f"{_STORE}test_a_machine_that_was_failed_over_is_not_taken_back_to_a_point_when_it_comes_home",
+            comes_home_to_it,
+            "assert",
+        ),
+        (
+            "by-itself",
+            "a host that said that it could not begin to write begins by itself",
+            f"{_HOST}test_who_could_not_begin_begins_only_when_he_is_told_again",
+            begins_by_itself,
+            "not by itself",
+        ),
+        (
+            "told-unnoted",
+            "what a host may have begun is cancelled",
+            f"{_STORE}test_what_no_host_could_begin_can_be_taken_back",
+            told_unnoted,
+            "durable before it is said",
         ),
         (
             "anybody-fetches",
