@@ -87,6 +87,7 @@ class Promoter:
     _heard_at: float = 0.0
     _failed: str = ""
     _unable: Promoted | None = None
+    _goes_on: Promote | None = None
     _scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
     def __post_init__(self) -> None:
@@ -157,8 +158,8 @@ class Promoter:
     def _said_of(self, word: Promote) -> Promoted | None:
         """What was said of this very attempt, which is not begun again."""
         said = self._unable
-        is_same = said is not None and word.wanted == "write" and (said.id, said.attempt) == (word.id, word.attempt)
-        return said if is_same else None
+        is_same = said is not None and said.id == word.id and word.wanted == "write"
+        return said if said is not None and is_same and 0 < word.attempt <= said.attempt else None
 
     async def _answer(self, word: Promote) -> Promoted:
         if word.wanted == "prepare":
@@ -261,10 +262,11 @@ class Promoter:
     async def _note(self, slot: int, offset: int, count: int) -> None:
         assert self.now is not None
         total = self.now.bytes_written + count
-        if self._failed:
-            self._failed = ""
-            with suppress(AsrfsError):  # that it is written will be said all the same
-                await self.outlet.say(Promoted(id=self.now.id, outcome="failed"))
+        word = self._doing
+        if word is not None and word.attempt and self._goes_on is not word:
+            with suppress(AsrfsError):  # then with the next piece
+                await self.outlet.say(Promoted(id=word.id, outcome="failed"))
+                self._goes_on, self._failed = word, ""
         await self._save(msgspec.structs.replace(self.now, slot=slot, offset=offset, bytes_written=total))
 
     # ---- ending ----
@@ -290,7 +292,11 @@ class Promoter:
     # ---- the file ----
 
     async def _save(self, promoting: Promoting) -> None:
-        await self._in_thread(write_atomically, self.storage, PROMOTING_FILE, msgspec.json.encode(promoting))
+        try:
+            await self._in_thread(write_atomically, self.storage, PROMOTING_FILE, msgspec.json.encode(promoting))
+        except OSError:  # it may be there all the same
+            self.now = await self._in_thread(load_promoting, self.storage)
+            raise
         self.now = promoting
         self._raise_alarm()
 

@@ -38,8 +38,8 @@ from replica_store.vault.vault import Vault
 
 PREPARE_S = 600
 PREPARE_S_MAX = 24 * 3600
-FAILING_S_MAX = 20.0
-"""For so long a host may say that it cannot before who waits is told: it tries again every few seconds."""
+FAILING_S_MAX = 60.0
+"""For so long a host may say that it cannot before who waits is told: it tries again, or is told to, some times."""
 _LOOK_EVERY_S = 0.2
 
 
@@ -191,7 +191,7 @@ def begin_promotion(root: str, wanted: Plan, clock: Clock, prepare_s: int = PREP
                 continue
             if _is_same(before, wanted) and not _has_moved_on(vault, before):
                 return (before,)
-            if before.state != "writing" or {each.machine_id for each in before.machines} != ids:
+            if before.state != "writing" or {each.machine_id for each in _remaining(before)} != ids:
                 raise RefusedError(
                     f"promotion {before.id[:12]} of {before.target} is {before.state}: wait until that is over"
                 )
@@ -252,8 +252,8 @@ def wait_promotion(root: str, promotion_id: str, clock: Clock, step: Callable[[P
             found = promotion(vault.catalog, promotion_id)
         step(found)
         if found.state == "done":
-            if left := [each for each in found.machines if each.has_left]:
-                raise RefusedError(f"machine {left[0].machine}: {left[0].error}; the others are at their points")
+            if left := [f"machine {each.machine}: {each.error}" for each in found.machines if each.has_left]:
+                raise RefusedError(f"{'; '.join(left)}; the others are at their points")
             return found
         if found.state == "cancelled":
             raise _failure(found)
@@ -296,7 +296,11 @@ def _is_same(found: Promotion, wanted: Plan) -> bool:
 
     # What a word means moves on while disks are written: of the same words only the first time counts.
     is_same_wish = (found.target, found.selector) == (wanted.target, wanted.selector)
-    return is_same_wish or cuts(found.machines) == cuts(wanted.machines)
+    return is_same_wish or cuts(_remaining(found)) == cuts(wanted.machines)
+
+
+def _remaining(found: Promotion) -> tuple[PromotedMachine, ...]:
+    return tuple(each for each in found.machines if not each.has_left)
 
 
 def _has_moved_on(vault: Vault, found: Promotion) -> bool:

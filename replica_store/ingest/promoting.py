@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+import msgspec
 import structlog
 import trio
 
@@ -58,8 +59,8 @@ class Promotions:
         except AsrfsError as error:
             self._log.warning("what promotions want of hosts cannot be seen", reason=str(error))
             return
-        before, self._wanted = self._wanted, wanted
-        if _kinds(wanted) != _kinds(before):  # another attempt to write has time until it is said again
+        if wanted != self._wanted:
+            self._wanted = wanted
             self._changed.set()
             self._changed = trio.Event()
 
@@ -77,18 +78,20 @@ class Promotions:
         while True:
             wanted = self.of(machine_id)
             if wanted is not None and takes_promotion:
-                if wanted.wanted != "write" or await self._begins_attempt(machine_id, wanted):
+                if wanted.wanted != "write":
                     await send(wanted)
+                elif (attempt := await self._begin_attempt(machine_id, wanted)) is not None:
+                    await send(msgspec.structs.replace(wanted, attempt=attempt))
             elif wanted is not None:
                 await self.answered(machine_id, Promoted(id=wanted.id, outcome="failed", exit_code=4, error=_TOO_OLD))
             await self.change()
 
-    async def _begins_attempt(self, machine_id: str, wanted: Promote) -> bool:
+    async def _begin_attempt(self, machine_id: str, wanted: Promote) -> int | None:
         try:
-            return await self._in_thread(begin_attempt, self._vault, machine_id, wanted)
+            return await self._in_thread(begin_attempt, self._vault, machine_id, wanted.id)
         except AsrfsError as error:
             self._log.warning("a host is not told to write now", promotion=wanted.id, reason=str(error))
-            return False
+            return None
 
     async def answered(self, machine_id: str, word: Promoted) -> None:
         """Write a host's answer down. Raises AsrfsError: it is to be asked again."""
@@ -100,7 +103,3 @@ class Promotions:
         word = self._wanted.get(machine_id)
         if word is None or word.wanted != "write" or word.lsn != wanted.lsn:
             raise RefusedError(f"no promotion brings this machine back to LSN {wanted.lsn}")
-
-
-def _kinds(wanted: dict[str, Promote]) -> dict[str, tuple[str, str]]:
-    return {machine_id: (word.id, word.wanted) for machine_id, word in wanted.items()}

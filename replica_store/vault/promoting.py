@@ -6,8 +6,6 @@ only as long as none was told to write, or all have said that they could not beg
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 import msgspec
 
 from asrfs.errors import IntegrityError, NotFoundError, RefusedError, foreign_line
@@ -21,6 +19,7 @@ from replica_store.vault.promotions import (
     promotions,
     put_promotion,
     sealed_promotion,
+    sealed_promotions,
 )
 from replica_store.vault.vault import Vault
 
@@ -42,7 +41,6 @@ def wanted_of(found: Promotion, member: PromotedMachine) -> Promote | None:
         disks=member.records,
         left=member.left,
         boot=member.boot,
-        attempt=member.attempt + member.is_untouched if found.state == "writing" else 0,
     )
 
 
@@ -66,21 +64,24 @@ def promotions_wanted(vault: Vault, now_ns: int) -> dict[str, Promote]:
     return wanted
 
 
-def begin_attempt(vault: Vault, machine_id: str, word: Promote) -> bool:
-    """Note, durably, that a host is told to write now; whether it is to be. Blocks. Raises AsrfsError."""
+def begin_attempt(vault: Vault, machine_id: str, promotion_id: str) -> int | None:
+    """Note, durably, that a host is told to write now. The number of the attempt, that of before if it has no answer;
+    None if it is not to be told. Blocks. Raises AsrfsError."""
 
-    def is_noted(found: Promotion) -> bool:
+    def told(found: Promotion) -> PromotedMachine | None:
         member = found.member(machine_id)
-        return found.state == "writing" and member is not None and member.attempt == word.attempt
+        return None if found.state != "writing" or member is None or member.is_back else member
 
     def note(before: Promotion) -> Promotion:
-        member = before.member(machine_id)
-        if before.state != "writing" or member is None or not member.is_untouched or word.attempt != member.attempt + 1:
+        member = told(before)
+        if member is None or not member.is_untouched:
             return before
-        return before.with_member(msgspec.structs.replace(member, attempt=word.attempt))
+        return before.with_member(msgspec.structs.replace(member, attempt=member.attempt + 1))
 
-    found = promotion(vault.catalog, word.id)
-    return is_noted(found) or is_noted(change_promotion(vault.root, word.id, note))
+    member = told(promotion(vault.catalog, promotion_id))
+    if member is not None and member.is_untouched:
+        member = told(change_promotion(vault.root, promotion_id, note))
+    return None if member is None else member.attempt
 
 
 def expired(before: Promotion, now_ns: int) -> Promotion:
@@ -150,11 +151,11 @@ def without(before: Promotion, machine_id: str, now_ns: int, text: str) -> Promo
 def leave_promotions(vault: Vault, machine_id: str, now_ns: int, text: str) -> None:
     """A machine goes on elsewhere, so its host is asked nothing more. Inside a transaction, behind the lock of
     descriptions."""
-    for row in promotions(vault.catalog, live=True, sound_alone=True):
-        if (after := without(row, machine_id, now_ns, text)) != row:
-            with suppress(IntegrityError):  # a row that nobody sealed wants nothing
-                sealed_promotion(vault, row.id)
-                put_promotion(vault, after)
+    # By their objects: a row that cannot be, of whichever promotion, must not keep this one, and a rebuild brings back
+    # what the objects say.
+    for found in sealed_promotions(vault.objects, vault.sealer)[0]:
+        if (after := without(found, machine_id, now_ns, text)) != found:
+            put_promotion(vault, after)
 
 
 def _have_written(found: Promotion) -> bool:
@@ -173,7 +174,10 @@ def _while_preparing(before: Promotion, member: PromotedMachine, word: Promoted,
         after = before.with_member(change(member, before_lsn=word.lsn, epoch=epoch))
         if any(each.before_lsn is None for each in after.machines):
             return after
-        return after.to("writing", now_ns, "nobody uses the disks, and what they are is a point")
+        ready = tuple(change(each, untouched=0) for each in after.machines)
+        return change(after, machines=ready).to(
+            "writing", now_ns, "nobody uses the disks, and what they are is a point"
+        )
     if word.outcome in ("failed", "taken-back"):
         error = foreign_line(word.error) or "it took its machine back"
         failed = change(member, error=error, exit_code=word.exit_code or 1, is_back=True)
@@ -191,7 +195,7 @@ def _while_writing(before: Promotion, member: PromotedMachine, word: Promoted, n
         return _releasing(after, now_ns) if _have_written(after) else after
     if word.outcome == "failed":
         error = foreign_line(word.error) or None
-        untouched = word.attempt if word.attempt == member.attempt else member.untouched
+        untouched = word.attempt if word.attempt and word.attempt == member.attempt else member.untouched
         code = 0 if error is None else word.exit_code or 1
         return before.with_member(change(member, error=error, exit_code=code, untouched=untouched))
     return before

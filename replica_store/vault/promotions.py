@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Literal
 
 import msgspec
@@ -41,7 +40,8 @@ class PromotedMachine(msgspec.Struct, frozen=True, kw_only=True):
 
     `before_lsn`: of the point of what the disks were, once the host is ready; `end_lsn`: where they are what they were
     at the point; `error`: why the host cannot, at the moment or for good. `attempt`: of the last `write` that the host
-    was told; `untouched`: of the last for which it has written nothing, and begins nothing before the next. `is_back`:
+    was told; `untouched`: of the last for which it has written nothing, and begins nothing before the next: 0, none,
+    once all are ready; -1 where nobody counts. `is_back`:
     guests may use the disks. `has_left`: it was failed over meanwhile, and takes no part any more. `epoch`: of the
     machine when the host was ready.
     """
@@ -59,7 +59,7 @@ class PromotedMachine(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     exit_code: int = 0
     attempt: int = 0
-    untouched: int = 0
+    untouched: int = -1
     is_back: bool = False
     has_left: bool = False
     epoch: int = 0
@@ -141,15 +141,11 @@ def _is_sound_member(member: PromotedMachine) -> bool:
 # ---- reading --------------------------------------------------------------------------------------------------------
 
 
-def promotions(catalog: Catalog, *, live: bool = False, sound_alone: bool = False) -> list[Promotion]:
-    """All, or those of which some host has something to hear; oldest first. Raises IntegrityError for a row that cannot
-    be, unless those are passed over."""
+def promotions(catalog: Catalog, *, live: bool = False) -> list[Promotion]:
+    """All, or those of which some host has something to hear; oldest first. Raises IntegrityError."""
     where = " WHERE is_over = 0" if live else ""
-    found = []
-    for row in catalog.select(f"SELECT {_COLUMNS} FROM promotions{where}"):  # noqa: S608
-        with suppress(*([IntegrityError] if sound_alone else [])):
-            found.append(_promotion(catalog, *row))
-    return sorted(found, key=lambda each: (each.begun_ns, each.id))
+    rows = catalog.select(f"SELECT {_COLUMNS} FROM promotions{where}")  # noqa: S608
+    return sorted((_promotion(catalog, *row) for row in rows), key=lambda each: (each.begun_ns, each.id))
 
 
 def promotion(catalog: Catalog, promotion_id: str) -> Promotion:

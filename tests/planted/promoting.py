@@ -198,7 +198,7 @@ def begins_by_itself(patch: pytest.MonkeyPatch) -> None:
 
 def told_unnoted(patch: pytest.MonkeyPatch) -> None:
     """A host is told to write before that is written down."""
-    patch.setattr("replica_store.ingest.promoting.begin_attempt", lambda *_: True)
+    patch.setattr("replica_store.ingest.promoting.begin_attempt", lambda *_: 1)
 
 
 PLANTS = tuple(

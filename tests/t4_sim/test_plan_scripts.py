@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,21 @@ def wait_for(path: Path) -> str:
     return path.read_text().strip()
 
 
+@contextmanager
+def killed_with(script: str, mark: str) -> Iterator[None]:
+    """A command that carries the script out; killed behind this block."""
+    program = (
+        "import sys; from replica_store.failover.plan_script import run_script, Script; "
+        "run_script(Script(name='one', command=('/bin/sh', '-c', sys.argv[1])), {'PATH': '/usr/bin:/bin'}, sys.argv[2])"
+    )
+    command = subprocess.Popen([sys.executable, "-c", program, script, mark], cwd=Path(__file__).parents[2])
+    try:
+        yield
+    finally:
+        command.send_signal(signal.SIGKILL)
+        command.wait()
+
+
 def children() -> list[str]:
     """Names of our children that are alive."""
     found = []
@@ -79,6 +95,8 @@ def test_the_end_of_what_it_printed(mark: str) -> None:
         run(shell("echo no luck; exit 7"), mark)
     assert run(shell("echo one; echo two >/dev/stderr; echo three"), mark) == "one two three"
     run(shell("setsid yes & sleep 0.1"), mark)  # it never stops
+    processes.end(mark, None)
+    assert run(shell("echo before; exec >&- 2>&-; sleep 0.1"), mark) == "before"
     with pytest.raises(NotFoundError, match="/no/such/program"):
         run_script(Script(name="one", command=("/no/such/program",)), {}, mark)
 
@@ -113,19 +131,23 @@ def test_all_it_started_is_killed_when_its_time_is_up(mark: str, scratch: Path) 
     assert has_ended(int(told.read_text()))
 
 
+def test_a_script_goes_on_when_the_command_is_killed(mark: str, scratch: Path) -> None:
+    """To its end, whatever it prints: nobody cuts it off in the middle."""
+    told, go_on, came = scratch / "told", scratch / "go-on", scratch / "came"
+    with killed_with(
+        f"echo $$ > {told}.new; mv {told}.new {told}; until [ -e {go_on} ]; do sleep 0.05; done; "
+        f"yes | head -c 200000; echo $? > {came}.new; mv {came}.new {came}",
+        mark,
+    ):
+        wait_for(told)
+    go_on.touch()
+    assert wait_for(came) == "0"
+
+
 def test_what_a_killed_command_left_is_ended_before_it_is_begun_again(mark: str, scratch: Path) -> None:
     told = scratch / "told"
-    program = (
-        "import sys; from replica_store.failover.plan_script import run_script, Script; "
-        "run_script(Script(name='one', command=('/bin/sh', '-c', sys.argv[1])), {'PATH': '/usr/bin:/bin'}, sys.argv[2])"
-    )
-    script = f"echo $$ > {told}.new; mv {told}.new {told}; exec sleep {LONG_S}"
-    command = subprocess.Popen([sys.executable, "-c", program, script, mark], cwd=Path(__file__).parents[2])
-    try:
+    with killed_with(f"echo $$ > {told}.new; mv {told}.new {told}; exec sleep {LONG_S}", mark):
         pid = int(wait_for(told))
-    finally:
-        command.send_signal(signal.SIGKILL)
-        command.wait()
     # It outlives the command. So may, for a moment, the `mv`.
     wait_until(lambda: [each.pid for each in processes.find(mark)] == [pid])
     # Whoever was killed may be there as a zombie.

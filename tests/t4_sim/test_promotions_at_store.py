@@ -32,7 +32,14 @@ from replica_store.ingest.promoting import AGAIN_S
 from replica_store.vault.epochs import raise_epoch
 from replica_store.vault.operations import Operation
 from replica_store.vault.promoting import TIME_IS_UP, begin_attempt, promotions_wanted
-from replica_store.vault.promotions import Promotion, check_not_promoting, promotion, promotions, write_promotion
+from replica_store.vault.promotions import (
+    Promotion,
+    check_not_promoting,
+    promotion,
+    promotions,
+    put_promotion,
+    write_promotion,
+)
 from replica_store.vault.rebuild import rebuild
 from replica_store.vault.returning import end_by_return
 from replica_store.vault.rows import LinkRow
@@ -109,6 +116,12 @@ def begun(world: StoreWorld, clock: Clock, selector: str = "good", **more: Any) 
 
 def found(world: StoreWorld, promotion_id: str) -> Promotion:
     return promotion(world.vault.catalog, promotion_id)
+
+
+def put(world: StoreWorld, promotion: Promotion) -> None:
+    with lock_descriptions(world.path, 10.0), Vault.open(world.path, writable=True) as vault:
+        with vault.catalog.transaction():
+            put_promotion(vault, promotion)
 
 
 async def hear(host: HostEnd) -> Promote:
@@ -296,15 +309,18 @@ async def test_what_no_host_could_begin_can_be_taken_back(
                 await host.say(msgspec.structs.replace(in_use, attempt=2))
                 await trio.sleep(2)  # sleep: virtual, what writing it down takes
             assert found(world, made.id).machines[0].is_untouched
-        present(world, clock)
         looks: list[Promotion] = []
+
+        def look(seen: Promotion) -> None:
+            looks.append(seen)
+            present(world, clock)
+
         with pytest.raises(RefusedError, match=r"the disks are in use; .*its host tries.*--cancel takes"):
-            wait_promotion(world.path, made.id, clock, looks.append)
+            wait_promotion(world.path, made.id, clock, look)
         assert FAILING_S_MAX - 1 <= len(looks) <= FAILING_S_MAX + 1, "a second a look: it may end by itself"
         assert cancel_promotion(world.path, "web1", clock).state == "cancelled"
         with Vault.open(world.path) as vault:
-            late = Promote(id=made.id, wanted="write", attempt=4)
-            assert not begin_attempt(vault, history.machine_id, late), "decided before, and not said any more"
+            assert begin_attempt(vault, history.machine_id, made.id) is None, "decided before, and not said any more"
         with pytest.raises(RefusedError, match=r"the disks are in use; .*has written nothing"):
             wait_promotion(world.path, made.id, clock, lambda found: None)
         assert (await hear_of(host, "take-back")).id == made.id
@@ -312,6 +328,44 @@ async def test_what_no_host_could_begin_can_be_taken_back(
         await trio.sleep(2)  # sleep: virtual, what writing it down takes
         assert found(world, made.id).is_over
         check_not_promoting(world.vault.catalog, history.machine_id, "web1")
+
+
+async def test_what_was_answered_is_not_said_again_to_a_host_that_may_have_forgotten(
+    scratch: Path, clock: Clock, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Its agent died, and what is wanted of it was looked at before it had answered."""
+    async with connected(scratch) as (world, history, host):
+        made = begun(world, clock)
+        await hear(host)
+        await host.say(Promoted(id=made.id, outcome="ready", lsn=history.last_lsn))
+        assert (await hear_of(host, "write")).attempt == 1
+        world.listener.promotions.look = trio.lowlevel.checkpoint
+        again = world.connect(history)
+        await again.greet(takes(history))
+        assert (await hear(again)).attempt == 1, "it has not answered"
+        in_use = Promoted(id=made.id, outcome="failed", exit_code=4, error="the disks are in use", attempt=1)
+        await again.say(in_use)
+        await trio.sleep(2)  # sleep: virtual, what writing it down takes
+        again = world.connect(history)
+        await again.greet(takes(history))
+        assert (await hear(again)).attempt == 2 == found(world, made.id).machines[0].attempt
+        with pytest.raises(RefusedError, match="it goes on to its end"):
+            cancel_promotion(world.path, "web1", clock)
+
+
+async def test_a_member_that_is_left_alone_can_be_taken_to_another_point(
+    scratch: Path, clock: Clock, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with connected(scratch) as (world, _, _):
+        made = begun(world, clock)
+        other = msgspec.structs.replace(
+            made.machines[0], machine_id="9" * 32, machine="web9", has_left=True, is_back=True
+        )
+        both = msgspec.structs.replace(made, target="shop", machines=(*made.machines, other)).to("writing", 1, "ready")
+        put(world, both)
+        assert begun(world, clock).id == made.id, "to the same: it goes on"
+        taken = begun(world, clock, "later")
+        assert taken.id != made.id and found(world, made.id).is_over
 
 
 async def test_a_machine_that_was_failed_over_is_not_taken_back_to_a_point_when_it_comes_home(
@@ -327,7 +381,11 @@ async def test_a_machine_that_was_failed_over_is_not_taken_back_to_a_point_when_
         operation = failovers.unplanned(Wanted(machine="web1", selector="latest"))
         with Vault.open(world.path) as vault:
             assert promotions_wanted(vault, 0), "it may be cancelled yet"
+        with Vault.open(world.path, writable=True) as vault, vault.catalog.transaction():
+            vault.catalog.change("INSERT INTO promotions VALUES ('f', 'no state', 1, 1, 'no content')", ())
         failovers.commit(operation.id)
+        with Vault.open(world.path, writable=True) as vault, vault.catalog.transaction():
+            vault.catalog.change("DELETE FROM promotions WHERE id = 'f'", ())
         after = found(world, made.id)
         assert after.is_over and "was failed over for good" in after.causes[-1].text
         end_by_return(world.path, operation.id, 9, clock.time_ns())
@@ -336,14 +394,13 @@ async def test_a_machine_that_was_failed_over_is_not_taken_back_to_a_point_when_
         with pytest.raises(RefusedError, match=r"failed over for good.*was being written"):
             wait_promotion(world.path, made.id, clock, lambda found: None)
         gone = msgspec.structs.replace(after.machines[0], machine_id="9" * 32, machine="web9")
-        others = msgspec.structs.replace(after, machines=(gone, after.machines[0]), state="done")
-        with Vault.open(world.path, writable=True) as vault, vault.catalog.transaction():
-            write_promotion(vault.catalog, others)
+        put(world, msgspec.structs.replace(after, machines=(gone, after.machines[0]), state="done"))
         with pytest.raises(RefusedError, match=r"machine web9: it was failed over .*; the others are at"):
             wait_promotion(world.path, made.id, clock, lambda found: None)
+        put(world, after)
     rebuild(world.path)
     with Vault.open(world.path) as vault:
-        assert promotions(vault.catalog) == [after]
+        assert [each.is_over for each in promotions(vault.catalog)] == [True]
 
 
 async def test_the_same_again_is_another_once_its_host_is_in_a_new_epoch(
