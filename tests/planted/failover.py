@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
-from replica_store.failover import actions, places
+from replica_store.failover import actions, places, processes
 from replica_store.ingest import session
 from replica_store.vault import operations as operations_room
 from replica_store.vault import protection, returning
@@ -117,7 +118,8 @@ def the_lock_goes_first(patch: pytest.MonkeyPatch) -> None:
 
 
 def scripts_side_by_side(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("replica_store.failover.plan_script.processes.end", lambda mark, part: None)
+    nobody = SimpleNamespace(end=lambda mark, part: None, MARK=processes.MARK)
+    patch.setattr("replica_store.failover.plan_script.processes", nobody)  # who tidies up behind the test ends them
 
 
 PLANTS = tuple(
