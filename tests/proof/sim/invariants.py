@@ -115,12 +115,13 @@ class Invariants:
 
     def _stretches(self, host: Host) -> list[Stretch]:
         rows = self._store.vault.objects_of(host.machine_id.hex(), 1 << 62)
-        return [Stretch(row.first_lsn, row.last_lsn, self._is_given_up(row)) for row in rows if row.is_stretch]
+        return [Stretch(row.first_lsn, row.last_lsn, self._is_given_up(host, row)) for row in rows if row.is_stretch]
 
-    def _is_given_up(self, row: ObjectRow) -> bool:
-        """Whether it has nothing but what its disks are at its end."""
+    def _is_given_up(self, host: Host, row: ObjectRow) -> bool:
+        """Whether it has nothing but what each of its disks is at its end. A folded one may be a DISK record alone."""
         _, index = self._store.vault.object_index(row)
-        return bool(np.all((index.kind == Kind.DISK) & (index.lsn == index.last_lsn)))
+        is_of_all = len(index.kind) == len(host.model.initial)
+        return is_of_all and bool(np.all((index.kind == Kind.DISK) & (index.lsn == index.last_lsn)))
 
     def _check_new_objects(self, host: Host, seen: Seen) -> None:
         """No gap, no LSN twice, times never go back, each object durable and there."""
@@ -134,7 +135,7 @@ class Invariants:
             assert row.first_time_ns >= seen.time_ns, "times never go back within an epoch"
             assert vault.objects.size(row.name) == row.length, f"I3: {row.name} is not what the catalog says"
             assert not storage.unsynced_bytes(row.name), f"I3: {row.name} can still be lost"
-            if row.is_stretch and not self._is_given_up(row):
+            if row.is_stretch and not self._is_given_up(host, row):
                 host.watch.fired("backlog folded")
                 inside = host.model.records[row.first_lsn - 1 : row.last_lsn - 1]
                 assert all(record.kind != Kind.MARKER for record in inside), "I5: a point vanished in a stretch"
