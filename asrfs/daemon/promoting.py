@@ -132,7 +132,10 @@ class Promoter:
         log = structlog.get_logger("asrfs.promoting").bind(promotion=word.id)
         is_over = word.wanted != "write"
         try:
-            answer = self._said_of(word) or await self._answer(word)
+            answer = self._said_of(word)
+            if answer is None:
+                self._unable = None
+                answer = await self._answer(word)
             log.warning("done", wanted=word.wanted, outcome=answer.outcome, lsn=answer.lsn)
             self._failed, is_over = "", True
         except (AsrfsError, OSError) as error:
@@ -156,10 +159,11 @@ class Promoter:
         return is_over
 
     def _said_of(self, word: Promote) -> Promoted | None:
-        """What was said of this very attempt, which is not begun again."""
+        """What was said of this attempt, or of a later one, which is not begun: a vault that was set back counts on."""
         said = self._unable
-        is_same = said is not None and said.id == word.id and word.wanted == "write"
-        return said if said is not None and is_same and 0 < word.attempt <= said.attempt else None
+        if said is None or said.id != word.id or word.wanted != "write" or not 0 < word.attempt <= said.attempt:
+            return None
+        return msgspec.structs.replace(said, attempt=word.attempt)
 
     async def _answer(self, word: Promote) -> Promoted:
         if word.wanted == "prepare":

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 @click.option(
     "--timeout", metavar="D", default=format_duration(PREPARE_S), show_default=True, help="For hosts to be ready."
 )
-@click.option("--cancel", is_flag=True, help="Take back what is being prepared.")
+@click.option("--cancel", is_flag=True, help="Take it back, as long as nothing was written.")
 @pass_invocation
 def promote(
     invocation: Invocation,

@@ -359,9 +359,27 @@ async def test_who_could_not_begin_begins_only_when_he_is_told_again(
         host.users = ["process 7 has d0.img open"]
         again = await answer(host, host.wanted("write", attempt=2))
         assert again == msgspec.structs.replace(said, attempt=2), "each attempt has its answer"
+        assert await answer(host, host.wanted("write", attempt=1)) == said, (
+            "a vault that was set back counts on from there"
+        )
         host.promoter.heard(host.wanted("take-back"))
         await pass_time(5)
         assert host.said[-1].outcome == "taken-back" and host.write()
+
+
+async def test_what_is_written_is_said_whatever_was_said_of_attempts_before(
+    host: PromotedHost, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with serving(host):
+        await answer(host, host.wanted("prepare"))
+        host.users = ["process 7 has d0.img open"]
+        await answer(host, host.wanted("write", attempt=1))
+        host.users = []
+        await answer(host, host.wanted("write", attempt=2))
+        await pass_time(10)
+        assert [(each.outcome, each.error) for each in host.said[2:]] == [("failed", ""), ("written", "")]
+        for attempt in (1, 2):  # of a vault that was set back, too
+            assert (await answer(host, host.wanted("write", attempt=attempt))).outcome == "written"
 
 
 async def test_what_goes_on_after_a_failure_is_said_to(

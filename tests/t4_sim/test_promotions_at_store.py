@@ -142,6 +142,14 @@ async def hear_of(host: HostEnd, wanted: str) -> Promote:
     return word
 
 
+async def made_ready(world: StoreWorld, history: HostHistory, host: HostEnd, clock: Clock) -> Promotion:
+    """A promotion whose host has prepared and said so."""
+    made = begun(world, clock)
+    await hear(host)
+    await host.say(Promoted(id=made.id, outcome="ready", lsn=history.last_lsn))
+    return made
+
+
 async def test_a_host_is_led_through_it_and_told_again(
     scratch: Path, clock: Clock, autojump_clock: trio.testing.MockClock
 ) -> None:
@@ -291,9 +299,7 @@ async def test_what_no_host_could_begin_can_be_taken_back(
 ) -> None:
     """Each `write` that is said anew may be begun at any time, so it can be taken back between two of them only."""
     async with connected(scratch) as (world, history, host):
-        made = begun(world, clock)
-        await hear(host)
-        await host.say(Promoted(id=made.id, outcome="ready", lsn=history.last_lsn))
+        made = await made_ready(world, history, host, clock)
         in_use = Promoted(id=made.id, outcome="failed", exit_code=4, error="the disks are in use")
         for attempt in (1, 2, 3):
             with trio.fail_after(3 * AGAIN_S):
@@ -335,9 +341,7 @@ async def test_what_was_answered_is_not_said_again_to_a_host_that_may_have_forgo
 ) -> None:
     """Its agent died, and what is wanted of it was looked at before it had answered."""
     async with connected(scratch) as (world, history, host):
-        made = begun(world, clock)
-        await hear(host)
-        await host.say(Promoted(id=made.id, outcome="ready", lsn=history.last_lsn))
+        made = await made_ready(world, history, host, clock)
         assert (await hear_of(host, "write")).attempt == 1
         world.listener.promotions.look = trio.lowlevel.checkpoint
         again = world.connect(history)
@@ -373,9 +377,7 @@ async def test_a_machine_that_was_failed_over_is_not_taken_back_to_a_point_when_
 ) -> None:
     monkeypatch.setattr(actions, "prepare", lambda root, begun, *_, **__: begun)
     async with connected(scratch) as (world, history, host):
-        made = begun(world, clock)
-        await hear(host)
-        await host.say(Promoted(id=made.id, outcome="ready", lsn=history.last_lsn))
+        made = await made_ready(world, history, host, clock)
         await hear_of(host, "write")
         failovers = Failovers(world.path, clock)
         operation = failovers.unplanned(Wanted(machine="web1", selector="latest"))
@@ -407,9 +409,7 @@ async def test_the_same_again_is_another_once_its_host_is_in_a_new_epoch(
     scratch: Path, clock: Clock, autojump_clock: trio.testing.MockClock
 ) -> None:
     async with connected(scratch) as (world, history, host):
-        made = begun(world, clock)
-        await hear(host)
-        await host.say(Promoted(id=made.id, outcome="ready", lsn=history.last_lsn))
+        made = await made_ready(world, history, host, clock)
         await hear_of(host, "write")
         assert begun(world, clock).id == made.id
         with lock_descriptions(world.path, 10.0), Vault.open(world.path, writable=True) as vault:
